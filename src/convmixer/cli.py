@@ -1,0 +1,195 @@
+"""The command line: parsing, and calls into the modules that do the work. No logic of its own.
+
+Every command returns a dict of plain JSON types. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
+Heavy imports happen inside the command that needs them, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convmixer.config import Config, field_types, override
+from convmixer.errors import RequestError
+
+Command = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except RequestError as error:
+        return _fail(args, error, 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _fail(args, error, 1)
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
+    if args.debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    prefix = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
+    print(f"convmixer {args.command}: {prefix}{text}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convmixer", description="Train, evaluate, compare and deploy ConvMixer image classifiers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, doc: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=doc, description=doc)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    _add_train(add("train", _train, "train a model and write a run folder"))
+    _add_val(add("val", _val, "measure accuracy and calibration on a split"))
+    _add_predict(add("predict", _predict, "classify image files"))
+    _add_plan(add("plan", _plan, "parameters, MACs, memory and time before training"))
+    _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
+    _add_models(add("models", _models, "list the models"))
+    add("info", _info, "show versions, devices and whether the kernels are built")
+    return parser
+
+
+def _add_settings(sub: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting; flags left out stay out of the namespace."""
+    sub.add_argument("--recipe", help="a recipe's name, see the README; default: digits for digits, else finetune")
+    sub.add_argument("--config", type=Path, help="YAML file of settings, applied over the recipe")
+    group = sub.add_argument_group("settings (defaults < recipe < --config < these flags)")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        doc = field.metadata["doc"].replace("%", "%%")
+        if field.metadata["choices"]:
+            doc += f" ({', '.join(field.metadata['choices'])})"
+        group.add_argument(
+            flag, dest=f"set_{field.name}", default=argparse.SUPPRESS, metavar=_metavar(field.name), help=doc
+        )
+
+
+def _metavar(name: str) -> str:
+    text = str(field_types()[name])
+    return (
+        "A,B" if "tuple" in text else "BOOL" if "bool" in text else "N" if "int" in text or "float" in text else "X"
+    )
+
+
+def _settings(args: argparse.Namespace) -> tuple[Config, Config]:
+    """Return the recipe's settings and the resolved ones."""
+    from convmixer.recipes import load_recipe, load_settings
+
+    recipe = load_recipe(args.recipe or ("digits" if args.data == "digits" else "finetune"))
+    flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
+    from_file = load_settings(args.config) if args.config else {}
+    return recipe, override(override(recipe, from_file), flags)
+
+
+# Each command below: its arguments, then its call.
+
+
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data", nargs="?", default="digits", help="data set, see the README (default: digits)")
+    sub.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<number>)")
+    sub.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    _add_settings(sub)
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.train.run import resume, train
+
+    if args.resume:
+        return resume(args.resume)
+    recipe, config = _settings(args)
+    return train(args.data, config, out=args.out, recipe=recipe, recipe_name=args.recipe)
+
+
+def _add_val(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
+    sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: test")
+    sub.add_argument("--limit", type=int, metavar="N", help="evaluate a seeded sample of N images")
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto")
+    sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
+
+
+def _val(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.train.evaluate import val
+
+    return val(args.weights, args.data, args.split, args.limit, args.batch_size, args.precision, args.out)
+
+
+def _add_predict(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
+    sub.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    sub.add_argument("--topk", type=int, default=5)
+    sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto")
+    sub.add_argument("--out", type=Path, help="write all predictions to this .csv or .jsonl file")
+
+
+def _predict(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.inference import predict_files
+
+    return predict_files(args.weights, args.images, args.topk, args.batch_size, args.precision, args.out)
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data", nargs="?", default="digits", help="data set (default: digits)")
+    _add_settings(sub)
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.train.plan import plan
+
+    return plan(args.data, _settings(args)[1])
+
+
+def _add_recalibrate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", help="run folder or weights folder")
+    sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the recalibrated weights")
+    sub.add_argument("--limit", type=int, default=2048, metavar="N", help="training images to use (default: 2048)")
+
+
+def _recalibrate(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.train.evaluate import recalibrate
+
+    return recalibrate(args.weights, args.data, args.out, args.limit)
+
+
+def _add_models(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("pattern", nargs="?", default="convmixer*", help="shell pattern (default: convmixer*)")
+
+
+def _models(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.models.registry import list_models
+
+    names = list_models(args.pattern)
+    print("\n".join(names))
+    return {"models": names}
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.info import info
+
+    return info()

@@ -1,0 +1,185 @@
+"""Every setting of a training run in one frozen dataclass, and how outside values become one. Standard library only.
+
+A recipe returns a whole `Config`; the command line and YAML files replace fields by their real names. Nothing here
+parses arguments or touches a device.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from convmixer.errors import RequestError, unknown
+
+
+def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field whose metadata carry the line shown by `--help` and the values allowed."""
+    return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one training run; the defaults are those of no paper, see `recipes` for those."""
+
+    # model
+    model: str = setting("convmixer_256_8_p2_k5", "model name, see `convmixer models`")
+    act: str | None = setting(None, "activation of a ConvMixer; none: the variant's own", ("gelu", "relu"))
+    weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
+    drop_rate: float = setting(0.0, "dropout before the classifier")
+    # data
+    img_size: int | None = setting(None, "side of the square input in pixels; none: that of the data set")
+    val_fraction: float = setting(
+        0.1, "share of train held out for validation where the data have no val split; 0: none"
+    )
+    max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
+    workers: int = setting(1, "data-loading processes; 0: load in the training process")
+    mean: tuple[float, ...] | None = setting(None, "mean per channel, 0 to 1; none: that of the data set")
+    std: tuple[float, ...] | None = setting(None, "standard deviation per channel; none: that of the data set")
+    interpolation: str = setting("bicubic", "resizing filter for evaluation", ("bicubic", "bilinear", "nearest"))
+    crop_pct: float = setting(1.0, "share of the resized image that the evaluation crop keeps")
+    # augmentation
+    scale: tuple[float, float] = setting((1.0, 1.0), "RandomResizedCrop: range of the area kept")
+    ratio: tuple[float, float] = setting((1.0, 1.0), "RandomResizedCrop: range of the aspect ratio")
+    train_interpolation: str = setting(
+        "bicubic", "resizing filter for training", ("bicubic", "bilinear", "nearest", "random")
+    )
+    hflip: float = setting(0.0, "probability of a horizontal flip")
+    vflip: float = setting(0.0, "probability of a vertical flip")
+    color_jitter: float = setting(0.0, "strength of brightness, contrast and saturation jitter; 0: off")
+    auto_augment: str | None = setting(
+        None, "timm policy such as rand-m9-mstd0.5-inc1, or torchvision-randaugment-N-M; none: off"
+    )
+    random_erasing: float = setting(0.0, "probability that a box is erased")
+    erasing_mode: str = setting("pixel", "what fills the erased box", ("pixel", "const", "rand"))
+    mixup: float = setting(0.0, "mixup alpha; 0: off")
+    cutmix: float = setting(0.0, "cutmix alpha; 0: off")
+    mixup_prob: float = setting(1.0, "probability of mixup or cutmix for a batch")
+    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on")
+    smoothing: float = setting(0.0, "label smoothing")
+    # optimisation
+    epochs: int = setting(10, "passes over the training set")
+    batch_size: int = setting(64, "images per optimiser step, over all processes and accumulation steps")
+    grad_accum: int = setting(1, "parts that a batch is computed in, to save memory")
+    lr: float = setting(0.01, "peak learning rate")
+    weight_decay: float = setting(0.01, "AdamW weight decay, none on biases and 1-D parameters")
+    eps: float = setting(1e-3, "AdamW epsilon")
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
+    clip_norm: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: off")
+    schedule: str = setting(
+        "piecewise", "learning rate over time, stepped at every step", ("piecewise", "cosine", "constant")
+    )
+    ema_decay: float = setting(0.0, "decay of the exponential moving average of the weights; 0: off")
+    # run
+    seed: int = setting(0, "seed of the split, the initial weights, the data order and every augmentation")
+    precision: str = setting(
+        "auto",
+        "auto: bf16 where the processor computes it natively, else fp32",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
+    max_time: str | None = setting(None, "time budget such as 30m or 2h; the schedule is fitted to it")
+    sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise RequestError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+        positive = ("epochs", "batch_size", "grad_accum", "lr", "eps")
+        shares = (
+            "val_fraction",
+            "max_bad_fraction",
+            "hflip",
+            "vflip",
+            "random_erasing",
+            "mixup_prob",
+            "smoothing",
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise RequestError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.batch_size % self.grad_accum:
+            raise RequestError(f"batch_size {self.batch_size} must be a multiple of grad_accum {self.grad_accum}")
+
+
+def field_types() -> dict[str, Any]:
+    """Return the annotated type of every setting by name."""
+    return typing.get_type_hints(Config)
+
+
+def coerce(name: str, value: Any, annotation: Any) -> Any:
+    """Return a value from YAML, JSON or the command line as the type of its setting.
+
+    Args:
+        name: The setting's name, for the error.
+        value: A string, number, bool, list or None. YAML reads 1e-3 as a string, so strings are converted.
+        annotation: The setting's type: int, float, str, bool, a tuple of floats, or one of these or None.
+
+    Raises:
+        RequestError: The value does not fit.
+    """
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and (value is None or value in ("none", "null", "")):
+        return None
+    kind = next(o for o in options if o is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            return _float_tuple(value, typing.get_args(kind))
+        if kind is bool:
+            return _bool(value)
+        if isinstance(value, (bool, list, tuple, dict)) or value is None:
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        wanted = getattr(annotation, "__name__", str(annotation))
+        raise RequestError(f"{name} must be {wanted}, not {value!r}") from None
+
+
+def _float_tuple(value: Any, args: tuple[Any, ...]) -> tuple[float, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    numbers = tuple(float(part) for part in parts)
+    if args[-1] is not Ellipsis and len(numbers) != len(args):
+        raise ValueError
+    return numbers
+
+
+def _bool(value: Any) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+
+
+def override(base: Config, values: Mapping[str, Any]) -> Config:
+    """Return `base` with fields replaced by outside values.
+
+    Args:
+        base: The settings to start from.
+        values: Setting name to value, as YAML or the command line gives them; "-" in a name counts as "_".
+
+    Raises:
+        RequestError: A name is not a setting (the nearest one is suggested), or a value does not fit.
+    """
+    hints = field_types()
+    clean = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise unknown("setting", str(key), hints)
+        clean[name] = coerce(name, value, hints[name])
+    return dataclasses.replace(base, **clean)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the settings as plain JSON and YAML types; `override(Config(), to_dict(c)) == c`."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def difference(base: Config, changed: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, name -> (value in base, value in changed)."""
+    old, new = to_dict(base), to_dict(changed)
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}

@@ -1,0 +1,22 @@
+"""The one exception that means "the request was wrong"; the command line turns it into one line and exit status 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done; the message says what is wrong and what to do."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
+    """Return the error for a name that is not known, suggesting the nearest one.
+
+    Args:
+        kind: What the name names, e.g. "recipe" or "setting".
+        name: The name that was given.
+        known: The names there are.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names[:20])}"
+    return RequestError(f"unknown {kind} {name!r}: {hint}")

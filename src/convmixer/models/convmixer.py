@@ -1,0 +1,161 @@
+"""ConvMixer in plain PyTorch: the reference that everything fast must match. Names and sizes are in registry.py."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from convmixer.errors import RequestError
+from convmixer.models.layers import DepthwiseConv2d, Residual, activation
+
+
+class ConvMixer(nn.Module):
+    """Patch embedding, `depth` equal blocks at constant resolution, average pool, linear classifier.
+
+    BatchNorm follows the activation, so it cannot be folded into the convolution before it. State-dict keys are
+    those of timm's ConvMixer, and so is the interface (`forward_features`, `reset_classifier`, ...).
+
+    Args:
+        dim: Width, the paper's h.
+        depth: Number of blocks, the paper's d.
+        kernel_size: Depthwise kernel, the paper's k; odd or even.
+        patch_size: Side of a patch in pixels and stride of the patch embedding, the paper's p.
+        in_chans: Channels of the image.
+        num_classes: Outputs; 0 leaves the pooled features.
+        act: "gelu" as in the paper, or "relu" as in the authors' 768/32 weights.
+        drop_rate: Dropout before the classifier, 0 to 1; the paper has none.
+
+    Raises:
+        RequestError: A size is out of range or the activation is not known.
+
+    Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3 and the listing in its appendix.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        kernel_size: int = 9,
+        patch_size: int = 7,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        act: str = "gelu",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if min(dim, depth, kernel_size, patch_size, in_chans) < 1 or num_classes < 0:
+            sizes = f"{dim=} {depth=} {kernel_size=} {patch_size=} {in_chans=} {num_classes=}"
+            raise RequestError(f"ConvMixer sizes must be positive: {sizes}")
+        self.dim, self.depth, self.kernel_size, self.patch_size = dim, depth, kernel_size, patch_size
+        self.in_chans, self.num_classes, self.act = in_chans, num_classes, act
+        self.num_features = self.head_hidden_size = dim
+        self.grad_checkpointing = False
+        self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)]
+
+        def act_norm() -> list[nn.Module]:
+            return [activation(act), nn.BatchNorm2d(dim)]
+
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, stride=patch_size), *act_norm())
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    Residual(nn.Sequential(DepthwiseConv2d(dim, kernel_size), *act_norm())),
+                    nn.Conv2d(dim, dim, 1),
+                    *act_norm(),
+                )
+                for _ in range(depth)
+            )
+        )
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(B, dim, h, w) -> (B, num_classes), or the pooled features (B, dim) with `pre_logits`."""
+        x = self.head_drop(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the features of chosen blocks, for dense tasks (timm's `features_only`).
+
+        Args:
+            x: Images, (B, in_chans, H, W).
+            indices: The last n blocks for an int, those blocks for a sequence (negative from the end), all for None.
+            norm: Accepted for timm's interface; there is no final norm to apply.
+            stop_early: Do not run the blocks after the last one asked for.
+            output_fmt: Only "NCHW".
+            intermediates_only: Return the list alone, without the final features.
+
+        Returns:
+            Final features and a list of (B, dim, h, w), one for each index in rising order, or the list alone.
+
+        Raises:
+            RequestError: An index is out of range or the format is not NCHW.
+        """
+        if output_fmt != "NCHW":
+            raise RequestError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
+        last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
+        wanted = list(range(self.depth) if last_n is None else last_n)
+        if any(not -self.depth <= i < self.depth for i in wanted):
+            raise RequestError(f"indices {indices} are out of range for {self.depth} blocks")
+        take = {i % self.depth for i in wanted}
+        x = self.stem(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > max(take):
+                break
+            x = self._run(block, x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; 0 classes leaves the pooled features.
+
+        Raises:
+            RequestError: A pooling other than the paper's average is asked for.
+        """
+        if global_pool not in (None, "avg"):
+            raise RequestError(f"ConvMixer pools by average only, not {global_pool!r}")
+        weight = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(weight.device, weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return timm's parameter groups by depth, for layer-wise learning rates."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
+    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            y: torch.Tensor = checkpoint(block, x, use_reentrant=False)
+            return y
+        out: torch.Tensor = block(x)
+        return out

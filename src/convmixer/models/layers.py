@@ -1,0 +1,54 @@
+"""The few pieces that two or more models share, each written once."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer.errors import unknown
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+def activation(name: str) -> nn.Module:
+    """Return a new activation layer, "gelu" (exact, erf) or "relu".
+
+    Raises:
+        RequestError: The name is neither.
+    """
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]()
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution that keeps the image size: (B, dim, H, W) -> (B, dim, H, W).
+
+    The padding is written as integers, because `padding="same"` breaks exporters and MAC counters. An even kernel
+    cannot be centred: as in `padding="same"`, the one extra row and column go to the bottom and the right.
+
+    Args:
+        dim: Channels.
+        kernel_size: Height and width of the kernel, at least 1.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim, padding=kernel_size // 2 if kernel_size % 2 else 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k = self.kernel_size[0]
+        if k % 2 == 0:
+            before, after = k // 2 - 1, k // 2
+            x = F.pad(x, (before, after, before, after))
+        return super().forward(x)
+
+
+class Residual(nn.Module):
+    """x -> fn(x) + x."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fn(x) + x
+        return y

@@ -1,0 +1,131 @@
+"""Model names and what they build: one explicit table for the paper's variants; every other name goes to timm.
+
+A name is `convmixer_<dim>_<depth>`, then optionally `_p<patch>` and `_k<kernel>`; without them the paper's ImageNet
+setting of that size is meant. timm's spellings of the released weights (`convmixer_1024_20_ks9_p14`) work too.
+"""
+
+import fnmatch
+import re
+from typing import Any
+
+import torch.nn as nn
+
+from convmixer.errors import RequestError, unknown
+from convmixer.models.convmixer import ConvMixer
+
+# (dim, depth) -> (patch_size, kernel_size, act): arXiv 2201.09792, Tab. 1 and the appendix's table of further sizes
+IMAGENET: dict[tuple[int, int], tuple[int, int, str]] = {
+    (1536, 20): (7, 9, "gelu"),
+    (768, 32): (7, 7, "relu"),  # the released weights use ReLU
+    (1024, 20): (14, 9, "gelu"),
+    (1024, 16): (7, 9, "gelu"),
+    (1024, 12): (7, 8, "gelu"),
+    (512, 16): (7, 8, "gelu"),
+    (512, 12): (7, 8, "gelu"),
+}
+# further patch and kernel sizes that the paper gives for an ImageNet size
+IMAGENET_MORE: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {(1536, 20): ((7, 3), (14, 9))}
+# CIFAR-10 sizes, each with patches of 1, 2, 4 and kernels of 3 to 9: Tab. 4 and 5
+CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (128, 8), (128, 12))
+CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
+ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
+
+
+def _variants() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, dim: int, depth: int, patch: int, kernel: int, act: str, **more: Any) -> None:
+        table[name] = {
+            "dim": dim,
+            "depth": depth,
+            "patch_size": patch,
+            "kernel_size": kernel,
+            "act": act,
+            **more,
+        }
+
+    for (dim, depth), (patch, kernel, act) in IMAGENET.items():
+        add(f"convmixer_{dim}_{depth}", dim, depth, patch, kernel, act)
+        for p, k in ((patch, kernel), *IMAGENET_MORE.get((dim, depth), ())):
+            add(f"convmixer_{dim}_{depth}_p{p}_k{k}", dim, depth, p, k, act)
+    for dim, depth in CIFAR_SIZES:
+        add(f"convmixer_{dim}_{depth}", dim, depth, 1, 9, "gelu", num_classes=10)
+        for p in CIFAR_PATCHES:
+            for k in CIFAR_KERNELS:
+                add(f"convmixer_{dim}_{depth}_p{p}_k{k}", dim, depth, p, k, "gelu", num_classes=10)
+    return table
+
+
+VARIANTS = _variants()
+
+
+def list_models(pattern: str = "convmixer*") -> list[str]:
+    """Return the names that match a shell pattern, ours first; timm's are searched where ours do not match."""
+    ours = [name for name in VARIANTS if fnmatch.fnmatch(name, pattern)]
+    if ours:
+        return ours
+    import timm  # seconds to import, and most callers want ours
+
+    return list(timm.list_models(pattern))
+
+
+def model_args(name: str) -> dict[str, Any] | None:
+    """Return the ConvMixer arguments behind a name, or None where the name is not a ConvMixer.
+
+    Raises:
+        RequestError: The name starts like a ConvMixer but is none.
+    """
+    name = ALIASES.get(name, name)
+    if name in VARIANTS:
+        return dict(VARIANTS[name])
+    free = re.fullmatch(r"convmixer_(\d+)_(\d+)_p(\d+)_k(\d+)", name)
+    if free:
+        dim, depth, patch, kernel = map(int, free.groups())
+        return {"dim": dim, "depth": depth, "patch_size": patch, "kernel_size": kernel, "act": "gelu"}
+    if name.startswith("convmixer"):
+        raise unknown("ConvMixer", name, VARIANTS)
+    return None
+
+
+def create_model(
+    name: str, pretrained: bool = False, num_classes: int | None = None, in_chans: int = 3, **kwargs: Any
+) -> nn.Module:
+    """Return a new model that maps (B, in_chans, H, W) to (B, num_classes).
+
+    Args:
+        name: A ConvMixer (see `list_models`), any `convmixer_<dim>_<depth>_p<p>_k<k>`, or a name that timm knows.
+        pretrained: Load the released weights (from the package or timm's hub).
+        num_classes: Outputs; None means the variant's own (1000, or 10 for the CIFAR sizes).
+        in_chans: Channels of the image.
+        **kwargs: Passed to the model, e.g. act="relu", or img_size=32 for timm's ViT.
+
+    Raises:
+        RequestError: The name is not known, or an argument is not the model's.
+    """
+    args = model_args(name)
+    if args is None:
+        return _from_timm(name, pretrained, num_classes, in_chans, kwargs)
+    if num_classes is not None:
+        args["num_classes"] = num_classes
+    model = ConvMixer(**(args | {"in_chans": in_chans} | kwargs))
+    if pretrained:
+        from convmixer.models.weights import load_pretrained
+
+        load_pretrained(model, name)
+    return model
+
+
+def _from_timm(
+    name: str, pretrained: bool, num_classes: int | None, in_chans: int, kwargs: dict[str, Any]
+) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("model", name, [*VARIANTS, *timm.list_models()])
+    if num_classes is not None:
+        kwargs = kwargs | {"num_classes": num_classes}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+    except TypeError as error:
+        raise RequestError(f"{name}: {error}") from error
+    return model

@@ -1,0 +1,121 @@
+"""One measured result with all it takes to judge and repeat it, as JSON lines. Standard library only."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "convmixer",
+    "torch",
+    "torchvision",
+    "timm",
+    "pytorch-lightning",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "openvino",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One result.
+
+    Args:
+        name: What was measured, e.g. "authors-cifar10-seed0".
+        command: The command line that repeats it.
+        config: The resolved settings.
+        data: Name, checksum and sizes of the data.
+        results: The measured numbers; the unit is in the key.
+        seed: The seed, or None where nothing is random.
+        environment: Machine and versions, see `environment`.
+        date: ISO date and time, UTC.
+    """
+
+    name: str
+    command: str
+    config: dict[str, Any]
+    data: dict[str, Any]
+    results: dict[str, Any]
+    seed: int | None = None
+    environment: dict[str, Any] = field(default_factory=lambda: environment())
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine (processor, cores, memory), the versions of what computes, and the commit."""
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "commit": commit(),
+    }
+
+
+def processor_name() -> str:
+    """Return the processor's name with family and model where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        info.setdefault(key.strip(), value.strip())
+    name = info.get("model name", platform.machine())
+    return f"{name} family {info['cpu family']} model {info['model']}" if "cpu family" in info else name
+
+
+def command_line() -> str:
+    """Return the command that is running, as one would type it."""
+    program = Path(sys.argv[0]).name.removesuffix(".py")
+    return " ".join(["convmixer" if program in ("convmixer", "__main__") else program, *sys.argv[1:]])
+
+
+def append(path: Path, record: RunRecord) -> None:
+    """Add a record as one line at the end of a JSON-lines file; the folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def read(path: Path) -> list[RunRecord]:
+    """Return the records of a JSON-lines file, in order.
+
+    Raises:
+        ValueError: A line is not a record; the message names file and line.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(RunRecord(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{number} is not a record: {error}") from error
+    return records
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree with "-dirty" where it has changes, or None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

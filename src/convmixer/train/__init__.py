@@ -1,0 +1,1 @@
+"""Training: config in, run folder out."""
