@@ -29,6 +29,7 @@ IMAGENET_MORE: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {(1536, 20):
 CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (128, 8), (128, 12))
 CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
 ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
+SKELETONS = ("isotropic", "mlp_mixer", "resmlp", "resnet")  # models of any size for comparisons, see isotropic.py
 
 
 def _variants() -> dict[str, dict[str, Any]]:
@@ -103,6 +104,8 @@ def create_model(
         RequestError: The name is not known, or an argument is not the model's.
     """
     args = model_args(name)
+    if name in SKELETONS:
+        return _skeleton(name, pretrained, {"num_classes": num_classes or 10, "in_chans": in_chans} | kwargs)
     if args is None:
         return _from_timm(name, pretrained, num_classes, in_chans, kwargs)
     if num_classes is not None:
@@ -113,6 +116,17 @@ def create_model(
 
         load_pretrained(model, name)
     return model
+
+
+def _skeleton(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    from convmixer.models.isotropic import BUILDERS
+
+    if pretrained:
+        raise RequestError(f"{name} has no released weights")
+    try:
+        return BUILDERS[name](**kwargs)
+    except TypeError as error:
+        raise RequestError(f"{name}: {error}") from error
 
 
 def _from_timm(
