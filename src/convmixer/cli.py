@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(add("predict", _predict, "classify image files"))
     _add_plan(add("plan", _plan, "parameters, MACs, memory and time before training"))
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
+    _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
     return parser
@@ -175,6 +176,36 @@ def _recalibrate(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.train.evaluate import recalibrate
 
     return recalibrate(args.weights, args.data, args.out, args.limit)
+
+
+def _add_benchmark(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", choices=("train", "infer"))
+    sub.add_argument("--model", help="a ConvMixer; the sizes below are put over its own")
+    for flag in ("--dim", "--depth", "--kernel-size", "--patch-size", "--img-size", "--num-classes"):
+        sub.add_argument(flag, type=int, metavar="N")
+    sub.add_argument("--act", choices=("gelu", "relu"))
+    sub.add_argument("--batch-size", type=int, metavar="N", help="default: 64 up to 64 pixels, else 4")
+    sub.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="bf16", help="default: bf16")
+    sub.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    sub.add_argument("--peers", metavar="A,B", help="measure these peers alone; none: ours alone (default: all)")
+    sub.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
+    sub.add_argument("--sample-seconds", type=float, default=0.3, help="least time of a turn (default: 0.3)")
+    sub.add_argument("--compile-limit", type=int, default=300, metavar="SECONDS", help="0: leave out what compiles")
+    sub.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    sub.add_argument("--record", type=Path, metavar="FILE", help="append a record to this JSON-lines file")
+
+
+def _benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.benchmark.case import case_of
+    from convmixer.benchmark.run import benchmark
+
+    sizes = ("dim", "depth", "kernel_size", "patch_size", "img_size", "num_classes", "act")
+    overrides = {name: getattr(args, name) for name in sizes}
+    rest = {"batch_size": args.batch_size, "precision": args.precision, "threads": args.threads}
+    case = case_of(args.task, args.model, overrides, **rest)
+    peers = None if args.peers is None else [name for name in args.peers.split(",") if name != "none"]
+    seconds, limit = args.sample_seconds, args.compile_limit
+    return benchmark(case, peers, args.rounds, seconds, limit, not args.no_memory, args.record)
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:

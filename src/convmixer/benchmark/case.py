@@ -1,0 +1,110 @@
+"""What is measured: one network at one image size, batch size and precision. Nothing here measures."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from convmixer.errors import RequestError
+from convmixer.models.convmixer import ConvMixer
+from convmixer.models.registry import model_args
+
+PRECISIONS = {"train": ("bf16", "fp32"), "infer": ("bf16", "fp32", "int8")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a results table.
+
+    Args:
+        task: "train" (forward, backward, AdamW step) or "infer".
+        dim, depth, kernel_size, patch_size, num_classes, act: The network, see `ConvMixer`.
+        img_size: Side of the square image in pixels.
+        batch_size: Images per step.
+        precision: "fp32", "bf16" (autocast when training) or, for "infer" alone, "int8".
+        threads: Threads of every contender.
+
+    Raises:
+        RequestError: A size is not positive, the image is smaller than a patch, or the task lacks the precision.
+    """
+
+    task: str
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    img_size: int
+    num_classes: int
+    batch_size: int
+    precision: str
+    threads: int
+    act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS[self.task]:
+            raise RequestError(f"{self.task} has no precision {self.precision!r}: {', '.join(PRECISIONS[self.task])}")
+        if min(self.batch_size, self.threads) < 1:
+            raise RequestError(f"batch size and threads must be positive: {self.batch_size}, {self.threads}")
+        if self.img_size < self.patch_size:
+            raise RequestError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
+
+    @property
+    def model(self) -> str:
+        """The name that `create_model` knows the network by."""
+        return f"convmixer_{self.dim}_{self.depth}_p{self.patch_size}_k{self.kernel_size}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pointwise product: batch size times positions."""
+        return self.batch_size * (self.img_size // self.patch_size) ** 2
+
+
+def case_of(task: str, model: str | None, overrides: dict[str, Any], **rest: Any) -> Case:
+    """Return the case of a model name with sizes given by hand put over it.
+
+    Args:
+        task: "train" or "infer".
+        model: A ConvMixer's name; None takes the sizes alone.
+        overrides: Sizes by name; None leaves the model's own.
+        **rest: `precision`, `threads`, and `batch_size` (None: 64 for images up to 64 pixels, else 4).
+
+    Raises:
+        RequestError: The name is no ConvMixer's, or a size is missing.
+    """
+    args: dict[str, Any] | None = model_args(model) if model else {"patch_size": 7, "kernel_size": 9}
+    if args is None:
+        raise RequestError(f"{model!r} is no ConvMixer; the benchmark measures ConvMixers only")
+    args |= {name: value for name, value in overrides.items() if value is not None}
+    missing = sorted({"dim", "depth"} - set(args))
+    if missing:
+        raise RequestError(f"give --model, or the shape itself: --{' and --'.join(missing)} missing")
+    args.setdefault("num_classes", 1000)
+    args.setdefault("img_size", 224 if args["num_classes"] == 1000 else 32)
+    batch_size = rest.pop("batch_size", None) or (64 if args["img_size"] <= 64 else 4)
+    return Case(task=task, batch_size=batch_size, **args, **rest)
+
+
+def build(case: Case) -> ConvMixer:
+    """Return the seeded network with BatchNorm statistics of its own activations, so that values stay ordinary."""
+    torch.manual_seed(0)
+    fields = {f.name for f in dataclasses.fields(Case)}
+    args = {name: getattr(case, name) for name in fields & set(ConvMixer.__init__.__annotations__)}
+    model = ConvMixer(**args)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over the passes: one pass sets it
+    side = min(case.img_size, 8 * case.patch_size)
+    with torch.no_grad():
+        model.train()(torch.randn(4, model.in_chans, side, side))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
+
+
+def batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return seeded images (B, 3, H, W) and labels (B,)."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, generator=generator)
+    return images, torch.randint(case.num_classes, (case.batch_size,), generator=generator)

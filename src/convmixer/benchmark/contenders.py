@@ -1,0 +1,234 @@
+"""Who is measured: ours and its peers, each as a function that prepares a case and returns one step of it.
+
+A peer whose package is missing raises `ImportError` while it is prepared; whoever calls names it as missing.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer.benchmark.case import Case, batch, build
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a network.
+
+    Args:
+        name: As shown and selected, e.g. "eager-bf16-nhwc".
+        precision: What its arithmetic is in.
+        prepare: Case -> step; everything that is done once happens here.
+        slow_start: Compiles for long, so that the time limit applies.
+    """
+
+    name: str
+    precision: str
+    prepare: Callable[[Case], Step]
+    slow_start: bool = False
+
+
+def ours(task: str) -> Contender:
+    """Return this package's way: `accelerate` for training, `optimize_for_inference` for inference."""
+    return Contender("ours", "as asked", _ours_train if task == "train" else _ours_infer)
+
+
+def peers(task: str, precision: str) -> list[Contender]:
+    """Return the peers of a task. When training in bf16, fp32 counts too: stock PyTorch at its best of both."""
+    if task == "infer":
+        return _infer_peers(precision)
+    precisions = ("fp32", "bf16") if precision == "bf16" else ("fp32",)
+    eager = [_eager(p, layout, _train_step) for p in precisions for layout in ("nchw", "nhwc")]
+    return eager + [Contender(f"compile-{p}", p, _compiled_train(p), True) for p in precisions]
+
+
+def _infer_peers(precision: str) -> list[Contender]:
+    torch_peers = [_eager(precision, layout, _infer_step) for layout in ("nchw", "nhwc")]
+    torch_peers.append(Contender(f"compile-freezing-{precision}", precision, _compiled_infer(precision), True))
+    onnx = Contender(f"onnxruntime-{precision}", precision, _onnxruntime)
+    openvino = Contender(f"openvino-{precision}", precision, _openvino)
+    # eager PyTorch has no int8 of its own, ONNX Runtime no bf16 on CPUs
+    return {
+        "fp32": [*torch_peers, onnx, openvino],
+        "bf16": [*torch_peers, openvino],
+        "int8": [onnx, openvino],
+    }[precision]
+
+
+# PyTorch
+
+
+def _eager(precision: str, layout: str, step: Callable[[nn.Module, Case, str], Step]) -> Contender:
+    def prepare(case: Case) -> Step:
+        model = build(case)
+        return step(model.to(memory_format=torch.channels_last) if layout == "nhwc" else model, case, precision)
+
+    return Contender(f"eager-{precision}-{layout}", precision, prepare)
+
+
+def _ours_train(case: Case) -> Step:
+    from convmixer.fast import accelerate
+
+    return _train_step(accelerate(build(case)), case, case.precision)
+
+
+def _ours_infer(case: Case) -> Step:
+    from convmixer.fast import optimize_for_inference
+
+    images = batch(case)[0]
+    model = optimize_for_inference(build(case).eval(), case.precision, calibration=images)
+    return lambda: model(images)
+
+
+def _compiled_train(precision: str) -> Callable[[Case], Step]:
+    def prepare(case: Case) -> Step:
+        model = build(case).to(memory_format=torch.channels_last)
+        return _train_step(torch.compile(model), case, precision)  # type: ignore[arg-type]
+
+    return prepare
+
+
+def _compiled_infer(precision: str) -> Callable[[Case], Step]:
+    def prepare(case: Case) -> Step:
+        model = build(case).eval().to(memory_format=torch.channels_last)
+        return _infer_step(torch.compile(model, options={"freezing": True}), case, precision)  # type: ignore[arg-type]
+
+    return prepare
+
+
+def _layout(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    weight = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
+    nhwc = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return images.to(memory_format=torch.channels_last) if nhwc else images
+
+
+def _autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def _train_step(model: nn.Module, case: Case, precision: str) -> Step:
+    images, labels = batch(case)
+    images = _layout(model, images)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _autocast(precision):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _infer_step(model: nn.Module, case: Case, precision: str) -> Step:
+    model, images = model.eval(), _layout(model, batch(case)[0])
+
+    def step() -> torch.Tensor:
+        with torch.inference_mode() if not hasattr(model, "_orig_mod") else torch.no_grad(), _autocast(precision):
+            logits: torch.Tensor = model(images)
+            return logits
+
+    return step
+
+
+# ONNX Runtime and OpenVINO; what they convert takes minutes for the large networks, and is kept
+
+
+def _onnxruntime(case: Case) -> Step:
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    path = _onnx_int8(case) if case.precision == "int8" else _onnx(case)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: batch(case)[0].numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _openvino(case: Case) -> Step:
+    openvino = _import_openvino()
+    core = openvino.Core()
+    model = core.read_model(_openvino_int8(case, core) if case.precision == "int8" else _onnx(case))
+    # its own default is bf16 where the processor has it; for int8 that is the rest of the network at its fastest
+    config = {
+        "INFERENCE_PRECISION_HINT": "f32" if case.precision == "fp32" else "bf16",
+        "INFERENCE_NUM_THREADS": case.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(model, "CPU", config).create_infer_request()
+    images = openvino.Tensor(batch(case)[0].numpy())
+    return lambda: request.infer([images])
+
+
+def _import_openvino() -> ModuleType:
+    if importlib.util.find_spec("openvino") is None:
+        raise ImportError("No module named 'openvino'")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it then finds none and stays silent
+    import openvino
+
+    return openvino
+
+
+def _cache(case: Case) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "convmixer" / "benchmark" / f"{case.model}_{case.act}_{case.img_size}_{case.num_classes}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _onnx(case: Case) -> Path:
+    """Return the network as ONNX for its batch size: a fixed shape is what both runtimes are fastest with."""
+    path = _cache(case) / f"b{case.batch_size}-torch{torch.__version__}.onnx"
+    if not path.exists():
+        program = torch.onnx.export(build(case).eval(), (batch(case)[0],), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(str(path))
+    return path
+
+
+def _onnx_int8(case: Case) -> Path:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{"x": batch(case)[0].numpy()}]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    source = _onnx(case)
+    path = source.with_name(source.stem + "-ort-int8.onnx")
+    if not path.exists():
+        ready = source.with_name(source.stem + "-prepared.onnx")
+        quant_pre_process(str(source), str(ready))
+        int8: dict[str, Any] = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+        quantize_static(str(ready), str(path), Reader(), per_channel=True, **int8)
+    return path
+
+
+def _openvino_int8(case: Case, core: Any) -> Path:
+    import nncf
+
+    openvino = _import_openvino()
+    source = _onnx(case)
+    path = source.with_name(source.stem + "-openvino-int8.xml")
+    if not path.exists():
+        dataset = nncf.Dataset([batch(case)[0].numpy()])
+        openvino.save_model(nncf.quantize(core.read_model(source), dataset, subset_size=1), path)
+    return path

@@ -1,0 +1,132 @@
+"""How it is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from convmixer.benchmark.case import Case
+from convmixer.benchmark.contenders import Step
+
+
+def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) -> dict[str, list[float]]:
+    """Return seconds per step of each contender, one value a round, measured in turns: A B C, A B C, ...
+
+    Each turn starts with one step that is not timed: it finds the caches and the thread pool as another left them.
+
+    Args:
+        steps: What to time.
+        rounds: Values per contender.
+        sample_seconds: Least time of a turn; short steps are repeated.
+    """
+    counts = {name: _count(step, sample_seconds) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            times[name].append(_seconds(step, counts[name]))
+    return times
+
+
+def _seconds(step: Step, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - start) / count
+
+
+def _count(step: Step, sample_seconds: float) -> int:
+    step()
+    return max(1, round(sample_seconds / max(_seconds(step, 1), 1e-6)))
+
+
+def summary(case: Case, seconds: list[float]) -> dict[str, float]:
+    """Return images per second: the median over the rounds, the slowest and the fastest."""
+    rates = [case.batch_size / s for s in seconds]
+    return {"images_per_second": median(rates), "min": min(rates), "max": max(rates)}
+
+
+def gemm_steps(case: Case) -> dict[str, Step]:
+    """Return the matrix products of all pointwise layers and nothing else, once for each library that could do them.
+
+    Forward (rows x dim x dim) for inference; for training also the gradients of the input and of the weight. The
+    quickest of them bounds what any implementation with these products can reach.
+    """
+    kinds: dict[str, Callable[[Case], Step]] = {"mm": _mm}
+    if case.precision == "fp32":
+        kinds["conv"] = _conv  # oneDNN, where `mm` in fp32 goes to MKL or OpenBLAS
+    if case.precision == "int8":
+        kinds = {"int_mm": _int_mm}
+    return {f"gemm-{name}": make(case) for name, make in kinds.items()}
+
+
+def _mm(case: Case) -> Step:
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    x, y, g = (torch.randn(case.rows, case.dim).to(dtype) for _ in range(3))
+    weights = [torch.randn(case.dim, case.dim).to(dtype) for _ in range(case.depth)]
+    grad = torch.empty(case.dim, case.dim, dtype=dtype)
+
+    def step() -> None:
+        for w in weights:
+            torch.mm(x, w.t(), out=y)
+            if case.task == "train":
+                torch.mm(y, w, out=g)
+                torch.mm(y.t(), x, out=grad)
+
+    return step
+
+
+def _conv(case: Case) -> Step:
+    x = torch.randn(1, case.dim, case.rows, 1).to(memory_format=torch.channels_last)
+    weights = [torch.randn(case.dim, case.dim, 1, 1) for _ in range(case.depth)]
+    sizes = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+
+    def step() -> None:
+        for w in weights:
+            torch.conv2d(x, w)
+            if case.task == "train":
+                torch.ops.aten.convolution_backward(x, x, w, None, *sizes, [True, True, False])
+
+    return step
+
+
+def _int_mm(case: Case) -> Step:
+    rows = max(case.rows, 17)  # its least number of rows
+    x = torch.randint(-127, 127, (rows, case.dim), dtype=torch.int8)
+    weights = [torch.randint(-127, 127, (case.dim, case.dim), dtype=torch.int8) for _ in range(case.depth)]
+
+    def step() -> None:
+        for w in weights:
+            torch._int_mm(x, w.t())
+
+    return step
+
+
+def peak_memory(case: Case, name: str) -> int:
+    """Return the bytes that the steps of a contender need at their peak over what stays: a fresh process each.
+
+    The process builds the case after one step on the smallest images there are; then the peak of its resident memory
+    is reset, and three steps of the case follow. What counts is the peak over the memory before, less the gradients
+    and the optimizer state.
+
+    Raises:
+        RuntimeError: The process failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "convmixer.benchmark.memory", json.dumps(asdict(case)), name]
+    env = os.environ | {"OMP_NUM_THREADS": str(case.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip()[-400:]}")
+    return int(done.stdout.split()[-1])
+
+
+def can_measure_memory() -> bool:
+    """Return whether the system can reset the peak of a process (Linux)."""
+    return Path("/proc/self/clear_refs").exists()
