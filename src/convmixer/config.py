@@ -24,7 +24,10 @@ class Config:
     """All settings of one training run; the defaults are those of no paper, see `recipes` for those."""
 
     # model
-    model: str = setting("convmixer_256_8_p2_k5", "model name, see `convmixer models`")
+    model: str = setting(
+        "auto",
+        "model name, see `convmixer models`; auto: that of `weights`, else a ConvMixer-256/8 with 16 x 16 patches",
+    )
     act: str | None = setting(None, "activation of a ConvMixer; none: the variant's own", ("gelu", "relu"))
     weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
     drop_rate: float = setting(0.0, "dropout before the classifier")
@@ -63,14 +66,15 @@ class Config:
     batch_size: int = setting(64, "images per optimiser step, over all processes and accumulation steps")
     grad_accum: int = setting(1, "parts that a batch is computed in, to save memory")
     lr: float = setting(0.01, "peak learning rate")
-    weight_decay: float = setting(0.01, "AdamW weight decay, none on biases and 1-D parameters")
+    weight_decay: float = setting(0.01, "AdamW weight decay")
+    decay_norm_and_bias: bool = setting(False, "decay biases and other 1-D parameters too")
     eps: float = setting(1e-3, "AdamW epsilon")
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     clip_norm: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: off")
     schedule: str = setting(
         "piecewise", "learning rate over time, stepped at every step", ("piecewise", "cosine", "constant")
     )
-    ema_decay: float = setting(0.0, "decay of the exponential moving average of the weights; 0: off")
+    ema_decay: float = setting(0.0, "decay of the moving average of the weights, reached by a warm-up; 0: off")
     # run
     seed: int = setting(0, "seed of the split, the initial weights, the data order and every augmentation")
     precision: str = setting(
@@ -81,6 +85,9 @@ class Config:
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     max_time: str | None = setting(None, "time budget such as 30m or 2h; the schedule is fitted to it")
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
+    checkpoint_seconds: float = setting(
+        60.0, "time between checkpoints inside an epoch; each epoch ends with one too"
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -1,0 +1,167 @@
+"""Pictures of a single run, from numbers alone: curves, grids of images, filters and kernels.
+
+Every picture has a solid white background and dark text, so that it reads on a light and on a dark page alike.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#6b6b6b"
+_STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "legend.frameon": False,
+}
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss, accuracy and learning rate over the epochs.
+
+    Args:
+        rows: One mapping per epoch with epoch, lr, train_loss and, where measured, val_loss, top1, top5 (percent).
+        path: The PNG to write.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+        _line(loss, rows, "train_loss", "train, augmented", ORANGE)
+        _line(loss, rows, "val_loss", "validation", BLUE)
+        _line(accuracy, rows, "top1", "validation top-1", BLUE)
+        _line(accuracy, rows, "top5", "validation top-5", GREY)
+        _line(rate, rows, "lr", "at the end of the epoch", BLUE)
+        for axes, title in ((loss, "Loss"), (accuracy, "Accuracy, %"), (rate, "Learning rate")):
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if axes.lines:
+                axes.legend()
+        if not accuracy.lines:
+            accuracy.text(0.5, 0.5, "no validation split", ha="center", color=GREY, transform=accuracy.transAxes)
+        rate.set_ylim(bottom=0)
+        _save(figure, path)
+
+
+def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str, columns: int = 8) -> None:
+    """Draw images in a grid, each with its title above.
+
+    Args:
+        images: (N, H, W) grey or (N, H, W, 3) colour, 0 to 1.
+        titles: N short texts.
+        path: The PNG to write.
+        title: The heading.
+        columns: Images per row.
+    """
+    rows = math.ceil(len(images) / columns)
+    with plt.rc_context(_STYLE):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(columns * 1.25, rows * 1.45 + 0.5), layout="constrained", squeeze=False
+        )
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image, text in zip(grid.flat, images, titles, strict=False):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(_short(text), fontsize=8, pad=3)
+        figure.suptitle(title, fontsize=11)
+        _save(figure, path)
+
+
+def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
+    """Draw the filters of a patch embedding as small images, each scaled to its own range.
+
+    Args:
+        weight: (dim, channels, p, p); three channels are shown in colour, others as their mean.
+        path: The PNG to write.
+        limit: Filters to show: those with the largest norm.
+    """
+    order = np.argsort(-np.linalg.norm(weight.reshape(len(weight), -1), axis=1), kind="stable")[:limit]
+    chosen = weight[order].transpose(0, 2, 3, 1)
+    chosen = chosen if chosen.shape[3] == 3 else chosen.mean(3)
+    axis = tuple(range(1, chosen.ndim))
+    low, high = chosen.min(axis, keepdims=True), chosen.max(axis, keepdims=True)
+    if weight.shape[2] > 1:
+        chosen = (chosen - low) / np.maximum(high - low, 1e-12)
+    else:  # a single pixel has no range of its own
+        chosen = (chosen - chosen.min()) / max(float(chosen.max() - chosen.min()), 1e-12)
+    size = "x".join(map(str, weight.shape[2:]))
+    _tiles(chosen, f"Patch embedding: {len(order)} of {len(weight)} filters ({size}), largest first", path)
+
+
+def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: int = 12, most: int = 12) -> None:
+    """Draw depthwise kernels, one row per layer from the first to the last; red is positive, blue negative.
+
+    Args:
+        layers: Name of the layer -> (dim, k, k).
+        path: The PNG to write.
+        per_layer: Kernels per layer, spread evenly over the channels.
+        most: Layers to show, spread evenly over the depth.
+    """
+    names = list(layers)
+    shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))]
+    with plt.rc_context(_STYLE):
+        figure, grid = plt.subplots(
+            len(shown),
+            per_layer,
+            figsize=(per_layer * 0.72 + 1, len(shown) * 0.76 + 0.6),
+            layout="constrained",
+            squeeze=False,
+        )
+        for row, name in zip(grid, shown, strict=True):
+            kernels = layers[name]
+            channels = np.linspace(0, len(kernels) - 1, per_layer).astype(int)
+            for axes, channel in zip(row, channels, strict=True):
+                bound = np.abs(kernels[channel]).max() or 1.0
+                axes.imshow(kernels[channel], cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.grid(False)
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        figure.suptitle("Depthwise kernels by layer (red positive, blue negative)", fontsize=11)
+        _save(figure, path)
+
+
+def _tiles(images: np.ndarray, title: str, path: Path) -> None:
+    columns = min(16, len(images))
+    rows = math.ceil(len(images) / columns)
+    with plt.rc_context(_STYLE):
+        size = (max(5.5, columns * 0.6), rows * 0.6 + 0.5)
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image in zip(grid.flat, images, strict=False):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        figure.suptitle(title, fontsize=11)
+        _save(figure, path)
+
+
+def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, color: str) -> None:
+    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        axes.plot(
+            *zip(*points, strict=True), label=label, color=color, marker="o" if len(points) < 30 else None, ms=3
+        )
+
+
+def _short(text: str, most: int = 14) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
