@@ -1,0 +1,300 @@
+"""Image sets with their splits: what a run trains on, selects on, is tested on. Nothing is random but by seed.
+
+Unreadable images, in two steps. `load_data` reads the header of every image: what is no image, empty or too large is
+named in `bad_files`, left out, and counted against `max_bad_fraction`. Damage behind a good header shows only on
+decoding: then training takes the next readable image instead, evaluation leaves the image out, and both mark it in
+`ImageSet.failed`, over all worker processes, against the same limit.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from convmixer.data.find import STATISTICS, Found, find
+from convmixer.data.sources import Arrays, Cached, Files, Shards, Source
+from convmixer.errors import RequestError
+from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
+
+TEST_FRACTION = 0.2  # of data that come without a test split
+TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
+CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this
+CACHE_SIDE = 128  # and up to this side, pixels
+STATISTICS_IMAGES = 2000  # images that mean and deviation of unknown grey data are computed on
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+
+Header = tuple[str, tuple[int, int]]
+
+
+class ImageSet(Dataset[tuple[Image.Image, int]]):
+    """Labelled images with random access.
+
+    Args:
+        source: The images.
+        labels: int64 (N,), a class index per image of the set.
+        classes: Class names.
+        indices: Which images of the source, (N,); None: all.
+        in_chans: 1 for mode L, 3 for mode RGB.
+        max_bad_fraction: Share of images that fail to decode above which reading raises RequestError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        indices: np.ndarray | None = None,
+        in_chans: int = 3,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
+        self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
+        self.labels = np.asarray(labels, np.int64)
+        self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
+        self.max_bad_fraction = max_bad_fraction
+        self._failed = torch.zeros(len(self.labels), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its label; where it cannot be decoded, those of the next one that can.
+
+        Raises:
+            RequestError: More than `max_bad_fraction` of the set have failed.
+        """
+        for candidate in range(index, index + len(self)):
+            found = self.read(candidate % len(self))
+            if found is not None:
+                return found
+        raise RequestError("no image of the set can be decoded")
+
+    def read(self, index: int) -> tuple[Image.Image, int] | None:
+        """Return an image and its label, or None and a mark in `failed` where it cannot be decoded."""
+        try:
+            image = self.source.image(int(self.indices[index]), self.in_chans)
+        except (ImageError, OSError) as error:
+            self._fail(index, error)
+            return None
+        return image, int(self.labels[index])
+
+    def _fail(self, index: int, error: Exception) -> None:
+        if not self._failed[index]:
+            self._failed[index] = 1
+            print(f"unreadable image left out: {self.name(index)}: {error}", file=sys.stderr, flush=True)
+        count = int(self._failed.sum())
+        if count > self.max_bad_fraction * len(self):
+            raise _too_many(self.failed, count, len(self), self.max_bad_fraction)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the images that could not be decoded so far, in any process."""
+        return [self.name(int(i)) for i in torch.nonzero(self._failed).flatten()]
+
+    def name(self, index: int) -> str:
+        """Return what to call an image."""
+        return self.source.name(int(self.indices[index]))
+
+    def subset(self, positions: np.ndarray) -> "ImageSet":
+        """Return the set of the images at these positions."""
+        return ImageSet(
+            self.source,
+            self.labels[positions],
+            self.classes,
+            self.indices[positions],
+            self.in_chans,
+            self.max_bad_fraction,
+        )
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set, ready to train on.
+
+    Args:
+        name: What to call it.
+        train, val, test: The splits; None where there is none.
+        classes: Class names by label.
+        img_size: Side to train at, pixels.
+        in_chans: 1 or 3.
+        mean, std: Per channel, of values from 0 to 1.
+        checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
+        notes: What the user should know, e.g. how splits were made.
+        bad_files: "name: reason" of images left out because their header cannot be read.
+    """
+
+    name: str
+    train: ImageSet | None
+    val: ImageSet | None
+    test: ImageSet | None
+    classes: tuple[str, ...]
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    checksum: str
+    notes: list[str] = field(default_factory=list)
+    bad_files: list[str] = field(default_factory=list)
+
+
+def load_data(
+    spec: str, *, val_fraction: float, seed: int, max_bad_fraction: float, img_size: int | None = None
+) -> DataSplits:
+    """Return the data behind a data argument, split into train, val and test.
+
+    Missing splits are made from train, stratified by class, and `notes` says so: val from `seed`, test always the
+    same. With `val_fraction` 0 there is no val split, and data that come with train and val but no test use their val
+    as test.
+
+    Args:
+        spec: See `find.find`.
+        val_fraction: Share of train, 0 to 1, held out where there is no val split.
+        seed: Of the val split.
+        max_bad_fraction: Share of unreadable images above which this, or later reading, fails.
+        img_size: Side to train at, pixels; None: that of the data, or 224 where images differ in size.
+
+    Raises:
+        RequestError: No such data, too many unreadable images, or too few images to split.
+    """
+    found = find(spec)
+    scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
+    headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
+    bad = [f"{found.splits[s][0].name(i)}: {h}" for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
+    total = sum(len(scan) for scan in scans.values())
+    if not headers or len(bad) > max_bad_fraction * total:
+        raise _too_many(bad, len(bad), total, max_bad_fraction)
+    in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
+    sizes = {size for _, size in headers}
+    sets = {}
+    for split, (source, labels) in found.splits.items():
+        good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
+        cached = _cached(source, in_chans, sizes)
+        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad_fraction)
+    notes = list(found.notes)
+    if bad:
+        notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
+    train, val, test = _complete(sets, val_fraction, seed, notes)
+    mean, std = _statistics(found, in_chans, train or test or val, notes)
+    side = img_size or (next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else 224)
+    return DataSplits(
+        found.name, train, val, test, found.classes, side, in_chans, mean, std, found.checksum, notes, bad
+    )
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return which images to hold out: the same share of every class, as nearly as whole images allow.
+
+    Args:
+        labels: int64 (N,).
+        fraction: Share, 0 to 1; rounded up to whole images, and train keeps at least one of every class.
+        seed: Chooses the images.
+
+    Returns:
+        bool, (N,): True for held out.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    quantile = (rank + 0.5) / np.repeat(counts, counts)
+    quantile[rank == np.repeat(counts, counts) - 1] = np.inf  # each class's last image stays
+    wanted = math.ceil(fraction * len(labels) - 1e-9)
+    chosen = np.argsort(quantile, kind="stable")[:wanted]
+    held = np.zeros(len(labels), bool)
+    held[by_class[chosen[np.isfinite(quantile[chosen])]]] = True
+    return held
+
+
+def _complete(
+    sets: dict[str, ImageSet], val_fraction: float, seed: int, notes: list[str]
+) -> tuple[ImageSet | None, ImageSet | None, ImageSet | None]:
+    """Return train, val and test, making from train what is missing."""
+    train, val, test = (sets.get(split) for split in ("train", "val", "test"))
+    if train is None:
+        return None, val, test
+    if test is None and val is not None and val_fraction == 0:
+        notes.append(f"val ({len(val)} images) serves as test: there is no test split and val_fraction is 0")
+        val, test = None, val
+    if test is None:
+        train, test = _hold_out(train, TEST_FRACTION, TEST_SEED, "test")
+        notes.append(f"no test split: {len(test)} images held out of train, the same for every seed")
+    if val is None and val_fraction > 0:
+        train, val = _hold_out(train, val_fraction, seed, "val")
+        notes.append(f"no val split: {len(val)} images held out of train, chosen by seed {seed}")
+    notes.append(f"train {len(train)}, val {len(val) if val else 0}, test {len(test)} images")
+    return train, val, test
+
+
+def _hold_out(train: ImageSet, fraction: float, seed: int, split: str) -> tuple[ImageSet, ImageSet]:
+    held = stratified(train.labels, fraction, seed)
+    if not held.any() or held.all():
+        raise RequestError(f"{len(train)} training images are too few to hold a {split} split out; provide one")
+    return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
+
+
+def _scan(source: Source) -> list[Header | str]:
+    """Return the header of every image, or why it cannot be read, with a progress bar where it takes long."""
+    if isinstance(source, Arrays):
+        return [source.header(0)] * len(source) if len(source) else []
+
+    def check(index: int) -> Header | str:
+        try:
+            return source.header(index)
+        except (ImageError, OSError) as error:
+            return str(error)
+
+    if not isinstance(source, (Files, Shards)):
+        return list(_progress(map(check, range(len(source))), len(source)))
+    with ThreadPoolExecutor(8) as pool:  # waiting for the disk, mostly
+        return list(_progress(pool.map(check, range(len(source)), chunksize=64), len(source)))
+
+
+def _progress(items: Iterable[Header | str], total: int) -> Iterator[Header | str]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    quick = total < 20_000 or not console.is_terminal
+    yield from items if quick else track(items, "checking images", total, console=console, transient=True)
+
+
+def _bad(header: Header | str) -> bool:
+    return isinstance(header, str)
+
+
+def _too_many(bad: Sequence[str], count: int, total: int, limit: float) -> RequestError:
+    return RequestError(
+        f"{count} of {total} images cannot be read, more than max_bad_fraction {limit:g} allows: "
+        f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+    )
+
+
+def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]]) -> Source:
+    """Return the source with a cache where its images are small and of one size."""
+    if isinstance(source, Arrays) or len(sizes) != 1:
+        return source
+    width, height = next(iter(sizes))
+    small = max(width, height) <= CACHE_SIDE and len(source) * width * height * in_chans <= CACHE_BYTES
+    return Cached(source, in_chans, (width, height)) if small else source
+
+
+def _statistics(
+    found: Found, in_chans: int, images: ImageSet | None, notes: list[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel: the known ones, ImageNet's for colour, computed for grey."""
+    if in_chans == 3:
+        return STATISTICS.get(found.name, (IMAGENET_MEAN, IMAGENET_STD))
+    if images is None or not len(images):
+        return (0.5,), (0.5,)
+    chosen = np.linspace(0, len(images) - 1, min(len(images), STATISTICS_IMAGES)).astype(int)
+    arrays = [np.asarray(images[int(i)][0], np.float64) / 255 for i in chosen]
+    pixels = sum(array.size for array in arrays)
+    mean = sum(array.sum() for array in arrays) / pixels
+    std = math.sqrt(sum(((array - mean) ** 2).sum() for array in arrays) / pixels)
+    notes.append(f"mean {mean:.4f} and deviation {std:.4f} computed on {len(chosen)} images")
+    return (round(float(mean), 4),), (max(round(float(std), 4), 1e-3),)

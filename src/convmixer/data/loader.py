@@ -1,0 +1,159 @@
+"""Loaders: batches of transformed images, for training (endless, keyed by the global step) and for evaluation."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from convmixer.data.datasets import ImageSet
+from convmixer.data.sampler import Key, KeyedBatchSampler, sample_seed, seed_everything
+from convmixer.data.transforms import Transform
+from convmixer.errors import RequestError
+
+_END = object()
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that counts the time its user waits, and passes on a RequestError raised in a worker as it is.
+
+    Attributes:
+        waited_seconds: Time spent inside next() since the counter was last set to 0.
+    """
+
+    waited_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, _END)
+            self.waited_seconds += time.perf_counter() - start
+            if batch is _END:
+                return
+            if isinstance(batch, RequestError):
+                raise batch
+            if batch is not None:  # None: no image of the batch could be decoded
+                yield batch
+
+
+def train_loader(
+    image_set: ImageSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    steps_per_epoch: int | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    """Return endless training batches, a function of (seed, global step) alone, whatever the number of workers.
+
+    Reading a batch with `workers=0` reseeds the global random generators of this process.
+
+    Args:
+        image_set: The images.
+        transform: See `transforms.train_transform`.
+        batch_size: Images per step in this process.
+        seed: Of order and augmentation.
+        start_step: Global step of the first batch; set `loader.batch_sampler.start_step` before iterating again.
+        steps_per_epoch: Steps in an epoch; None: as many as the images fill.
+        workers: Worker processes, 0: none.
+        rank, world: Number of this process, and of all; together they read the batches of a single one.
+
+    Returns:
+        A loader of float32 (B, C, H, W) and int64 (B,).
+
+    Raises:
+        RequestError: The set is smaller than a batch.
+    """
+    if len(image_set) < batch_size * world:
+        raise RequestError(
+            f"{len(image_set)} training images do not fill a batch of {batch_size * world}: "
+            f"set batch_size to {len(image_set)} or less"
+        )
+    most = len(image_set) // (batch_size * world)
+    if steps_per_epoch is not None and not 1 <= steps_per_epoch <= most:
+        raise RequestError(f"steps_per_epoch must be 1 to {most} for {len(image_set)} images, not {steps_per_epoch}")
+    sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps_per_epoch or most, rank, world)
+    return Loader(
+        TrainImages(image_set, transform, seed), batch_sampler=sampler, collate_fn=_collate, **_workers(workers)
+    )
+
+
+def eval_loader(
+    image_set: ImageSet, transform: Transform, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
+) -> Loader:
+    """Return all images once and in order, or every world-th of them; those that cannot be decoded are left out.
+
+    A batch may therefore be smaller than `batch_size`; what was left out is in `image_set.failed`.
+
+    Args:
+        image_set: The images.
+        transform: See `transforms.eval_transform`.
+        batch_size: Images per batch.
+        workers: Worker processes, 0: none.
+        rank, world: Number of this process, and of all; process r reads the images r, r + world, ...
+
+    Returns:
+        A loader of float32 (B, C, H, W) and int64 (B,).
+    """
+    indices = list(range(rank, len(image_set), world))
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return Loader(EvalImages(image_set, transform), batch_sampler=batches, collate_fn=_collate, **_workers(workers))
+
+
+def _workers(workers: int) -> dict[str, Any]:
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+
+
+class TrainImages(Dataset[Any]):
+    """Transformed images by (epoch, index), each with its own random numbers."""
+
+    def __init__(self, image_set: ImageSet, transform: Transform, seed: int) -> None:
+        self.image_set, self.transform, self.seed = image_set, transform, seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | RequestError:
+        epoch, index = key
+        seed_everything(sample_seed(self.seed, epoch, index))
+        return _guard(lambda: self._read(index))
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.image_set[index]
+        return self.transform(image), label
+
+
+class EvalImages(Dataset[Any]):
+    """Transformed images by index; None where one cannot be decoded."""
+
+    def __init__(self, image_set: ImageSet, transform: Transform) -> None:
+        self.image_set, self.transform = image_set, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | RequestError | None:
+        return _guard(lambda: self._read(index))
+
+    def _read(self, index: int) -> tuple[Tensor, int] | None:
+        found = self.image_set.read(index)
+        return None if found is None else (self.transform(found[0]), found[1])
+
+
+def _guard(read: Callable[[], Any]) -> Any:
+    """Return a RequestError instead of raising it: a worker would wrap it in a traceback of many lines."""
+    try:
+        return read()
+    except RequestError as error:
+        return error
+
+
+def _collate(items: Sequence[Any]) -> Any:
+    for item in items:
+        if isinstance(item, RequestError):
+            return item
+    kept = [item for item in items if item is not None]
+    if not kept:
+        return None
+    return torch.stack([image for image, _ in kept]), torch.tensor([label for _, label in kept], dtype=torch.int64)

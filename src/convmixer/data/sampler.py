@@ -1,0 +1,81 @@
+"""Which image at which step, and with which random numbers: pure functions of seed, epoch and position.
+
+That is what makes resuming exact for any number of workers and processes: no generator state has to be saved.
+"""
+
+import hashlib
+import itertools
+import random
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]  # (epoch, index of the image)
+
+
+class KeyedBatchSampler(Sampler[list[Key]]):
+    """Endless batches of (epoch, index), the one at a global step being a function of that step alone.
+
+    An epoch is `steps_per_epoch` steps over a fresh permutation of the images; what does not fill the last step is
+    left out of that epoch. At each step the processes take consecutive parts of the same global batch.
+
+    Args:
+        size: Images in the set.
+        batch_size: Images per step and process.
+        seed: Of the permutations.
+        start_step: Global step to begin at; may be set later, for the next iteration.
+        steps_per_epoch: Steps in an epoch.
+        rank, world: Number of this process, and of all.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        steps_per_epoch: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.start_step = size, batch_size, seed, start_step
+        self.steps_per_epoch = steps_per_epoch or size // (batch_size * world)
+        self.rank, self.world = rank, world
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in itertools.count(self.start_step):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> list[Key]:
+        """Return this process's batch at a global step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, permutation(self.size, self.seed, epoch))
+        first = (position * self.world + self.rank) * self.batch_size
+        return [(epoch, int(index)) for index in self._order[1][first : first + self.batch_size]]
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of the images in an epoch, int64 (size,)."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Return a well-mixed 64-bit seed for one image in one epoch."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def seed_everything(value: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (CPU only: torch.manual_seed would cost 144 µs).
+
+    Args:
+        value: 0 to 2**64 - 1.
+    """
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value)

@@ -1,0 +1,246 @@
+"""Where the bytes of an image set lie: arrays, files, parquet columns, tar shards. All with random access by index.
+
+A source knows nothing of labels or splits, and decodes nothing but on request. `datasets` finds sources and splits.
+"""
+
+import math
+import mmap
+import os
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from convmixer.errors import RequestError
+from convmixer.preprocess import ImageError, load_image, read_header
+
+
+class Source(Protocol):
+    """A numbered collection of images."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Return what to call an image in a message."""
+        ...
+
+    def header(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Return mode and (width, height) without decoding; ImageError where that fails."""
+        ...
+
+    def image(self, index: int, in_chans: int) -> Image.Image:
+        """Return the decoded image as RGB or L; ImageError where that fails."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Decoded images of one size.
+
+    Args:
+        pixels: uint8, (N, H, W) grey or (N, H, W, 3).
+        names: N names.
+    """
+
+    pixels: np.ndarray
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def header(self, index: int) -> tuple[str, tuple[int, int]]:
+        height, width = self.pixels.shape[1:3]
+        return "L" if self.pixels.ndim == 3 else "RGB", (width, height)
+
+    def image(self, index: int, in_chans: int) -> Image.Image:
+        image = Image.fromarray(self.pixels[index])
+        mode = "L" if in_chans == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+
+
+class _Encoded:
+    """What the sources of encoded images share."""
+
+    def encoded(self, index: int) -> Path | bytes:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def header(self, index: int) -> tuple[str, tuple[int, int]]:
+        return read_header(self.encoded(index))
+
+    def image(self, index: int, in_chans: int) -> Image.Image:
+        return load_image(self.encoded(index), in_chans)
+
+
+@dataclass(frozen=True)
+class Files(_Encoded):
+    """Image files.
+
+    Args:
+        root: The folder that names are relative to.
+        paths: Paths below (or beside) it.
+    """
+
+    root: Path
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def encoded(self, index: int) -> Path | bytes:
+        return self.root / self.paths[index]
+
+    def header(self, index: int) -> tuple[str, tuple[int, int]]:
+        if not (self.root / self.paths[index]).is_file():
+            raise ImageError("no such file")
+        return super().header(index)
+
+
+@dataclass(frozen=True)
+class Column(_Encoded):
+    """A parquet column of encoded images, held as Arrow memory.
+
+    Args:
+        label: What names are made of, e.g. "train".
+        images: Binary values, or structs with a field "bytes".
+    """
+
+    label: str
+    images: pa.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+    def encoded(self, index: int) -> Path | bytes:
+        data = self.images[index].as_py()
+        return data or b""
+
+
+def binary_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column's encoded bytes, taken out of Hugging Face's struct<bytes, path> where it is one."""
+    return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
+
+
+@dataclass(frozen=True)
+class Shards(_Encoded):
+    """Members of uncompressed tar files.
+
+    Args:
+        tars: The files.
+        members: Per image: index into `tars`, offset and size in bytes, member name.
+    """
+
+    tars: Sequence[Path]
+    members: Sequence[tuple[int, int, int, str]]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        tar, _, _, member = self.members[index]
+        return f"{self.tars[tar].name}:{member}"
+
+    def encoded(self, index: int) -> Path | bytes:
+        tar, offset, size, _ = self.members[index]
+        with self.tars[tar].open("rb") as file:  # opening costs microseconds and is safe across worker processes
+            return os.pread(file.fileno(), size, offset)
+
+
+def index_tar(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the samples of a WebDataset shard in order: key -> {extension: (offset, size, member name)}.
+
+    Raises:
+        RequestError: Not a tar file, compressed (no random access), or cut short.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    found = samples.setdefault(f"{folder}/{stem}", {})
+                    found[extension.lower()] = (member.offset_data, member.size, member.name)
+            end = member_end = 0
+            if tar.getmembers():
+                last = tar.getmembers()[-1]
+                member_end = last.offset_data + last.size
+            end = path.stat().st_size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise RequestError(f"{path} is not a readable, uncompressed tar file: {error}") from error
+    if member_end > end:
+        raise RequestError(f"{path} is cut short: {member_end} bytes are indexed, {end} are there")
+    return samples
+
+
+def read_text(path: Path, offset: int, size: int) -> str:
+    """Return a small text member of a tar file."""
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), size, offset).decode("utf-8", "replace").strip()
+
+
+class Cached:
+    """A source of small images of one size that keeps what it has decoded, for all worker processes together.
+
+    The memory is an anonymous shared map, inherited by forked workers and filled as images are first read. Each image
+    is stored with its CRC-32, so that one being written by another process is decoded again instead of half read.
+
+    Args:
+        source: The images.
+        in_chans: 1 or 3.
+        size: (width, height) of the images; others are served uncached.
+    """
+
+    def __init__(self, source: Source, in_chans: int, size: tuple[int, int]) -> None:
+        self.source, self.in_chans, self.size = source, in_chans, size
+        self._allocate()
+
+    def _allocate(self) -> None:
+        shape = (len(self.source), self.size[1], self.size[0]) + ((3,) if self.in_chans == 3 else ())
+        self._pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+        self._crc = np.frombuffer(mmap.mmap(-1, 4 * len(self.source)), np.uint32)  # 0: not there
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "in_chans": self.in_chans, "size": self.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a spawned worker starts a cache of its own
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def header(self, index: int) -> tuple[str, tuple[int, int]]:
+        return self.source.header(index)
+
+    def image(self, index: int, in_chans: int) -> Image.Image:
+        if in_chans != self.in_chans:
+            return self.source.image(index, in_chans)
+        pixels = self._pixels[index].copy()  # checked and used from one copy
+        if self._crc[index] and self._crc[index] == zlib.crc32(pixels):
+            return Image.fromarray(pixels)
+        image = self.source.image(index, in_chans)
+        if image.size == self.size:
+            self._pixels[index] = np.asarray(image)
+            self._crc[index] = zlib.crc32(self._pixels[index])
+        return image

@@ -1,0 +1,189 @@
+"""Per-image transforms for training and evaluation, and the mixing of a batch.
+
+Random numbers come from the global generators of Python, numpy and torch, which the loader seeds for every image (see
+`sampler`), except for `mix`, which is given a generator.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import transforms
+
+from convmixer.config import Config
+from convmixer.data.datasets import DataSplits
+from convmixer.errors import RequestError
+from convmixer.preprocess import FILTERS, Preprocessing, normalise, preprocess
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def preprocessing_of(data: DataSplits, config: Config) -> Preprocessing:
+    """Return the preprocessing of a run: the data set's, where the settings leave it open."""
+    return Preprocessing(
+        img_size=config.img_size or data.img_size,
+        in_chans=data.in_chans,
+        mean=config.mean or data.mean,
+        std=config.std or data.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+    )
+
+
+def eval_transform(p: Preprocessing) -> Transform:
+    """Return the evaluation transform: PIL image to float32 (C, H, W)."""
+    return functools.partial(_evaluate, p=p)
+
+
+def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
+    return torch.from_numpy(preprocess(image, p))
+
+
+def train_transform(config: Config, p: Preprocessing) -> Transform:
+    """Return the random training transform: PIL image (L or RGB as `p.in_chans` says) to float32 (C, H, W).
+
+    Order: random resized crop, flips, automatic augmentation, colour jitter, normalisation, random erasing. This is
+    the order of timm and of locuslab/convmixer-cifar10.
+
+    Args:
+        config: The augmentation settings.
+        p: Size, mean and standard deviation.
+
+    Raises:
+        RequestError: The policy of `auto_augment` is not known.
+    """
+    steps: list[Callable[[Image.Image], Image.Image]] = [_crop(config, p)]
+    if config.hflip:
+        steps.append(functools.partial(_flip, probability=config.hflip, how=Image.Transpose.FLIP_LEFT_RIGHT))
+    if config.vflip:
+        steps.append(functools.partial(_flip, probability=config.vflip, how=Image.Transpose.FLIP_TOP_BOTTOM))
+    if config.auto_augment:
+        steps.append(auto_augment(config.auto_augment, config.train_interpolation, p))
+    if config.color_jitter:
+        steps.append(transforms.ColorJitter(*(config.color_jitter,) * 3))
+    erase = RandomErasing(config.random_erasing, mode=config.erasing_mode, device="cpu")
+    return TrainTransform(steps, p, erase if config.random_erasing else None)
+
+
+class TrainTransform:
+    """The steps of `train_transform` in order; a class so that worker processes can receive it."""
+
+    def __init__(self, steps: list[Any], p: Preprocessing, erase: RandomErasing | None) -> None:
+        self.steps, self.p, self.erase = steps, p, erase
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return one random version of the image, float32 (C, H, W)."""
+        for step in self.steps:
+            image = step(image)
+        tensor = torch.from_numpy(normalise(image, self.p))
+        return self.erase(tensor) if self.erase else tensor
+
+
+def _crop(config: Config, p: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    crop = RandomResizedCropAndInterpolation(
+        p.img_size, scale=config.scale, ratio=config.ratio, interpolation=config.train_interpolation
+    )
+    whole = config.scale == (1.0, 1.0) and config.ratio == (1.0, 1.0)
+    return functools.partial(_crop_unless_whole, crop=crop, size=(p.img_size,) * 2 if whole else None)
+
+
+def _crop_unless_whole(image: Image.Image, crop: Any, size: tuple[int, int] | None) -> Image.Image:
+    return image if image.size == size else crop(image)  # the whole image at its own size is itself
+
+
+def _flip(image: Image.Image, probability: float, how: Image.Transpose) -> Image.Image:
+    return image.transpose(how) if random.random() < probability else image
+
+
+def auto_augment(policy: str, interpolation: str, p: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    """Return an automatic augmentation policy.
+
+    Args:
+        policy: A timm policy ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "v0", "3a", ...), filled with the
+            mean colour as timm does, or "torchvision-randaugment-N-M": torchvision's RandAugment of N operations at
+            magnitude M, filled with black.
+        interpolation: Filter of geometric operations of a timm policy; "random": bilinear or bicubic.
+        p: Size and mean.
+
+    Raises:
+        RequestError: No such policy.
+    """
+    if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
+        return _TorchvisionRandAugment(int(match[1]), int(match[2]))
+    fill = tuple(min(255, round(255 * value)) for value in p.mean)
+    params: dict[str, Any] = {
+        "translate_const": int(p.img_size * 0.45),
+        "img_mean": fill if len(fill) > 1 else fill[0],
+    }
+    if interpolation != "random":
+        params["interpolation"] = FILTERS[interpolation]
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    try:
+        return makers.get(policy.split("-")[0], auto_augment_transform)(policy, params)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise RequestError(
+            f"auto_augment {policy!r} is not known: use a timm policy such as rand-m9-mstd0.5-inc1, "
+            "or torchvision-randaugment-N-M"
+        ) from error
+
+
+class _TorchvisionRandAugment(transforms.RandAugment):
+    """torchvision's RandAugment with its table of magnitudes, 14 tensors built anew for each image, kept."""
+
+    def __init__(self, num_ops: int, magnitude: int) -> None:
+        super().__init__(num_ops, magnitude)
+        self._tables: dict[Any, Any] = {}
+
+    def _augmentation_space(self, num_bins: int, image_size: tuple[int, int]) -> Any:
+        key = (num_bins, tuple(image_size))
+        if key not in self._tables:
+            self._tables[key] = super()._augmentation_space(num_bins, image_size)
+        return self._tables[key]
+
+
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, config: Config, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return a batch after mixup or cutmix, each image mixed with its mirror in the batch, and soft targets.
+
+    Args:
+        images: (B, C, H, W); not changed.
+        labels: int64 (B,).
+        num_classes: Width of the targets.
+        config: `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob`, `smoothing`.
+        generator: The only source of randomness; one draw is taken from it.
+
+    Returns:
+        Images like the input, and targets float32 (B, num_classes) whose rows sum to one.
+
+    Source: timm's Mixup in batch mode, with its label smoothing; with the same random numbers the same result.
+    """
+    lam = 1.0
+    if config.mixup or config.cutmix:
+        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's functions draw from
+        images, lam = _mix_images(images, config)
+    return images, mixup_target(labels, num_classes, lam, config.smoothing)
+
+
+def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
+    if np.random.rand() >= config.mixup_prob:
+        return images, 1.0
+    cut = np.random.rand() < config.mixup_switch_prob if config.mixup and config.cutmix else bool(config.cutmix)
+    alpha = config.cutmix if cut else config.mixup
+    lam = float(np.random.beta(alpha, alpha))
+    if not cut:
+        return images * lam + images.flip(0) * (1 - lam), lam
+    (top, bottom, left, right), lam = cutmix_bbox_and_lam(images.shape, lam)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+    return mixed, float(lam)

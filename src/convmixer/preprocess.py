@@ -1,0 +1,195 @@
+"""From an image file to the model's input: the one evaluation path, for training, prediction, export and serving.
+
+PIL and numpy only, no torch, so that an exported model predicts without it. Nothing here is random.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
+MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
+# What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+class ImageError(ValueError):
+    """The image cannot be read; the message says why, and names the file where there is one."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its input; saved with the weights.
+
+    Args:
+        img_size: Side of the square input, pixels.
+        in_chans: 3 (RGB) or 1 (grey).
+        mean: Mean per channel, of values from 0 to 1.
+        std: Standard deviation per channel, of values from 0 to 1.
+        interpolation: Resizing filter: "bicubic", "bilinear" or "nearest".
+        crop_pct: Share of the resized image's side that the centre crop keeps, above 0, at most 1.
+    """
+
+    img_size: int
+    in_chans: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # JSON gives lists
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.img_size < 1:
+            raise ValueError(f"img_size must be at least 1, not {self.img_size}")
+        if self.in_chans not in (1, 3):
+            raise ValueError(f"in_chans must be 1 or 3, not {self.in_chans}")
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ValueError(f"mean {self.mean} and std {self.std} must each have {self.in_chans} values")
+        if not min(self.std) > 0:
+            raise ValueError(f"std must be above 0, not {self.std}")
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, not {self.interpolation!r}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+
+
+def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
+    """Return an image as 8-bit RGB or grey, upright.
+
+    EXIF rotation is applied, transparency is laid over white, 16-bit values keep their upper byte, CMYK and palette
+    are converted, and of an animation the first frame is taken.
+
+    Args:
+        source: A file, or the bytes of one.
+        in_chans: 3 for mode RGB, 1 for mode L.
+
+    Raises:
+        ImageError: Not an image, damaged, truncated, or larger than MAX_PIXELS.
+    """
+    image = _open(source)
+    try:
+        image.load()
+        return to_mode(ImageOps.exif_transpose(image), in_chans)
+    except Exception as error:  # a damaged file may raise nearly anything from inside a decoder
+        raise ImageError(f"{_name(source)}: {error}") from error
+
+
+def read_header(source: Path | bytes) -> tuple[str, tuple[int, int]]:
+    """Return an image's mode and size (width, height) as stored, without decoding it.
+
+    Raises:
+        ImageError: Not an image, or larger than MAX_PIXELS.
+    """
+    with _open(source) as image:
+        return image.mode, image.size
+
+
+def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
+    """Return a decoded image as mode RGB (in_chans 3) or L (in_chans 1), 8 bits per channel."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_bytes_of(np.asarray(image)))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = _over_white(image)
+    mode = "L" if in_chans == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def preprocess(image: Image.Image, p: Preprocessing) -> np.ndarray:
+    """Return the model's input for one image: shorter side resized, centre cropped, normalised.
+
+    Args:
+        image: Any decoded image, see `load_image`.
+        p: The model's preprocessing.
+
+    Returns:
+        float32, (C, H, W), contiguous.
+
+    Source: the evaluation transform of timm, with the same rounding.
+    """
+    return normalise(resize_and_crop(to_mode(image, p.in_chans), p), p)
+
+
+def resize_and_crop(image: Image.Image, p: Preprocessing) -> Image.Image:
+    """Return the square of side `img_size` that the model sees."""
+    image = _limit_aspect(image)
+    short = math.floor(p.img_size / p.crop_pct)
+    width, height = image.size
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if size != image.size:
+        image = image.resize(size, FILTERS[p.interpolation])
+    left, top = (round((side - p.img_size) / 2) for side in size)
+    if size == (p.img_size, p.img_size):
+        return image
+    return image.crop((left, top, left + p.img_size, top + p.img_size))
+
+
+def normalise(image: Image.Image, p: Preprocessing) -> np.ndarray:
+    """Return (image / 255 - mean) / std as float32, (C, H, W), contiguous."""
+    values = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)  # (C, H, W)
+    std = np.array(p.std, np.float32)[:, None, None]
+    offset = (np.array(p.mean, np.float32) / np.array(p.std, np.float32))[:, None, None]
+    out = np.multiply(values, 1 / (255 * std), dtype=np.float32, order="C")
+    out -= offset
+    return out
+
+
+def _open(source: Path | bytes) -> Image.Image:
+    if not source if isinstance(source, bytes) else source.is_file() and not source.stat().st_size:
+        raise ImageError(f"{_name(source)}: the file is empty")
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{_name(source)}: not an image of a known format") from None
+    except Exception as error:
+        raise ImageError(f"{_name(source)}: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ImageError(f"{_name(source)}: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+    return image
+
+
+def _formats() -> list[str]:
+    Image.init()  # registers what this build of PIL can read
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _name(source: Path | bytes) -> str:
+    return "image" if isinstance(source, bytes) else str(source)
+
+
+def _bytes_of(values: np.ndarray) -> np.ndarray:
+    """Return 32-bit integers (16-bit scans as PIL stores them) or floats (0 to 1, else 0 to 255) as uint8."""
+    if values.dtype.kind == "f":
+        scale = 255.0 if np.nanmax(values) <= 1 else 1.0
+        return np.nan_to_num(values * scale).clip(0, 255).astype(np.uint8)
+    return (values.clip(0, 65535) >> 8).astype(np.uint8) if values.max() > 255 else values.clip(0).astype(np.uint8)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    keep_w, keep_h = min(width, longest), min(height, longest)
+    left, top = (width - keep_w) // 2, (height - keep_h) // 2
+    return image.crop((left, top, left + keep_w, top + keep_h))
