@@ -5,7 +5,9 @@ setting of that size is meant. timm's spellings of the released weights (`convmi
 """
 
 import fnmatch
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
@@ -30,6 +32,7 @@ CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (1
 CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
 ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
 SKELETONS = ("isotropic", "mlp_mixer", "resmlp", "resnet")  # models of any size for comparisons, see isotropic.py
+SHIPPED = Path(__file__).parent.parent / "pretrained"  # weights inside the package, one folder per name
 
 
 def _variants() -> dict[str, dict[str, Any]]:
@@ -60,9 +63,14 @@ def _variants() -> dict[str, dict[str, Any]]:
 VARIANTS = _variants()
 
 
+def shipped() -> list[str]:
+    """Return the names of the weights inside the package."""
+    return sorted(config.parent.name for config in SHIPPED.glob("*/config.json"))
+
+
 def list_models(pattern: str = "convmixer*") -> list[str]:
     """Return the names that match a shell pattern, ours first; timm's are searched where ours do not match."""
-    ours = [name for name in VARIANTS if fnmatch.fnmatch(name, pattern)]
+    ours = [name for name in (*VARIANTS, *shipped()) if fnmatch.fnmatch(name, pattern)]
     if ours:
         return ours
     import timm  # seconds to import, and most callers want ours
@@ -79,6 +87,9 @@ def model_args(name: str) -> dict[str, Any] | None:
     name = ALIASES.get(name, name)
     if name in VARIANTS:
         return dict(VARIANTS[name])
+    if name in shipped():
+        config = json.loads((SHIPPED / name / "config.json").read_text(encoding="utf-8"))
+        return dict(config["convmixer"]["model_args"], num_classes=config["num_classes"])
     free = re.fullmatch(r"convmixer_(\d+)_(\d+)_p(\d+)_k(\d+)", name)
     if free:
         dim, depth, patch, kernel = map(int, free.groups())

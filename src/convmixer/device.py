@@ -1,0 +1,61 @@
+"""Where to compute and in which precision: the one place that decides it. torch is imported when asked."""
+
+from typing import TYPE_CHECKING
+
+from convmixer.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """Return the device to compute on: CUDA, else Apple's MPS, else the CPU for "auto".
+
+    Raises:
+        RequestError: The device asked for is not there.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in there.items() if found)
+    if not there.get(name.partition(":")[0], False):
+        raise RequestError(
+            f"no {name} device here: choose from {', '.join(d for d, found in there.items() if found)}"
+        )
+    return torch.device(name)
+
+
+def native_bf16(device: "torch.device | None" = None) -> bool:
+    """Return whether the device multiplies bfloat16 in hardware: avx512_bf16, AMX, Arm's bf16, or a GPU that does.
+
+    Elsewhere bf16 is emulated and slower than fp32.
+
+    Args:
+        device: The device; None means the CPU.
+    """
+    import torch
+
+    if device is not None and device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device is not None and device.type != "cpu":
+        return False
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def choose_precision(name: str = "auto", device: "torch.device | None" = None) -> str:
+    """Return "fp32", "bf16" or "fp16": for "auto" bf16 where it is native, else fp32.
+
+    bf16 and fp16 mean automatic mixed precision: products in 16 bits, weights and normalisation in fp32.
+
+    Raises:
+        RequestError: The name is not known.
+    """
+    if name not in PRECISIONS:
+        raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
+    if name == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    return name

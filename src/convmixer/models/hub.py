@@ -1,0 +1,27 @@
+"""Makes timm know our ConvMixer, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load what we save.
+
+The three ImageNet sizes that timm has itself need nothing; for every other size import this module first.
+"""
+
+from typing import Any
+
+import torch.nn as nn
+from timm.models import build_model_with_cfg, register_model
+
+from convmixer.models.convmixer import ConvMixer
+
+__all__ = ["convmixer"]
+
+
+@register_model
+def convmixer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return a ConvMixer of any size, with timm's loading of weights and `features_only`.
+
+    Args:
+        pretrained: Load the weights that the `pretrained_cfg` names.
+        **kwargs: Arguments of `ConvMixer`, and those that timm passes to every model.
+    """
+    model: nn.Module = build_model_with_cfg(
+        ConvMixer, "convmixer", pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs
+    )
+    return model

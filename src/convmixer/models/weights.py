@@ -1,0 +1,342 @@
+"""Weights in and out: one format of our own, every known checkpoint dialect read, names found in package and hub.
+
+Our format is timm's hub layout: a folder with `model.safetensors` and `config.json`. The config also holds, under the
+key "convmixer", what timm does not ask for: the model's full arguments, the recipe, the data. The same JSON is kept
+inside the .safetensors file, so that the file alone still knows its classes and preprocessing.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+
+import convmixer
+from convmixer.errors import RequestError, unknown
+from convmixer.models.convmixer import ConvMixer
+from convmixer.models.dialects import State, check_shapes, read_checkpoint, read_safetensors
+from convmixer.models.registry import SHIPPED, VARIANTS, create_model, shipped
+from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from convmixer.records import write_atomic
+
+# the variants that timm builds itself, by our name, so that its stock version loads what we save
+TIMM_NAMES = {
+    "convmixer_1536_20": "convmixer_1536_20",
+    "convmixer_768_32": "convmixer_768_32",
+    "convmixer_1024_20": "convmixer_1024_20_ks9_p14",
+}
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
+_ARGS = ("dim", "depth", "kernel_size", "patch_size", "act")
+
+logger = logging.getLogger("convmixer")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what its weights mean.
+
+    Args:
+        model: In eval mode, on the CPU, fp32.
+        classes: Class names in the order of the outputs.
+        preprocessing: What the model expects of its input.
+        metadata: What was saved beside: "name", "model_args", "version", and what `save_model` was given.
+        source: The folder or file the weights came from.
+        found: What was found there, in words.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: Path = Path()
+    found: str = ""
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    *,
+    architecture: str,
+    model_args: Mapping[str, Any],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    **metadata: Any,
+) -> None:
+    """Write `model.safetensors` and `config.json` so that we and timm can load them. Each file appears whole or not.
+
+    `val` and `recalibrate` find a run's own data by metadata["data"]: a dict with "spec" (as `train` was given it)
+    and the keyword arguments "val_fraction", "seed", "max_bad_fraction", "img_size" of `load_data`.
+
+    Args:
+        folder: Where to write; made where missing.
+        model: The model; its device and memory format do not matter.
+        architecture: The name that `create_model` knows it by.
+        model_args: What `create_model` was given besides num_classes and in_chans; ConvMixers tell by themselves.
+        classes: Class names in the order of the outputs.
+        preprocessing: What the model expects of its input.
+        **metadata: Plain JSON values to keep: recipe, data, results.
+
+    Raises:
+        ValueError: The number of class names is not that of the outputs.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    config = hub_config(model, architecture, model_args, classes, preprocessing, metadata)
+    text = json.dumps(config, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = {"format": "pt", "config": json.dumps(config)}
+    write_atomic(folder / "model.safetensors", safetensors.torch.save(state, packed))
+    write_atomic(folder / "config.json", text.encode())
+
+
+def hub_config(
+    model: nn.Module,
+    architecture: str,
+    model_args: Mapping[str, Any],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the contents of config.json in timm's hub layout; arguments as in `save_model`."""
+    outputs = getattr(model, "num_classes", len(classes))
+    if outputs and outputs != len(classes):
+        raise ValueError(f"{len(classes)} class names for {outputs} outputs")
+    args = dict(model_args)
+    if type(model) is ConvMixer:  # a subclass may differ in ways that the sizes do not tell
+        args = {name: getattr(model, name) for name in _ARGS}
+    stock = _timm_name(args) if type(model) is ConvMixer else None
+    ours = "convmixer" if type(model) is ConvMixer else architecture
+    p, theirs = preprocessing, getattr(model, "pretrained_cfg", None) or {}
+    pretrained_cfg = {
+        "input_size": [p.in_chans, p.img_size, p.img_size],
+        "fixed_input_size": bool(theirs.get("fixed_input_size", False)),
+        "interpolation": p.interpolation,
+        "crop_pct": p.crop_pct,
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "num_classes": outputs,
+        "label_names": list(classes),
+        "pool_size": None,
+        "first_conv": theirs.get("first_conv", "stem.0"),
+        "classifier": theirs.get("classifier", "head"),
+    }
+    return {
+        "architecture": stock or ours,
+        "num_classes": outputs,
+        "num_features": getattr(model, "num_features", None),
+        "model_args": {} if stock else args,
+        "pretrained_cfg": pretrained_cfg,
+        "convmixer": {"name": architecture, "model_args": args, "version": convmixer.__version__, **metadata},
+    }
+
+
+def _timm_name(args: Mapping[str, Any]) -> str | None:
+    return next((theirs for ours, theirs in TIMM_NAMES.items() if VARIANTS[ours] == dict(args)), None)
+
+
+def load_model(source: str | Path) -> LoadedModel:
+    """Return a model ready to use from wherever its weights are.
+
+    Args:
+        source: A run folder (its best weights), a weights folder, a file of any known dialect, the name of shipped
+            weights such as `convmixer_256_8.cifar10`, or of weights on timm's hub: `convmixer_768_32`,
+            `hf-hub:OWNER/NAME`, `OWNER/NAME`.
+
+    Raises:
+        RequestError: There is no such thing, or it cannot be used; the message says why.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(_weights_folder(path))
+    if path.is_file():
+        return _load_file(path)
+    name = str(source)
+    if name in shipped():
+        return _load_folder(SHIPPED / name)
+    return _load_folder(_download(_hub_id(name)))
+
+
+def load_pretrained(model: nn.Module, name: str) -> None:
+    """Fill a ConvMixer with the released weights of that name, from the package or timm's hub.
+
+    A classifier of another number of classes keeps its new weights; a stem of other channels gets adapted ones.
+
+    Raises:
+        RequestError: No weights of that name are released, the hub cannot be reached, or the sizes differ.
+    """
+    loaded = load_model(name)
+    state = loaded.model.state_dict()
+    own = model.state_dict()
+    if own["head.weight"].shape != state["head.weight"].shape:
+        state = state | {key: own[key] for key in ("head.weight", "head.bias")}
+    state["stem.0.weight"] = adapt_channels(state["stem.0.weight"], own["stem.0.weight"].shape[1])
+    check_shapes(state, own, loaded.source)
+    model.load_state_dict(state)
+
+
+def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Return patch-embedding weights (dim, C, p, p) for another number of image channels, scaled to equal response.
+
+    Source: timm's `adapt_input_conv`: summed over colours for one channel, else repeated.
+    """
+    from timm.models import adapt_input_conv
+
+    adapted: torch.Tensor = adapt_input_conv(in_chans, weight.clone(), base_chans=weight.shape[1])
+    return adapted
+
+
+def _weights_folder(path: Path) -> Path:
+    for folder in (path / "weights" / "best", path / "weights" / "last", path):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise RequestError(f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last")
+
+
+def _load_folder(folder: Path) -> LoadedModel:
+    return _load_file(folder / "model.safetensors")
+
+
+def _load_file(path: Path) -> LoadedModel:
+    config = _config_of(path)
+    if config is None:
+        return _load_foreign(path)
+    loaded = _from_config(config, read_safetensors(path)[0], path)
+    _warn_of_nonfinite(loaded.model.state_dict(), path)
+    return loaded
+
+
+def _config_of(path: Path) -> dict[str, Any] | None:
+    """Return the config beside or inside a .safetensors file, or None where there is none."""
+    if path.suffix != ".safetensors":
+        return None
+    beside = path.with_name("config.json")
+    try:
+        if path.name == "model.safetensors" and beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        else:
+            text = read_safetensors(path)[1].get("config", "null")
+        config = json.loads(text)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"cannot read {beside}: {error}") from error
+    return config if config is None or isinstance(config, dict) else {}
+
+
+def _from_config(config: dict[str, Any], state: State, path: Path) -> LoadedModel:
+    cfg = config.get("pretrained_cfg", config)  # older files of timm's hub have one level
+    name, args = config.get("architecture"), config.get("model_args") or {}
+    try:
+        chans, size = cfg["input_size"][0], cfg["input_size"][-1]
+        keep = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        preprocessing = Preprocessing(img_size=size, in_chans=chans, **keep)
+        classes = config.get("num_classes", cfg.get("num_classes"))
+        model = _build(str(name), classes, chans, args)
+    except RequestError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RequestError(f"the config of {path} is not one of timm's hub layout: {error!r}") from error
+    check_shapes(state, model.state_dict(), path)
+    model.load_state_dict(state)
+    names = cfg.get("label_names") or class_names(classes)
+    metadata = config.get("convmixer", {"name": name, "model_args": args})
+    found = f"{metadata.get('name', name)} with {classes} classes, {size} px"
+    return LoadedModel(model.eval(), tuple(names), preprocessing, metadata, path.parent, found)
+
+
+def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn.Module:
+    if name == "convmixer":
+        return ConvMixer(num_classes=num_classes, in_chans=in_chans, **args)
+    return create_model(name, num_classes=num_classes, in_chans=in_chans, **args)
+
+
+def _load_foreign(path: Path) -> LoadedModel:
+    checkpoint = read_checkpoint(path)
+    args = checkpoint.args
+    with torch.device("meta"):
+        model = ConvMixer(**args)
+    model.load_state_dict(checkpoint.state, assign=True)
+    _warn_of_nonfinite(checkpoint.state, path)
+    preprocessing = guess_preprocessing(args)
+    p = preprocessing
+    assumed = f"assumed {p.img_size} px, mean {p.mean}, std {p.std}, {p.interpolation}, crop {p.crop_pct}"
+    name = "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)
+    metadata = {"name": name, "model_args": {key: args[key] for key in _ARGS}}
+    found = f"{checkpoint.found}; {assumed}"
+    return LoadedModel(model.eval(), class_names(args["num_classes"]), p, metadata, path, found)
+
+
+def guess_preprocessing(args: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing that weights without any most likely had.
+
+    Args:
+        args: Arguments of `ConvMixer`. Patches of up to 4 px mean CIFAR's images, larger ones ImageNet's.
+
+    Source: locuslab/convmixer-cifar10 and the evaluation of locuslab/convmixer.
+    """
+    small = args["patch_size"] <= 4
+    colours = (CIFAR_MEAN, CIFAR_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)
+    size, crop = (32, 1.0) if small else (224, 0.96)
+    grey = args["in_chans"] == 1
+    mean, std = (tuple([sum(c) / 3] if grey else c) for c in colours)
+    try:
+        return Preprocessing(size, args["in_chans"], mean, std, "bicubic", crop)
+    except ValueError as error:
+        raise RequestError(f"no preprocessing for these weights: {error}") from error
+
+
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Return names for weights that have none: ImageNet's for 1000 classes, else "0", "1", ..."""
+    if num_classes != 1000:
+        return tuple(str(index) for index in range(num_classes))
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    names = [info.index_to_description(index) for index in range(num_classes)]
+    ids = [info.index_to_label_name(index) for index in range(num_classes)]
+    return tuple(n if names.count(n) == 1 else f"{n} ({i})" for n, i in zip(names, ids, strict=True))
+
+
+def _hub_id(name: str) -> str:
+    """Return the hub repository behind a name.
+
+    Raises:
+        RequestError: No weights of that name are known.
+    """
+    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    base = plain.removesuffix(".in1k")
+    if "/" in plain and not plain.startswith((".", "/", "~")) and plain.count("/") == 1:
+        return plain
+    if base in TIMM_NAMES or base in TIMM_NAMES.values():
+        return f"timm/{TIMM_NAMES.get(base, base)}.in1k"
+    import timm
+
+    if base in VARIANTS or not timm.models.is_model_pretrained(plain):
+        known = [*shipped(), *TIMM_NAMES]
+        raise RequestError(f"{unknown('weights', name, known)} (not a file, a run folder or released weights)")
+    config = timm.models.get_pretrained_cfg(plain)
+    return str(config and config.hf_hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(hub_id, "config.json")
+        return Path(hf_hub_download(hub_id, "model.safetensors")).parent
+    except Exception as error:  # the hub's client and its transport raise many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"cannot get {hub_id} from the Hugging Face hub: {reason} Go online, check the name, or give a local "
+            f"file; shipped with the package: {', '.join(shipped()) or 'none'}"
+        ) from error
+
+
+def _warn_of_nonfinite(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        logger.warning("%s: %d tensors hold NaN or infinity, the first is %s", path, len(bad), bad[0])
