@@ -1,0 +1,150 @@
+"""Build the shipped C++ source on first use, cache the result, and say why when it cannot be built.
+
+The source is written against torch's stable ABI and compiled on the machine that runs it, so it may use all of that
+machine's instructions. Home folders are shared between unlike machines: the cache key holds everything that the
+binary depends on. Nothing here runs at import.
+"""
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
+MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one; "scalar": no vectors at all
+BUILD_SECONDS = 300
+_OFF_VALUES = ("0", "off", "false", "no")
+
+
+def why_not() -> str | None:
+    """Return why the kernels cannot be used, or None when they are built and loaded. Builds them on first use."""
+    if os.environ.get(OFF, "1").lower() in _OFF_VALUES:
+        return f"{OFF}={os.environ[OFF]} turns them off"
+    return _load()
+
+
+def available() -> bool:
+    """Return whether the kernels are built and loaded. Builds them on first use."""
+    return why_not() is None
+
+
+def target() -> str:
+    """Return the processor that the kernels are built for: "native" unless the environment names another."""
+    return os.environ.get(MARCH) or "native"
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        torch.ops.load_library(str(library()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def library() -> Path:
+    """Return the built library, building it first where the cache has none.
+
+    Raises:
+        RuntimeError: There is no compiler, it is too old, or it failed; the message says which.
+        OSError: The cache folder cannot be written.
+    """
+    if sys.platform not in ("linux", "darwin"):
+        raise RuntimeError(f"they are not built on {sys.platform}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    if not shutil.which(compiler.split()[0] if compiler else ""):
+        raise RuntimeError(f"there is no C++ compiler ({compiler or 'g++'}); install g++ or set CXX")
+    version = _run([*compiler.split(), "--version"]).splitlines()[0]
+    folder = cache_folder() / _key(version)
+    built = folder / "kernels.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the one that builds
+            if not built.exists():
+                _build(compiler.split(), version, built)
+    return built
+
+
+def cache_folder() -> Path:
+    """Return the folder that holds the built kernels, $XDG_CACHE_HOME/convmixer/kernels by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer" / "kernels"
+
+
+def flags() -> list[str]:
+    """Return the compiler's flags. Nothing that changes NaN, Inf or the order of a sum: no fast-math."""
+    march = ["-march=x86-64", "-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-march={target()}"]
+    if platform.machine() in ("aarch64", "arm64"):
+        march = ["-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-mcpu={target()}"]
+    return ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *march]
+
+
+def processor() -> str:
+    """Return the processor's instruction-set flags as the system lists them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = cpuinfo.read_text().splitlines()
+    wanted = ("flags", "Features", "CPU part", "cpu family", "model\t")  # x86 and aarch64 spell them differently
+    return " ".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _key(compiler_version: str) -> str:
+    digest = hashlib.sha256()
+    for part in (compiler_version, *flags(), processor(), torch.__version__, str(Path(torch.__file__).parent)):
+        digest.update(part.encode() + b"\0")
+    for source in _sources():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _build(compiler: list[str], version: str, built: Path) -> None:
+    start = time.monotonic()
+    print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        out = Path(folder) / built.name
+        _compile(compiler, Path(folder), out)
+        os.replace(out, built)  # atomic: no process ever sees half a library
+    print(f"convmixer: built in {time.monotonic() - start:.0f} s: {built}", file=sys.stderr, flush=True)
+
+
+def _compile(compiler: list[str], folder: Path, out: Path) -> None:
+    include = Path(torch.__file__).parent / "include"
+    libraries = Path(torch.__file__).parent / "lib"
+    units = [source for source in _sources() if source.suffix == ".cpp"]
+    common = [*compiler, *flags(), f"-I{include}", "-c"]
+    jobs = [
+        subprocess.Popen(
+            [*common, str(unit), "-o", str(folder / f"{unit.stem}.o")], stderr=subprocess.PIPE, text=True
+        )
+        for unit in units
+    ]
+    for job in jobs:
+        _, errors = job.communicate(timeout=BUILD_SECONDS)
+        if job.returncode:
+            first = next((line for line in errors.splitlines() if "error" in line), f"status {job.returncode}")
+            raise RuntimeError(f"the compiler failed: {first}")
+    objects = [str(folder / f"{unit.stem}.o") for unit in units]
+    _run([*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(out)])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{command[0]} failed: {error.stderr.strip()[:300]}") from error
+    return done.stdout

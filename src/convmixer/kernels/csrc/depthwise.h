@@ -1,0 +1,221 @@
+// Depthwise convolution of one image and one vector of channels at a time, and its weight gradient.
+//
+// Activations lie in memory as (N, H, W, C). A "plane" is one vector of L channels of one image. It is copied into a
+// zero-bordered scratch tile, (rows, columns, L), small enough for the core's own caches whatever C is: the rows of a
+// channel block lie C*W apart in memory and would alias there. From the tile everything is whole aligned vectors.
+//
+// With AVX-512 BF16 and bf16 storage a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits. One
+// dot-product instruction then does two taps. It multiplies exactly and adds in float, as the plain tile does.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "memory.h"
+#include "vec.h"
+
+struct Image {
+  int64_t N, H, W, C;
+  int64_t pixels() const { return H * W; }
+};
+
+// A tile for one plane of H x W with `top` and `left` zero rows and columns before it, k - 1 in all.
+struct Tile {
+  int64_t H, W, K, top, left;
+  static constexpr int64_t STEP = 8;  // columns are computed in steps, so rows are padded to whole steps
+  int64_t columns() const { return (W + STEP - 1) / STEP * STEP + K - 1; }
+  int64_t rows() const { return H + K; }  // one more than needed: a pair reads the row below
+  int64_t row_floats() const { return columns() * L; }
+  size_t floats() const { return rows() * row_floats(); }
+};
+
+#if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
+constexpr bool HAVE_PAIRS = true;
+INLINE vf dot_pairs(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr bool HAVE_PAIRS = false;
+INLINE vf dot_pairs(vf sum, vf, vf) { return sum; }
+#endif
+template <class T> constexpr bool PAIRS = HAVE_PAIRS && std::is_same_v<T, bf16>;
+
+INLINE vf low_half(vf pair) { return (vf)((vu)pair << 16); }
+INLINE vf aligned(const float* p) { return *(const vf*)p; }
+INLINE void put(float* p, vf x) { *(vf*)p = x; }
+
+// Fill the inside of a tile whose border is already zero. read(row, column) gives the value, already rounded.
+template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, const Read& read) {
+  for (int64_t r = 0; r < t.H; r++) {
+    float* row = tile + (t.top + r) * t.row_floats() + t.left * L;
+    float* above = row - t.row_floats();
+    for (int64_t c = 0; c < t.W; c++) {
+      const vf value = read(r, c);
+      if constexpr (!Pairs) {
+        put(row + c * L, value);
+      } else {
+        const vu high = (vu)value & 0xffff0000u;
+        put(row + c * L, (vf)(high >> 16));
+        if (r > 0) put(above + c * L, (vf)((vu)aligned(above + c * L) | high));
+        else if (t.top > 0) put(above + c * L, (vf)high);
+      }
+    }
+  }
+}
+
+// Weights of one plane in the order the kernels read them: [k][k][L] floats; for pairs [k/2][k][L] pairs of rows,
+// then, for odd k, the last row as floats. Rounded to the storage type, as autocast does.
+template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool flip, float* out) {
+  const int taps = K * K;
+  for (int64_t c0 = 0; c0 < C; c0 += L)
+    for (int tap = 0; tap < taps; tap++)
+      for (int lane = 0; lane < L; lane++) {
+        const int64_t c = c0 + lane;
+        float value = c < C ? w[c * taps + (flip ? taps - 1 - tap : tap)] : 0.0f;
+        out[(c0 * taps) + tap * L + lane] = rounded(splat(value), (const T*)nullptr)[0];
+      }
+  if constexpr (!PAIRS<T>) return;
+  for (int64_t c0 = 0; c0 < C; c0 += L) {
+    float* plane = out + c0 * taps;
+    for (int ky = 0; ky + 1 < K; ky += 2)  // a pair takes the place of its first row, so rows 1, 3, ... fall free
+      for (int kx = 0; kx < K; kx++) {
+        const vu low = (vu)load(plane + (ky * K + kx) * L), high = (vu)load(plane + ((ky + 1) * K + kx) * L);
+        store(plane + (ky * K + kx) * L, (vf)((low >> 16) | (high & 0xffff0000u)));
+      }
+  }
+}
+
+// Columns column .. column + Columns of one output row; `tile` points at the row and column of the first tap.
+template <bool Pairs, int Columns>
+INLINE void convolve_row(const Tile& t, const float* tile, const float* weights, vf (&sum)[Columns]) {
+  const int K = t.K;
+  const int paired = Pairs ? K / 2 * 2 : 0;
+  for (int ky = 0; ky < paired; ky += 2)
+    for (int kx = 0; kx < K; kx++) {
+      const vf w = aligned(weights + (ky * K + kx) * L);
+      const float* x = tile + ky * t.row_floats() + kx * L;
+#pragma GCC unroll 16
+      for (int j = 0; j < Columns; j++) sum[j] = dot_pairs(sum[j], aligned(x + j * L), w);
+    }
+  for (int ky = paired; ky < K; ky++)
+    for (int kx = 0; kx < K; kx++) {
+      const vf w = aligned(weights + (ky * K + kx) * L);
+      const float* x = tile + ky * t.row_floats() + kx * L;
+#pragma GCC unroll 16
+      for (int j = 0; j < Columns; j++) {
+        const vf value = aligned(x + j * L);
+        sum[j] += w * (Pairs ? low_half(value) : value);
+      }
+    }
+}
+
+template <bool Pairs, int Columns, class Write>
+INLINE void convolve_columns(const Tile& t, const float* tile, const float* weights, int64_t row, int64_t column,
+                             const Write& write) {
+  vf sum[Columns] = {};
+  convolve_row<Pairs, Columns>(t, tile + row * t.row_floats() + column * L, weights, sum);
+  const int64_t valid = std::min<int64_t>(Columns, t.W - column);
+  if (valid == Columns) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Columns; j++) write(row, column + j, sum[j]);
+  } else {
+    for (int j = 0; j < valid; j++) write(row, column + j, sum[j]);
+  }
+}
+
+// write(row, column, value) gets the sum over the k x k taps for every pixel of the plane.
+template <bool Pairs, class Write>
+INLINE void convolve(const Tile& t, const float* tile, const float* weights, const Write& write) {
+  constexpr int WIDE = L == 16 ? 16 : 8;  // as many sums as there are registers for
+  for (int64_t row = 0; row < t.H; row++) {
+    int64_t column = 0;
+    for (; column + WIDE <= (t.W + Tile::STEP - 1) / Tile::STEP * Tile::STEP; column += WIDE)
+      convolve_columns<Pairs, WIDE>(t, tile, weights, row, column, write);
+    if constexpr (WIDE > Tile::STEP)
+      if (column < t.W) convolve_columns<Pairs, Tile::STEP>(t, tile, weights, row, column, write);
+  }
+}
+
+// Sums over the plane of grad[h][w] * x[h + ky][w + kx] for Rows x Cols taps, added to out[(ky * k + kx)][L].
+template <bool Pairs, int Rows, int Cols>
+INLINE void correlate_taps(const Tile& t, const float* x, const float* grad, int ky, int kx, float* out) {
+  vf sum[Rows][Cols] = {};
+  const int64_t line = t.row_floats();
+  const float* x0 = x + ky * line + kx * L;
+  int64_t row = 0;
+  for (; row + (Pairs ? 1 : 0) < t.H; row += Pairs ? 2 : 1)
+    for (int64_t c = 0; c < t.W; c++) {
+      const vf g = aligned(grad + row * line + c * L);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < Cols; j++) {
+          const vf value = aligned(x0 + (row + i) * line + (c + j) * L);
+          sum[i][j] = Pairs ? dot_pairs(sum[i][j], value, g) : sum[i][j] + value * g;
+        }
+    }
+  if (Pairs && row < t.H)  // the last of an odd number of rows has no partner
+    for (int64_t c = 0; c < t.W; c++) {
+      const vf g = low_half(aligned(grad + row * line + c * L));
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < Cols; j++)
+          sum[i][j] += low_half(aligned(x0 + (row + i) * line + (c + j) * L)) * g;
+    }
+  for (int i = 0; i < Rows; i++)
+    for (int j = 0; j < Cols; j++) {
+      float* tap = out + ((ky + i) * t.K + kx + j) * L;
+      put(tap, aligned(tap) + sum[i][j]);
+    }
+}
+
+template <bool Pairs, int Cols>
+void correlate_columns(const Tile& t, const float* x, const float* grad, int kx, float* out) {
+  int ky = 0;
+  for (; ky + 2 <= t.K; ky += 2) correlate_taps<Pairs, 2, Cols>(t, x, grad, ky, kx, out);
+  if (ky < t.K) correlate_taps<Pairs, 1, Cols>(t, x, grad, ky, kx, out);
+}
+
+// Weight gradient of one plane, added to out[k * k][L]. `grad` points at the plane's first pixel inside its tile,
+// which must have the same row length as x's tile.
+template <bool Pairs> void correlate(const Tile& t, const float* x, const float* grad, float* out) {
+  for (int kx = 0; kx < t.K;) {
+    const int left = t.K - kx;
+    const int cols = left <= 5 ? left : left < 10 ? (left + 1) / 2 : 5;
+    switch (cols) {
+      case 1: correlate_columns<Pairs, 1>(t, x, grad, kx, out); break;
+      case 2: correlate_columns<Pairs, 2>(t, x, grad, kx, out); break;
+      case 3: correlate_columns<Pairs, 3>(t, x, grad, kx, out); break;
+      case 4: correlate_columns<Pairs, 4>(t, x, grad, kx, out); break;
+      default: correlate_columns<Pairs, 5>(t, x, grad, kx, out);
+    }
+    kx += cols;
+  }
+}
+
+// How the planes of a batch are shared out: groups of images times runs of channel blocks. The split depends on the
+// shape alone, so sums that are gathered per group do not depend on the number of threads.
+struct Split {
+  static constexpr int64_t BLOCK = 32;  // channels: one cache line of bf16
+  int64_t groups, runs, blocks;
+  explicit Split(const Image& s)
+      : groups(std::min<int64_t>(s.N, 16)), blocks((s.C + BLOCK - 1) / BLOCK) {
+    runs = std::min<int64_t>(blocks, std::max<int64_t>(1, 64 / groups));
+  }
+};
+
+// Call plane(group, image, channel, lanes, scratch) for every plane, in parallel. The scratch starts as zeros in
+// every task and is then the caller's: what a plane leaves there the next one finds.
+template <class Plane> void for_planes(const Image& s, size_t scratch_floats, const Plane& plane) {
+  const Split split(s);
+  torch::stable::parallel_for(0, split.groups * split.runs, 1, [&](int64_t begin, int64_t end) {
+    float* mine = scratch(scratch_floats);
+    std::memset(mine, 0, scratch_floats * sizeof(float));
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t group = task / split.runs, run = task % split.runs;
+      const int64_t c_begin = run * split.blocks / split.runs * Split::BLOCK;
+      const int64_t c_end = std::min(s.C, (run + 1) * split.blocks / split.runs * Split::BLOCK);
+      for (int64_t n = group * s.N / split.groups; n < (group + 1) * s.N / split.groups; n++)
+        for (int64_t c = c_begin; c < c_end; c += L)
+          plane(group, n, c, (int)std::min<int64_t>(L, c_end - c), mine);
+    }
+  });
+}

@@ -1,0 +1,141 @@
+#include "memory.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+constexpr size_t SMALL = size_t{64} << 10;  // below this the system's allocator does not return pages
+
+// Free blocks by size. Never holds more than the program needed at its peak.
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    void* block = nullptr;
+    auto found = free_.find(bytes);
+    if (found != free_.end()) {
+      block = found->second;
+      free_.erase(found);
+      free_bytes_ -= bytes;
+    } else {
+      trim(bytes);
+      block = allocate(bytes);
+    }
+    live_[block] = bytes;
+    live_bytes_ += bytes;
+    peak_bytes_ = live_bytes_ > peak_bytes_ ? live_bytes_ : peak_bytes_;
+    return block;
+  }
+
+  void give(void* block) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    auto found = live_.find(block);
+    const size_t bytes = found->second;
+    live_.erase(found);
+    live_bytes_ -= bytes;
+    free_.emplace(bytes, block);
+    free_bytes_ += bytes;
+  }
+
+  // Give everything that is not in use back to the system; returns the bytes given back.
+  int64_t clear() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    const int64_t bytes = free_bytes_;
+    while (!free_.empty()) release(free_.begin());
+    peak_bytes_ = live_bytes_;
+    return bytes;
+  }
+
+  int64_t peak() {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return peak_bytes_;
+  }
+
+ private:
+  // Make room for a size that is not there, so that changing shapes do not pile up.
+  void trim(size_t wanted) {
+    while (!free_.empty() && live_bytes_ + free_bytes_ + wanted > peak_bytes_) release(free_.begin());
+  }
+
+  void release(std::multimap<size_t, void*>::iterator block) {
+    free_bytes_ -= block->first;
+    std::free(block->second);
+    free_.erase(block);
+  }
+
+  static void* allocate(size_t bytes) {
+    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (!block) throw std::bad_alloc();
+#if defined(__linux__)
+    if (bytes >= HUGE_PAGE) madvise(block, bytes, MADV_HUGEPAGE);  // a hint: fewer page faults and TLB misses
+#endif
+    return block;
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, void*> free_;
+  std::unordered_map<void*, size_t> live_;
+  size_t free_bytes_ = 0, live_bytes_ = 0, peak_bytes_ = 0;
+};
+
+Pool& pool() {
+  static Pool* instance = new Pool;  // never destroyed: tensors may outlive static objects
+  return *instance;
+}
+
+struct Scratch {
+  float* data = nullptr;
+  size_t count = 0;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+Tensor pooled(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (int64_t size : sizes) bytes *= size;
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
+  if (bytes >= SMALL) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(
+        pool().take(bytes), sizes, strides, cpu, dtype, [](void* block) { pool().give(block); });
+  }
+#endif
+  return torch::stable::empty(sizes, dtype);
+}
+
+float* scratch(size_t count) {
+  static thread_local Scratch mine;
+  if (mine.count < count) {
+    std::free(mine.data);
+    mine.count = (count + 15) / 16 * 16;
+    mine.data = static_cast<float*>(std::aligned_alloc(64, mine.count * sizeof(float)));
+    if (!mine.data) throw std::bad_alloc();
+  }
+  return mine.data;
+}
+
+static int64_t clear_pool() { return pool().clear(); }
+static int64_t peak_bytes() { return pool().peak(); }
+
+STABLE_TORCH_LIBRARY_IMPL(convmixer, CompositeExplicitAutograd, m) {
+  m.impl("clear_pool", TORCH_BOX(&clear_pool));
+  m.impl("pool_peak_bytes", TORCH_BOX(&peak_bytes));
+}

@@ -1,0 +1,84 @@
+// Vectors of CONVMIXER_LANES floats in GCC's portable notation, and the two storage types: float and bf16.
+// Arithmetic is always float. Intrinsics stand only where the compiler does not find the instruction by itself.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#ifndef CONVMIXER_LANES
+#if defined(__AVX512F__)
+#define CONVMIXER_LANES 16
+#elif defined(__AVX__)
+#define CONVMIXER_LANES 8
+#else
+#define CONVMIXER_LANES 4
+#endif
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int L = CONVMIXER_LANES;
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef double vd __attribute__((vector_size(8 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(2 * L)));
+
+using bf16 = uint16_t;
+
+INLINE vf splat(float x) { return vf{} + x; }
+
+template <class V> INLINE V load_vector(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V> INLINE void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+
+INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
+
+// Round to nearest even; a NaN stays one (its payload is cut, so a bit is set to keep it from becoming Inf).
+INLINE vh narrow(vf x) {
+#if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu quiet = (bits >> 16) | 0x40;
+  vu nan = (vu)(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+#endif
+}
+
+INLINE vf load(const float* p) { return load_vector<vf>(p); }
+INLINE vf load(const bf16* p) { return widen(load_vector<vh>(p)); }
+INLINE void store(float* p, vf x) { store_vector(p, x); }
+INLINE void store(bf16* p, vf x) { store_vector(p, narrow(x)); }
+
+// The value as it will be read back after a store.
+INLINE vf rounded(vf x, const float*) { return x; }
+INLINE vf rounded(vf x, const bf16*) { return widen(narrow(x)); }
+
+// The first n < L lanes; the others read as zero and are not written.
+template <class T> INLINE vf load_part(const T* p, int n) {
+  T lanes[L] = {};
+  for (int i = 0; i < n; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T> INLINE void store_part(T* p, vf x, int n) {
+  T lanes[L];
+  store(lanes, x);
+  for (int i = 0; i < n; i++) p[i] = lanes[i];
+}
+
+// `Full` is known when the code is compiled, so that whole vectors pay nothing for the last, partial one.
+template <bool Full, class T> INLINE vf load_lanes(const T* p, int n) {
+  if constexpr (Full) return load(p);
+  return load_part(p, n);
+}
+template <bool Full, class T> INLINE void store_lanes(T* p, vf x, int n) {
+  if constexpr (Full) store(p, x);
+  else store_part(p, x, n);
+}

@@ -1,0 +1,72 @@
+"""The kernels as torch ops: schema, fake kernel, autograd. The CPU code behind them is built on first use.
+
+Activations are (N, H, W, C), contiguous, fp32 or bf16; weights are fp32. Sums are fp32 or wider.
+Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCHEMAS = (
+    "depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "depthwise_input_grad(Tensor grad, Tensor weight) -> Tensor",
+    "depthwise_weight_grad(Tensor x, Tensor grad, int k) -> Tensor",
+    "clear_pool() -> int",
+    "pool_peak_bytes() -> int",
+)
+_LIBRARY = torch.library.Library("convmixer", "DEF")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the depthwise convolution that keeps the image size.
+
+    Args:
+        x: (N, C, H, W), fp32 or bf16, any strides; channels-last needs no copy.
+        weight: (C, 1, k, k), fp32; k from 1, odd or even.
+        bias: (C,), fp32.
+
+    Returns:
+        (N, C, H, W) in channels-last, of x's dtype. An even kernel pads one more at the right and the bottom.
+
+    Source: arXiv 2201.09792, Sec. 2, Eq. 2.
+    """
+    y = torch.ops.convmixer.depthwise(x.permute(0, 2, 3, 1).contiguous(), weight.contiguous(), bias)
+    return y.permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("convmixer::depthwise")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("convmixer::depthwise_input_grad")
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+@torch.library.register_fake("convmixer::depthwise_weight_grad")
+def _(x: Tensor, grad: Tensor, k: int) -> Tensor:
+    return x.new_empty((x.shape[3], 1, k, k), dtype=torch.float32)
+
+
+def _keep_for_depthwise(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad = grad.contiguous()
+    ops = torch.ops.convmixer
+    return (
+        ops.depthwise_input_grad(grad, weight) if ctx.needs_input_grad[0] else None,
+        ops.depthwise_weight_grad(x, grad, weight.shape[2]) if ctx.needs_input_grad[1] else None,
+        grad.sum((0, 1, 2), dtype=torch.float32) if ctx.needs_input_grad[2] else None,
+    )
+
+
+torch.library.register_autograd("convmixer::depthwise", _depthwise_backward, setup_context=_keep_for_depthwise)
