@@ -16,6 +16,8 @@ from typing import Any
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError
 
+SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
+
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(add("plan", _plan, "parameters, MACs, memory and time before training"))
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
     _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
+    _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
     return parser
@@ -206,6 +209,21 @@ def _benchmark(args: argparse.Namespace) -> dict[str, Any]:
     peers = None if args.peers is None else [name for name in args.peers.split(",") if name != "none"]
     seconds, limit = args.sample_seconds, args.compile_limit
     return benchmark(case, peers, args.rounds, seconds, limit, not args.no_memory, args.record)
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", nargs="?", default=SHIPPED, help=f"run folder, weights or name (default: {SHIPPED})")
+    sub.add_argument("--format", choices=("onnx", "openvino", "torch", "web"), default="onnx", help="default: onnx")
+    sub.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="default: fp32")
+    sub.add_argument("--out", type=Path, help="file, or folder for web (default: RUN/exports/..., or here)")
+    sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
+    sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.export import export
+
+    return export(args.weights, args.format, args.precision, args.out, args.data, args.limit)
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:

@@ -1,0 +1,158 @@
+"""Running exported files: ONNX, OpenVINO, torch.export, and the model inside a web folder. Writing them: `export.py`.
+
+An exported file carries its class names and preprocessing, so it is used like weights. ONNX files and web folders are
+run without importing torch. Neither ONNX Runtime nor OpenVINO may call home: telemetry is off before the import.
+"""
+
+import base64
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convmixer.errors import RequestError
+from convmixer.preprocess import Preprocessing
+
+Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, ready to run.
+
+    Args:
+        run: (B, C, H, W) float32 -> logits (B, classes) and class-activation maps (B, k, h, w) of the k likeliest
+            classes in falling order, or None where the file has no maps.
+        classes: Class names in the order of the logits.
+        preprocessing: How an image becomes the input.
+        describe: What is in the file: architecture, precision, format, source.
+    """
+
+    run: Run
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    describe: dict[str, Any]
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether a path names a file or folder that `convmixer export` writes."""
+    path = Path(path)
+    return path.suffix in SUFFIXES or (path / "model.js").is_file()
+
+
+def load_exported(path: str | Path, threads: int = 0) -> Exported:
+    """Return the model in an exported file.
+
+    Args:
+        path: A .onnx, .xml (OpenVINO) or .pt2 (torch.export) file, or a web folder.
+        threads: Processor threads for ONNX Runtime and OpenVINO; 0: the runtime's choice.
+
+    Raises:
+        RequestError: There is no such file, it cannot be read, it was not written by `convmixer export`, or its
+            runtime is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RequestError(f"{path} does not exist")
+    kind = "web" if path.is_dir() else SUFFIXES[path.suffix]
+    load = {"onnx": _onnx, "web": _web, "openvino": _openvino, "torch": _torch}[kind]
+    try:
+        run, texts = load(path, threads)
+        about = {name: json.loads(text) for name, text in texts.items()}
+        classes, preprocessing = about.pop("classes"), about.pop("preprocessing")
+    except RequestError:
+        raise
+    except ImportError as error:
+        raise RequestError(f"{path} needs {error.name}: pip install 'convmixer[{_extra(kind)}]'") from error
+    except (KeyError, ValueError) as error:
+        raise RequestError(
+            f"{path} carries no class names and preprocessing: write it with `convmixer export`"
+        ) from error
+    except Exception as error:  # each runtime has its own exceptions for a file that is cut or not a model
+        raise RequestError(f"{path} cannot be read as a {kind} model: {str(error).splitlines()[0]}") from error
+    describe = {"source": str(path), "format": kind, **about.pop("about", {})}
+    return Exported(run, tuple(classes), Preprocessing(**preprocessing), describe)
+
+
+def _extra(kind: str) -> str:
+    return "openvino" if kind == "openvino" else "export"
+
+
+def import_onnxruntime() -> Any:
+    """Return the onnxruntime module with its telemetry off (it reads the variable when it is imported)."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    return onnxruntime
+
+
+def import_openvino() -> Any:
+    """Return the openvino module with its telemetry package kept out."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def _onnx(path: Path, threads: int) -> tuple[Run, dict[str, str]]:
+    return _onnx_session(str(path), threads)
+
+
+def _web(path: Path, threads: int) -> tuple[Run, dict[str, str]]:
+    found = re.search(r'"onnx":\s*"([A-Za-z0-9+/=]+)"', (path / "model.js").read_text(encoding="utf-8"))
+    if not found:
+        raise RequestError(f"{path}/model.js holds no model: write it again with `convmixer export --format web`")
+    return _onnx_session(base64.b64decode(found[1]), threads)
+
+
+def _onnx_session(model: str | bytes, threads: int) -> tuple[Run, dict[str, str]]:
+    runtime = import_onnxruntime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return _split(session.run(None, {"images": batch}))
+
+    return run, session.get_modelmeta().custom_metadata_map
+
+
+def _openvino(path: Path, threads: int) -> tuple[Run, dict[str, str]]:
+    core = import_openvino().Core()
+    model = core.read_model(path)
+    # the default precision is bf16 where the processor has it, which would not agree with the model
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = core.compile_model(model, "CPU", settings)
+    texts = dict(model.get_rt_info(["convmixer"]).value)
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return _split([np.array(part) for part in compiled(batch).to_tuple()])
+
+    return run, texts
+
+
+def _torch(path: Path, threads: int) -> tuple[Run, dict[str, str]]:
+    import torch
+
+    extra = {"convmixer.json": ""}
+    model = torch.export.load(path, extra_files=extra).module()
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        with torch.inference_mode():
+            return _split([part.numpy() for part in model(torch.from_numpy(batch))])
+
+    return run, json.loads(extra["convmixer.json"])
+
+
+def _split(outputs: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    return outputs[0], outputs[1] if len(outputs) > 1 else None

@@ -1,0 +1,41 @@
+"""Class-activation maps of a ConvMixer: exact, as only a mean and a linear layer follow the features."""
+
+from typing import cast
+
+import torch
+import torch.nn as nn
+
+from convmixer.models.convmixer import ConvMixer
+
+TOP = 5
+
+
+def has_maps(model: nn.Module) -> bool:
+    """Return whether class-activation maps are exact for a model: a ConvMixer with a classifier."""
+    return isinstance(model, ConvMixer) and isinstance(model.head, nn.Linear)
+
+
+class WithMaps(nn.Module):
+    """A ConvMixer that returns class-activation maps beside the logits: images (B, C, H, W) -> (logits, maps).
+
+    maps is (B, k, h, w) for the k = min(5, classes) likeliest classes in falling order. The mean of a map plus the
+    class's bias is the class's logit, so a map says how much each patch adds to it.
+
+    Args:
+        model: A ConvMixer with a classifier; parameters are shared, not copied.
+
+    Source: class-activation maps, arXiv 1512.04150, Sec. 2, Eq. 2; for ConvMixer's head, ours.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        model = cast(ConvMixer, self.model)
+        features = model.forward_features(images)  # (B, D, h, w)
+        logits = model.forward_head(features)
+        top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+        weight = cast(nn.Linear, model.head).weight[top]  # (B, k, D)
+        maps = torch.matmul(weight, features.flatten(2))  # (B, k, N)
+        return logits, maps.unflatten(2, features.shape[2:])
