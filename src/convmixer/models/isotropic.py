@@ -252,7 +252,7 @@ def resnet(
     """Return timm's ResNet of basic blocks with a chosen stem; stages have dim, 2 dim, 4 dim, 8 dim channels.
 
     Args:
-        dim: Channels of the stem and of the first stage; even.
+        dim: Channels of the first stage; the stem has as many, rounded up to an even number.
         layers: Blocks of each of the four stages.
         stem: "conv7x7" (the ImageNet one: stride 2, then max-pooling of stride 2), "conv3x3" (stride 1, no pooling:
             the usual one for small images), or "patch" (patch embedding of stride `patch_size`, no pooling).
@@ -261,7 +261,7 @@ def resnet(
         num_classes: Outputs.
 
     Raises:
-        RequestError: The stem is not known, or `dim` is odd.
+        RequestError: The stem is not known.
 
     Source: arXiv 1512.03385; the patch stem is ours, for the question of locuslab/convmixer #4.
     """
@@ -270,16 +270,14 @@ def resnet(
     stems = {"conv7x7": (7, 2, 3), "conv3x3": (3, 1, 1), "patch": (patch_size, patch_size, 0)}
     if stem not in stems:
         raise unknown("ResNet stem", stem, stems)
-    if dim % 2:
-        raise RequestError(f"dim of a ResNet must be even, not {dim}")
     channels = (dim, 2 * dim, 4 * dim, 8 * dim)
     # the deep stem is the one whose width timm lets us choose; its convolution is replaced next
     block: Any = BasicBlock
     model: Any = ResNet(
-        block, tuple(layers), num_classes, in_chans, channels=channels, stem_type="deep", stem_width=dim // 2
+        block, tuple(layers), num_classes, in_chans, channels=channels, stem_type="deep", stem_width=(dim + 1) // 2
     )
     kernel, stride, padding = stems[stem]
-    model.conv1 = nn.Conv2d(in_chans, dim, kernel, stride, padding, bias=False)
+    model.conv1 = nn.Conv2d(in_chans, model.bn1.num_features, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if stem != "conv7x7":
         model.maxpool = nn.Identity()

@@ -1,1 +1,1 @@
-"""One YAML file per comparison."""
+"""Comparisons of models: one YAML file each, and what reads, matches, queues, runs and verifies them."""

@@ -1,0 +1,156 @@
+"""Families of models that a study can name, and what an arm of a given size costs. Builds nothing for real.
+
+An arm is a registry name and plain arguments: the same pair builds the model to train and to load its weights into.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from convmixer.errors import RequestError, unknown
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+Build = tuple[str, dict[str, Any]]
+
+
+def _convmixer(
+    dim: int, depth: int, img_size: int, patch_size: int = 4, kernel_size: int = 5, act: str = "gelu"
+) -> Build:
+    return f"convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}", {"act": act}
+
+
+def _isotropic(
+    dim: int,
+    depth: int,
+    img_size: int,
+    mixer: str = "depthwise",
+    stem: str = "patch",
+    residual: str = "depthwise",
+    norm: str = "batch",
+    patch_size: int = 4,
+    kernel_size: int = 5,
+    heads: int = 4,
+    act: str = "gelu",
+) -> Build:
+    return "isotropic", dict(locals())
+
+
+def _vit(dim: int, depth: int, img_size: int, patch_size: int = 4, heads: int = 3) -> Build:
+    return "vit_tiny_patch16_224", _transformer(dim, depth, img_size, patch_size, heads)
+
+
+def _deit(dim: int, depth: int, img_size: int, patch_size: int = 4, heads: int = 3) -> Build:
+    return "deit_tiny_distilled_patch16_224", _transformer(dim, depth, img_size, patch_size, heads)
+
+
+def _transformer(dim: int, depth: int, img_size: int, patch_size: int, heads: int) -> dict[str, Any]:
+    if dim % heads:
+        raise RequestError(f"dim {dim} must be a multiple of heads {heads}")
+    return {"img_size": img_size, "patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
+
+
+def _mlp_mixer(dim: int, depth: int, img_size: int, patch_size: int = 4) -> Build:
+    return "mlp_mixer", dict(locals())
+
+
+def _resmlp(dim: int, depth: int, img_size: int, patch_size: int = 4) -> Build:
+    return "resmlp", dict(locals())
+
+
+def _resnet(dim: int, depth: int, img_size: int, stem: str = "conv3x3", patch_size: int = 4) -> Build:
+    """`depth` is the number of basic blocks in each of the four stages."""
+    return "resnet", {"dim": dim, "layers": [depth] * 4, "stem": stem, "patch_size": patch_size}
+
+
+FAMILIES: dict[str, Callable[..., Build]] = {
+    "convmixer": _convmixer,
+    "isotropic": _isotropic,
+    "vit": _vit,
+    "deit": _deit,
+    "mlp_mixer": _mlp_mixer,
+    "resmlp": _resmlp,
+    "resnet": _resnet,
+}
+
+
+def width_step(family: str, sizes: dict[str, Any]) -> int:
+    """Return the step between widths that matching tries: one for ResNet, whose later stages multiply it, else two.
+
+    Where there is attention, a width must also be a multiple of its heads.
+    """
+    heads = inspect.signature(FAMILIES[family]).parameters.get("heads")
+    attends = heads and (family != "isotropic" or sizes.get("mixer") == "attention")
+    return math.lcm(1 if family == "resnet" else 2, sizes.get("heads", heads.default) if heads and attends else 1)
+
+
+def check_sizes(family: str, sizes: dict[str, Any]) -> None:
+    """Check the names of a family and of its sizes.
+
+    Raises:
+        RequestError: One is not known; the nearest one is suggested.
+    """
+    if family not in FAMILIES:
+        raise unknown("model family", family, FAMILIES)
+    known = set(inspect.signature(FAMILIES[family]).parameters) - {"img_size"}
+    for name in sizes:
+        if name not in known:
+            raise unknown(f"key of a {family} arm", name, {*known, "model", "label", "fixed", "recipe"})
+
+
+def build_args(family: str, sizes: dict[str, Any], img_size: int) -> Build:
+    """Return registry name and arguments of an arm.
+
+    Raises:
+        RequestError: A size is missing or the sizes do not go together.
+    """
+    missing = {"dim", "depth"} - set(sizes)
+    if missing:
+        raise RequestError(f"{' and '.join(sorted(missing))} missing: write a number, or let `match` solve for it")
+    return FAMILIES[family](**sizes, img_size=img_size)
+
+
+def parameters(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
+    """Return the number of parameters, counted without allocating any.
+
+    Raises:
+        RequestError: The model cannot be built with these arguments.
+    """
+    return sum(p.numel() for p in _meta_model(build, in_chans, num_classes).parameters())
+
+
+def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
+    """Return the multiply-accumulates per image, counted without computing any.
+
+    Counted on the meta device, where fused attention is seen too; on the CPU the counter misses it.
+
+    Raises:
+        RequestError: The model cannot be built with these arguments or does not take this image.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _meta_model(build, in_chans, num_classes)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, in_chans, img_size, img_size, device="meta"))
+    except Exception as error:  # whatever a library says about an image that does not fit
+        raise RequestError(f"{build[0]} with {build[1]} does not take {img_size} px images: {error}") from error
+    return int(counter.get_total_flops() // 2)
+
+
+def _meta_model(build: Build, in_chans: int, num_classes: int) -> "nn.Module":
+    import torch
+
+    from convmixer.models.registry import create_model
+
+    name, kwargs = build
+    try:
+        with torch.device("meta"):
+            return create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs).eval()
+    except RequestError:
+        raise
+    except Exception as error:  # whatever a library says about sizes that do not go together
+        raise RequestError(f"{name} cannot be built with {kwargs}: {error}") from error

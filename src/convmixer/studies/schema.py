@@ -1,0 +1,286 @@
+"""A study as read from its YAML file: arms, the one recipe they share, seeds, claims. Checks all, trains nothing.
+
+The file is the pre-registration: claims, directions and smallest differences that matter stand in it before any run.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convmixer.config import Config, difference, override
+from convmixer.errors import RequestError, unknown
+from convmixer.studies.arms import check_sizes
+
+RELATIONS = ("better", "at-least", "same")
+MATCH_BY = ("parameters", "macs", "seconds")
+# measured per run, larger is better; a claim may be about any of them
+MEASURES = ("test_top1", "train_images_per_second", "infer_images_per_second")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a study.
+
+    Args:
+        name: Its key in the file; also part of folder names.
+        label: How tables and plots call it.
+        family: A name of `arms.FAMILIES`.
+        sizes: Arguments of the family; `match` may replace width or depth.
+        fixed: Leave the sizes as written although the study matches.
+        recipe: Settings that only this arm has; allowed where the study says `unequal: true`.
+    """
+
+    name: str
+    label: str
+    family: str
+    sizes: dict[str, Any]
+    fixed: bool = False
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What makes arms comparable: `by` one of MATCH_BY, equal to the arm `like`, by solving for `solve`."""
+
+    by: str
+    like: str
+    solve: str = "dim"
+    tolerance: float = 0.03
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement written before the runs.
+
+    Args:
+        says: The sentence.
+        first: Name of the arm the sentence is about.
+        second: Name of the arm it is compared with.
+        relation: "better": first - second is at least `matters`; "at-least": first is not worse by `matters` or
+            more; "same": they differ by less than `matters`.
+        matters: Smallest difference that matters, in the unit of the measure (percentage points for accuracy).
+        measure: One of MEASURES.
+        paper: What the paper reports: `says`, `source`, and `difference` where it can be compared.
+        settings: A plain sentence on how the paper's settings differ from these.
+    """
+
+    says: str
+    first: str
+    second: str
+    relation: str
+    matters: float
+    measure: str = "test_top1"
+    paper: dict[str, Any] | None = None
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison; see the shipped files for what each part looks like."""
+
+    name: str
+    title: str
+    question: str
+    data: str
+    recipe: Config
+    seeds: tuple[int, ...]
+    arms: dict[str, Arm]
+    claims: tuple[Claim, ...]
+    match: Match | None
+    budget: str | None
+    unequal: bool
+    notes: str
+
+    def config(self, arm: str, seed: int) -> Config:
+        """Return the settings of one run: the shared recipe, the seed, and what the study lets the arm change."""
+        return dataclasses.replace(override(self.recipe, self.arms[arm].recipe), seed=seed)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Return (arm, seed) of every run, most informative first: all arms of a seed before the next seed.
+
+        A paired difference needs both arms of one seed, so a study that is cut short has complete pairs.
+        """
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
+
+def list_studies() -> list[str]:
+    """Return the names of the shipped studies."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def find_study(study: str) -> Path:
+    """Return the file of a study given by its shipped name or by path.
+
+    Raises:
+        RequestError: There is no such study; the nearest one is suggested.
+    """
+    if study.endswith((".yaml", ".yml")):
+        if not Path(study).is_file():
+            raise RequestError(f"there is no study file {study}")
+        return Path(study)
+    if study not in list_studies():
+        raise unknown("study", study, list_studies())
+    return Path(__file__).parent / f"{study}.yaml"
+
+
+def load_study(study: str) -> Study:
+    """Return a checked study given by its shipped name or by path.
+
+    Raises:
+        RequestError: The file cannot be read, or any part of it is wrong; the message names the part.
+    """
+    path = find_study(study)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"cannot read the study {path}: {error}") from error
+    try:
+        return parse(path.stem, raw)
+    except RequestError as error:
+        raise RequestError(f"study {path.name}: {error}") from None
+
+
+def parse(name: str, raw: Any) -> Study:
+    """Return the study in plain YAML types, checked.
+
+    Raises:
+        RequestError: A part is missing, unknown or does not fit the others.
+    """
+    values = _mapping(raw, "the file")
+    _keys(values, "study key", [f.name for f in dataclasses.fields(Study) if f.name != "name"])
+    _need(values, "study", ("data", "recipe", "seeds", "arms", "claims"))
+    unequal = values.get("unequal", False)
+    if not isinstance(unequal, bool):
+        raise RequestError(f"unequal must be true or false, not {unequal!r}")
+    recipe = _recipe(values["recipe"])
+    arms = {str(key): _arm(str(key), arm) for key, arm in _mapping(values["arms"], "arms").items()}
+    _check_equal(arms, recipe, unequal)
+    return Study(
+        name=name,
+        title=str(values.get("title", name)),
+        question=str(values.get("question", "")).strip(),
+        data=str(values["data"]),
+        recipe=recipe,
+        seeds=_seeds(values["seeds"]),
+        arms=arms,
+        claims=tuple(_claim(claim, arms) for claim in _list(values["claims"], "claims")),
+        match=_match(values["match"], arms) if values.get("match") else None,
+        budget=values.get("budget"),
+        unequal=unequal,
+        notes=str(values.get("notes", "")).strip(),
+    )
+
+
+def _recipe(raw: Any) -> Config:
+    values = _mapping(raw, "recipe")
+    for key in ("seed", "model"):
+        if key in values:
+            raise RequestError(f"recipe: {key} is not part of a shared recipe: it comes from the study's {key}s")
+    return override(Config(), values)
+
+
+def _arm(name: str, raw: Any) -> Arm:
+    values = dict(_mapping(raw, f"arm {name}"))
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
+        raise RequestError(f"arm name {name!r} must be lower-case letters, digits, '-', '_' or '.'")
+    try:
+        _need(values, "arm", ("model",))
+        family, label = str(values.pop("model")), str(values.pop("label", name))
+        fixed, recipe = bool(values.pop("fixed", False)), dict(_mapping(values.pop("recipe", {}), "recipe"))
+        check_sizes(family, values)
+    except RequestError as error:
+        raise RequestError(f"arm {name}: {error}") from None
+    return Arm(name, label, family, values, fixed, recipe)
+
+
+def _check_equal(arms: Mapping[str, Arm], recipe: Config, unequal: bool) -> None:
+    if len(arms) < 2:
+        raise RequestError("a comparison needs at least two arms")
+    for arm in arms.values():
+        try:
+            changed = difference(recipe, override(recipe, arm.recipe))
+        except RequestError as error:
+            raise RequestError(f"arm {arm.name}: {error}") from None
+        if {"seed", "model"} & set(arm.recipe):
+            raise RequestError(f"arm {arm.name}: seed and model are not part of a recipe")
+        if changed and not unequal:
+            raise RequestError(
+                f"arm {arm.name} changes the recipe ({', '.join(changed)}), so the comparison would not be equal: "
+                "change it for all arms, or write `unequal: true` and the report will say so on top"
+            )
+
+
+def _match(raw: Any, arms: Mapping[str, Arm]) -> Match:
+    values = _mapping(raw, "match")
+    _keys(values, "key of match", [f.name for f in dataclasses.fields(Match)])
+    _need(values, "match", ("by", "like"))
+    match = Match(**values)
+    for kind, value, known in (
+        ("match: by", match.by, MATCH_BY),
+        ("match: solve", match.solve, ("dim", "depth")),
+        ("match: like, an arm", match.like, arms),
+    ):
+        if value not in known:
+            raise unknown(kind, str(value), known)
+    if not isinstance(match.tolerance, float) or not 0 < match.tolerance < 1:
+        raise RequestError(f"match: tolerance must be a share between 0 and 1, not {match.tolerance!r}")
+    return match
+
+
+def _claim(raw: Any, arms: Mapping[str, Arm]) -> Claim:
+    values = _mapping(raw, "claim")
+    _keys(values, "key of a claim", [f.name for f in dataclasses.fields(Claim)])
+    _need(values, "claim", ("says", "first", "second", "relation", "matters"))
+    claim = Claim(**values)
+    for kind, value, known in (
+        ("arm in a claim", claim.first, arms),
+        ("arm in a claim", claim.second, arms),
+        ("relation", claim.relation, RELATIONS),
+        ("measure", claim.measure, MEASURES),
+    ):
+        if value not in known:
+            raise unknown(kind, str(value), known)
+    if isinstance(claim.matters, bool) or not isinstance(claim.matters, (int, float)) or claim.matters < 0:
+        raise RequestError(f"matters must be a number of at least 0, not {claim.matters!r}")
+    if claim.first == claim.second:
+        raise RequestError(f"a claim compares two arms, not {claim.first} with itself")
+    if claim.paper:
+        _keys(_mapping(claim.paper, "paper"), "key of paper", ("says", "source", "difference"))
+        _need(claim.paper, "paper", ("says", "source"))
+    return claim
+
+
+def _seeds(raw: Any) -> tuple[int, ...]:
+    seeds = _list(raw, "seeds")
+    if not seeds or len(set(seeds)) != len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
+        raise RequestError(f"seeds must be different whole numbers of at least 0, not {raw!r}")
+    return tuple(seeds)
+
+
+def _mapping(raw: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(raw, dict):
+        raise RequestError(f"{what} must be `name: value` lines, not {raw!r}")
+    return raw
+
+
+def _list(raw: Any, what: str) -> list[Any]:
+    if not isinstance(raw, list):
+        raise RequestError(f"{what} must be a list, not {raw!r}")
+    return raw
+
+
+def _keys(values: Iterable[Any], kind: str, known: Iterable[str]) -> None:
+    for key in values:
+        if key not in set(known):
+            raise unknown(kind, str(key), known)
+
+
+def _need(values: Mapping[str, Any], what: str, keys: Iterable[str]) -> None:
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise RequestError(f"{what} needs {' and '.join(repr(key) for key in missing)}")
