@@ -5,6 +5,7 @@ parses arguments or touches a device.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -94,7 +95,7 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise RequestError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
-        positive = ("epochs", "batch_size", "grad_accum", "lr", "eps")
+        positive = ("epochs", "batch_size", "grad_accum", "lr", "eps", "checkpoint_seconds")
         shares = (
             "val_fraction",
             "max_bad_fraction",
@@ -112,6 +113,25 @@ class Config:
                 raise RequestError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         if self.batch_size % self.grad_accum:
             raise RequestError(f"batch_size {self.batch_size} must be a multiple of grad_accum {self.grad_accum}")
+        if self.max_time is not None:
+            parse_seconds(self.max_time)
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time such as "90s", "30m", "1h30m" or "2h" in seconds.
+
+    Raises:
+        RequestError: The text is not a time above 0.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower())
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    except ValueError:
+        hours = minutes = seconds = 0.0
+    total = hours * 3600 + minutes * 60 + seconds
+    if total <= 0:
+        raise RequestError(f"max_time must be a time such as 90s, 30m or 1h30m, not {text!r}")
+    return total
 
 
 def field_types() -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Checkpoints that survive a kill at any moment: written beside, synced, then renamed over; the one before is kept."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convmixer.errors import RequestError
+
+LATEST, PREVIOUS = "latest.pt", "previous.pt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state to `folder/latest.pt`; what that was becomes `previous.pt`.
+
+    Args:
+        folder: Made where missing.
+        state: Tensors, numbers, strings, lists and dicts: what `torch.load` reads with weights_only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary, latest = folder / "writing.tmp", folder / LATEST
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if latest.exists():
+        os.replace(latest, folder / PREVIOUS)
+    os.replace(temporary, latest)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Return the newest state that can be read, or None where none was ever written.
+
+    Raises:
+        RequestError: There are checkpoints but none can be read.
+    """
+    broken = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if path.exists():
+            try:
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+                return state
+            except Exception as error:  # a damaged archive raises many types
+                broken.append(f"{path.name}: {' '.join(str(error).split())[:80]}")
+    if broken:
+        raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}); start the run anew")
+    return None

@@ -1,0 +1,122 @@
+"""What several processes need beyond Lightning's DDP: one process group, equal buffers, BatchNorm over all images.
+
+Started by `torchrun`; alone, every function here does nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Connect the processes for the duration of a run: NCCL on GPUs, gloo elsewhere."""
+    if world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process, so that all act at the same step."""
+    return bool(sum_over_processes(torch.tensor(int(flag), device=device))) if world_size() > 1 else flag
+
+
+def from_first[T](value: T) -> T:
+    """Return the first process's value in all of them."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def copy_from_first(model: nn.Module, parameters: bool = False) -> None:
+    """Give all processes the first one's buffers (BatchNorm statistics), and parameters where asked."""
+    if world_size() > 1:
+        for tensor in (*model.buffers(), *(model.parameters() if parameters else ())):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes on any device; torch's own refuses the CPU.
+
+    (B, C, H, W) -> (B, C, H, W). Mean and variance are two sums over processes, the second of centred values: slower
+    than one, but without its cancellation.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        values, axes = x.float(), (0, 2, 3)
+        count = sum_over_processes(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        mean = _Sum.apply(values.sum(axes)) / count  # (C,)
+        centred = values - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum(axes)) / count  # (C,)
+        self._remember(mean.detach(), variance.detach() * count / (count - 1))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; the gradient of a sum that all processes use is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return sum_over_processes(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return sum_over_processes(gradient.clone())
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with every BatchNorm2d taking its statistics over all processes; parameters stay the same."""
+    if device.type == "cuda":
+        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return synced
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.BatchNorm2d:
+            new = SyncBatchNorm(module.num_features, module.eps, module.momentum or 0.1)
+            new.__dict__.update(module.__dict__)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+    return model

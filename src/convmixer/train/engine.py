@@ -1,0 +1,117 @@
+"""Lightning's Trainer as we use it: one endless "epoch" from any step to any other, and signals that end it cleanly.
+
+Epochs are ours, counted from the global step, so that starting in the middle of one needs nothing special.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any
+
+import pytorch_lightning as pl
+
+from convmixer.train.distributed import world_size
+from convmixer.train.module import TrainingModule
+
+OnStep = Callable[[], bool]  # called after each step; True ends the run
+
+
+class _AfterStep(pl.Callback):
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.on_step():
+            trainer.should_stop = True
+
+
+def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep) -> None:
+    """Take up to that many optimiser steps.
+
+    Args:
+        module: What to train.
+        loader: Batches from the module's next step on.
+        steps: Optimiser steps, at least 1.
+        on_step: Called after each step; True ends the run.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders, loggers and steps does not apply
+        trainer = pl.Trainer(
+            accelerator="gpu" if module.place.type == "cuda" else module.place.type,
+            devices=local,
+            num_nodes=world_size() // local,
+            strategy="ddp" if world_size() > 1 else "auto",
+            max_epochs=1,
+            limit_train_batches=steps,
+            callbacks=[_AfterStep(on_step)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        module.model.train()
+        trainer.fit(module, loader)
+
+
+def measure_speed(
+    module: TrainingModule, loader: Iterable[Any], steps: int = 8, seconds: float = 10.0
+) -> list[float]:
+    """Return the seconds of each of a few optimiser steps, after two that warm up; the module is then as before.
+
+    Args:
+        module: What would be trained.
+        loader: Batches.
+        steps: Steps to time.
+        seconds: Stop earlier after this time.
+    """
+    state = _copy(module.state())
+    times = [time.perf_counter()]
+
+    def on_step() -> bool:
+        times.append(time.perf_counter())
+        return world_size() == 1 and len(times) > 4 and times[-1] - times[0] > seconds
+
+    fit(module, loader, steps + 2, on_step)
+    module.restore(state)
+    return [b - a for a, b in zip(times[2:], times[3:], strict=False)]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value.clone() if hasattr(value, "clone") else value
+
+
+class StopSignals:
+    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step under way ends and is saved.
+
+    A second Ctrl-C interrupts at once. Outside the main thread signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._old = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

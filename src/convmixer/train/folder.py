@@ -1,0 +1,201 @@
+"""The run folder: the contract between training and everything after it. Files only; nothing here computes."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convmixer import records
+from convmixer.config import Config, difference, override, to_dict
+from convmixer.data.datasets import DataSplits
+from convmixer.errors import RequestError
+from convmixer.preprocess import Preprocessing
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "val_loss",
+    "top1",
+    "top5",
+    "images_per_second",
+    "loader_share",
+    "seconds",
+)
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.pictures = path / "pictures"
+        self.record = path / "record.jsonl"
+
+    @classmethod
+    def create(cls, path: Path | None, name: str) -> "RunFolder":
+        """Return a new folder: `path`, or the next free `runs/<name>-<number>`.
+
+        Raises:
+            RequestError: The folder holds something already.
+        """
+        if path is None:
+            number = 1
+            while (path := Path("runs") / f"{name}-{number}").exists():
+                number += 1
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = f"continue it with --resume {path}" if (path / "config.yaml").exists() else "choose another --out"
+            raise RequestError(f"{path} is not empty: {hint}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"cannot make the run folder {path}: {error.strerror}") from error
+        return cls(path)
+
+    def weights(self, which: str) -> Path:
+        """Return the folder of the "best" or "last" weights."""
+        return self.path / "weights" / which
+
+    def write_config(self, contents: Mapping[str, Any]) -> None:
+        """Write config.yaml."""
+        text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
+        records.write_atomic(self.path / "config.yaml", text.encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the contents of config.yaml.
+
+        Raises:
+            RequestError: The folder is not a run.
+        """
+        try:
+            contents = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            override(Config(), contents["settings"])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, RequestError) as error:
+            text = " ".join(str(error).split())
+            raise RequestError(f"{self.path} is not a run folder with a readable config.yaml: {text}") from error
+        return dict(contents)
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.csv anew, one row per epoch; it is small, and so never holds a row twice."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _round(row.get(key)) for key in COLUMNS} for row in rows)
+        records.write_atomic(self.path / "metrics.csv", text.getvalue().encode())
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Add an event to log.jsonl."""
+        line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the events after a step: they will happen again."""
+        path = self.path / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        records.write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+
+def describe(
+    config: Config,
+    recipe: Config | None,
+    recipe_name: str | None,
+    spec: str,
+    data: DataSplits,
+    preprocessing: Preprocessing,
+    build: tuple[str, dict[str, Any]] | None,
+    schedule: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the contents of config.yaml: all that it takes to repeat, continue or judge the run."""
+    changed = difference(recipe or Config(), config)
+    sizes = {split: len(images) if (images := getattr(data, split)) else 0 for split in ("train", "val", "test")}
+    return {
+        "command": records.command_line(),
+        "recipe": recipe_name,
+        "settings": to_dict(config),
+        "differs_from_recipe": {name: {"recipe": old, "here": new} for name, (old, new) in changed.items()},
+        "data": {"spec": spec, "name": data.name, "checksum": data.checksum, **sizes, "notes": list(data.notes)},
+        "classes": list(data.classes),
+        "preprocessing": _plain(asdict(preprocessing)),
+        "build": None if build is None else {"name": build[0], "arguments": build[1]},
+        "schedule": dict(schedule),
+        "environment": records.environment(),
+    }
+
+
+def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return the README.md of a run from config.yaml's contents and the record's results."""
+    data, p = config["data"], config["preprocessing"]
+    lines = [
+        f"# {config['build']['name'] if config['build'] else config['settings']['model']} on {data['name']}",
+        "",
+        f"Trained with `{config['command']}`.",
+        "",
+        "## Results",
+        "",
+        "| split | images | used for | top-1 % | top-5 % |",
+        "|---|---|---|---|---|",
+        f"| train | {data['train']} | training | | |",
+    ]
+    if data["val"]:
+        lines.append(f"| val | {data['val']} | choosing the epoch | {_show(results, 'val')} |")
+    if data["test"]:
+        lines.append(f"| test | {data['test']} | read once, at the end | {_show(results, 'test')} |")
+    lines += [
+        "",
+        f"Weights measured: {results['chosen']}. The test set was not used to choose anything.",
+        *[f"- {note}" for note in data["notes"]],
+        "",
+        "## Use",
+        "",
+        "    convmixer predict RUN IMAGES",
+        "    convmixer val RUN",
+        "",
+        f"Input: {p['img_size']} x {p['img_size']} px, {p['in_chans']} channel(s), mean {p['mean']}, std {p['std']}, "
+        f"{p['interpolation']} resizing, crop {p['crop_pct']}. `convmixer` does this by itself.",
+        f"Classes ({len(config['classes'])}): {', '.join(map(str, config['classes'][:50]))}"
+        + (" ..." if len(config["classes"]) > 50 else ""),
+        "",
+        "## Training",
+        "",
+        f"{results['epochs']:g} epochs of {config['schedule']['steps_per_epoch']} steps, seed "
+        f"{config['settings']['seed']}, {results['seconds']:.0f} s on {config['environment']['processor']} "
+        f"({results['images_per_second']:.0f} images per second, {results['precision']}, {results['kernels']}). "
+        "All settings are in config.yaml, one line per epoch in metrics.csv, the record in record.jsonl.",
+        "",
+        "![curves](pictures/curves.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _show(results: Mapping[str, Any], split: str) -> str:
+    return f"{results[f'{split}_top1']:.2f} | {results[f'{split}_top5']:.2f}"
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut off by a kill

@@ -1,0 +1,76 @@
+"""Pictures and sample files of a run: what the model is shown, what it learned, how it did."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from convmixer.data.datasets import DataSplits
+from convmixer.data.transforms import mix
+from convmixer.results import plots
+from convmixer.train.scores import Scores
+from convmixer.train.setup import Job
+
+SHOWN = 32
+
+
+def augmented(job: Job, path: Path) -> None:
+    """Draw the first images of the first step as the model gets them: augmented, mixed, named by their targets."""
+    images, labels = next(iter(job.train_loader(workers=0)))
+    images, targets = mix(images, labels, len(job.data.classes), job.config, torch.Generator().manual_seed(0))
+    p = job.preprocessing
+    mean, std = (torch.tensor(values)[:, None, None] for values in (p.mean, p.std))
+    pixels = (images[:SHOWN] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+    titles = [_title(target, job.data.classes) for target in targets[:SHOWN]]
+    plots.image_grid(
+        pixels.squeeze(-1) if pixels.shape[3] == 1 else pixels, titles, path, "Training images, augmented"
+    )
+
+
+def samples(data: DataSplits, folder: Path, most: int = 10) -> None:
+    """Write a few test images as PNG files, one of each of the first classes, to try `predict` on."""
+    images = data.test or data.val or data.train
+    assert images is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, name in list(enumerate(data.classes))[:most]:
+        for index in np.flatnonzero(images.labels == label)[:1]:
+            found = images.read(int(index))
+            if found:
+                safe = re.sub(r"[^\w.-]+", "_", str(name))
+                found[0].save(folder / f"{label:02d}_{safe}.png")
+
+
+def results(
+    folder: Path, rows: Sequence[dict[str, Any]], model: nn.Module, found: Scores | None, classes: Sequence[str]
+) -> None:
+    """Draw the curves, the confusion matrix, the patch filters and the depthwise kernels."""
+    plots.curves(rows, folder / "curves.png")
+    if found:
+        plots.confusion_matrix(found.confusion, list(classes), folder / "confusion_matrix.png")
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    weights = {name: m.weight.detach().float().cpu().numpy() for name, m in convs.items()}
+    if weights:
+        plots.patch_filters(next(iter(weights.values())), folder / "patch_embedding.png")
+    depthwise = {
+        name: weights[name][:, 0]
+        for name, m in convs.items()
+        if m.groups == m.in_channels == m.out_channels > 1 and m.kernel_size[0] > 1
+    }
+    if depthwise:
+        plots.depthwise_kernels({_short(name): w for name, w in depthwise.items()}, folder / "depthwise_kernels.png")
+
+
+def _short(name: str) -> str:
+    match = re.fullmatch(r"blocks\.(\d+)\..*", name)
+    return f"block {int(match[1]) + 1}" if match else name
+
+
+def _title(target: torch.Tensor, classes: Sequence[str]) -> str:
+    share, labels = target.topk(min(2, len(classes)))
+    if len(labels) > 1 and share[1] > 0.15:
+        return f"{classes[int(labels[0])]} + {classes[int(labels[1])]}"
+    return str(classes[int(labels[0])])

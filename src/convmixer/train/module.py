@@ -1,0 +1,138 @@
+"""One optimiser step: mixing, soft-target cross entropy, clipping, AdamW, moving average.
+
+A step is a pure function of the weights, the optimiser's state, the batch and its number: the learning rate and every
+random number come from the number. That is why a checkpoint holds no scheduler and no generator. A batch is computed
+in `grad_accum` parts inside the step, so a step is a step at any of them. What happens between steps is in run.py.
+"""
+
+import contextlib
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+
+from convmixer.config import Config
+from convmixer.data.sampler import sample_seed
+from convmixer.data.transforms import mix
+from convmixer.train.distributed import rank
+from convmixer.train.optim import build_optimizer
+from convmixer.train.schedule import rate_at_step
+
+
+class TrainingModule(pl.LightningModule):
+    """A model with all that changes it.
+
+    Args:
+        model: The model, on its device; trained in place.
+        config: Settings; `precision` resolved to fp32, bf16 or fp16.
+        num_classes: Classes of the data.
+        steps_per_epoch: Optimiser steps per epoch.
+        epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Config, *, num_classes: int, steps_per_epoch: int, epochs: float
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.config, self.num_classes = model, config, num_classes
+        self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
+        self.place = next(model.parameters()).device
+        self.optimizer = build_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.place.type, enabled=config.precision == "fp16")
+        # in a list, since Lightning and DDP must not take it for a part to train
+        self._average = [ModelEmaV3(model, config.ema_decay, use_warmup=True)] if config.ema_decay else []
+        self.steps_done = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.in_step = False
+        self._generator = torch.Generator()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and save: the moving average where there is one."""
+        return cast(nn.Module, self._average[0].module) if self._average else self.model
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        c = self.config
+        return rate_at_step(c.schedule, self.steps_done, self.steps_per_epoch, self.epochs, c.lr)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Take one optimiser step on images (B, C, H, W) and labels (B,)."""
+        self.in_step = True
+        self._seed()
+        images, targets = mix(batch[0], batch[1], self.num_classes, self.config, self._generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._gradients(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.steps_done += 1
+        if self._average:
+            self._average[0].update(self.model, self.steps_done)
+        self.loss_sum += loss.double().cpu()
+        self.in_step = False
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the model computes in the run's precision."""
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        return torch.autocast(self.place.type, dtype=dtype)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next steps depend on."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self._average[0].module.state_dict() if self._average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps_done": self.steps_done,
+            "loss_sum": self.loss_sum,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`."""
+        self.model.load_state_dict(state["model"])
+        if self._average:
+            self._average[0].module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.steps_done = state["steps_done"]
+        self.loss_sum = state["loss_sum"].clone()
+
+    def _gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Fill the gradients of the batch's mean loss and return that loss."""
+        total = torch.zeros((), device=images.device)
+        parts = self.config.grad_accum
+        for part, target in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+            with self.autocast():
+                logits = self.model(part)
+            loss = F.cross_entropy(logits.float(), target) * (len(part) / len(images))
+            self.manual_backward(self.scaler.scale(loss))
+            total += loss.detach()
+        return total
+
+    def _seed(self) -> None:
+        """Key every random number of this step (dropout, mixing) by seed, step and rank.
+
+        Here, after the batch was fetched: fetching draws from the same generators. `torch.manual_seed` would cost
+        144 microseconds a step.
+        """
+        key = sample_seed(self.config.seed, -1 - rank(), self.steps_done)  # images have epochs of 0 and more
+        torch.default_generator.manual_seed(key)
+        if self.place.type == "cuda":
+            torch.cuda.manual_seed(key)
+        self._generator.manual_seed(key)

@@ -1,0 +1,53 @@
+"""The bar: steps, images per second, time left. Nothing is drawn where the output is not a terminal."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Context that shows a bar.
+
+    Args:
+        console: Where.
+        total: Steps of the whole run.
+        batch_size: Images per step.
+    """
+
+    def __init__(self, console: Console, total: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[speed]} images/s"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, speed="-")
+        self._last: tuple[float, int] | None = None
+
+    def update(self, step: int) -> None:
+        """Show that a step is done; cheap, since it is drawn only a few times a second."""
+        now = time.monotonic()
+        if self._last is None:
+            self._bar.update(self._task, completed=step)
+            self._last = (now, step)
+        elif now - self._last[0] > 0.5:
+            speed = (step - self._last[1]) * self.batch_size / (now - self._last[0])
+            self._bar.update(self._task, completed=step, speed=f"{speed:.0f}")
+            self._last = (now, step)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,70 @@
+"""Loss, accuracy and confusion matrix of a model on a split, summed over all processes."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer.train.distributed import sum_over_processes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a split was measured to.
+
+    Args:
+        n: Images.
+        loss: Mean cross entropy.
+        top1, top5: Percent of images whose class is the first, or among the first five.
+        confusion: int64 (classes, classes), true class by predicted class.
+    """
+
+    n: int
+    loss: float
+    top1: float
+    top5: float
+    confusion: np.ndarray
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    num_classes: int,
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Scores:
+    """Return the scores of a model in eval mode; the mode it was in is restored.
+
+    Args:
+        model: The model, on `device`.
+        loader: This process's share of the images (B, C, H, W) and labels (B,).
+        num_classes: Classes of the data.
+        device: Where to compute.
+        autocast: Makes the context of the wanted precision.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # loss, images with the class among the first five
+    for images, labels in loader:
+        with autocast():
+            logits = model(images.to(device, non_blocking=True))
+        labels, logits = labels.to(device), logits.float()
+        confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
+        first_five = logits.topk(min(5, num_classes), dim=1).indices
+        found = (first_five == labels[:, None]).any(1).sum()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack((loss.double(), found.double())).cpu()
+    model.train(was_training)
+    confusion = sum_over_processes(confusion)
+    sums = sum_over_processes(sums.to(device) if device.type == "cuda" else sums)
+    matrix = confusion.view(num_classes, num_classes).cpu().numpy()
+    n = int(matrix.sum())
+    loss_mean, top5 = (float(value) / n for value in sums)
+    return Scores(n, loss_mean, 100 * float(matrix.trace()) / n, 100 * top5, matrix)

@@ -1,0 +1,196 @@
+"""From settings to what is trained: device, precision, data, model, batch and length of the run."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from convmixer.config import Config
+from convmixer.data.datasets import DataSplits, load_data
+from convmixer.data.loader import Loader, eval_loader, train_loader
+from convmixer.data.transforms import eval_transform, train_transform
+from convmixer.device import choose_device, choose_precision
+from convmixer.errors import RequestError
+from convmixer.models.registry import create_model
+from convmixer.models.weights import LoadedModel, adapt_channels, load_model
+from convmixer.preprocess import Preprocessing
+from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
+from convmixer.train.module import TrainingModule
+
+Build = tuple[str, dict[str, Any]]  # what `create_model` is given: a name and its arguments
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, resolved: nothing in it is "auto" any more.
+
+    Args:
+        spec: The data argument.
+        config: The settings.
+        data: The splits.
+        preprocessing: Of the images in evaluation and, but for what is random, in training.
+        build: Name and arguments of the model.
+        model: On its device, with kernels where they are built.
+        device: Where the model is.
+        kernels: What computes the model, in words.
+        batch_size: Images per step over all processes.
+        steps_per_epoch: Optimiser steps per epoch.
+    """
+
+    spec: str
+    config: Config
+    data: DataSplits
+    preprocessing: Preprocessing
+    build: Build
+    model: nn.Module
+    device: torch.device
+    kernels: str
+    batch_size: int
+    steps_per_epoch: int
+
+    def module(self, epochs: float) -> TrainingModule:
+        """Return the model with its optimiser and schedule for a run of that many epochs."""
+        classes = len(self.data.classes)
+        return TrainingModule(
+            self.model, self.config, num_classes=classes, steps_per_epoch=self.steps_per_epoch, epochs=epochs
+        )
+
+    def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader:
+        """Return endless training batches of this process from a step on."""
+        assert self.data.train is not None
+        return train_loader(
+            self.data.train,
+            train_transform(self.config, self.preprocessing),
+            batch_size=self.batch_size // world_size(),
+            seed=self.config.seed,
+            start_step=start_step,
+            steps_per_epoch=self.steps_per_epoch,
+            workers=self.config.workers if workers is None else workers,
+            rank=rank(),
+            world=world_size(),
+        )
+
+    def eval_loader(self, split: str) -> Loader | None:
+        """Return this process's share of a split, or None where there is no such split."""
+        images = getattr(self.data, split)
+        if not images:
+            return None
+        # the loader's workers live as long as it does; small splits are read faster without
+        workers = self.config.workers if len(images) > 2000 else 0
+        batch = max(1, min(256, self.batch_size // world_size()))
+        return eval_loader(images, eval_transform(self.preprocessing), batch, workers, rank(), world_size())
+
+
+def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
+    """Return a job: data loaded, model built from the seed (or weights), everything on its device.
+
+    Args:
+        spec: The data argument.
+        config: The settings.
+        build: Name and arguments of the model instead of `config.model`.
+
+    Raises:
+        RequestError: Data, model, weights or device cannot be had, or do not fit each other.
+    """
+    device = choose_device(config.device)
+    config = dataclasses.replace(config, device=device.type, precision=choose_precision(config.precision, device))
+    loaded = load_model(config.weights) if config.weights else None
+    side = config.img_size or (loaded.preprocessing.img_size if loaded else None)
+    data = load_data(
+        spec,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        max_bad_fraction=config.max_bad_fraction,
+        img_size=side,
+    )
+    if data.train is None:
+        raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
+    preprocessing = _preprocessing(config, data, loaded)
+    name, args = build or _choose(config, preprocessing.img_size, loaded)
+    config = dataclasses.replace(config, model=name, img_size=preprocessing.img_size)
+    torch.manual_seed(config.seed)
+    model = create_model(name, num_classes=len(data.classes), in_chans=data.in_chans, **args)
+    if loaded:
+        _start_from(model, loaded, data.classes)
+    model.to(device)
+    model, kernels = _fast(model, config, device)
+    batch = _batch_size(config, len(data.train))
+    steps = max(1, len(data.train) // batch)
+    return Job(spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps)
+
+
+def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:
+    """Return the settings' preprocessing; what they leave open comes from the weights, then from the data."""
+    known = loaded.preprocessing if loaded and loaded.preprocessing.in_chans == data.in_chans else data
+    mean, std = config.mean or known.mean, config.std or known.std
+    try:
+        return Preprocessing(data.img_size, data.in_chans, mean, std, config.interpolation, config.crop_pct)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
+    """Return the model's name and arguments: those of the weights, or of the settings."""
+    if loaded and config.model == "auto":
+        name, args = loaded.metadata["name"], dict(loaded.metadata["model_args"])
+    elif config.model == "auto":  # 16 x 16 patches whatever the size, so the cost of an image stays the same
+        name, args = f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5", {}
+    else:
+        name, args = config.model, {}
+    if config.act:
+        args["act"] = config.act
+    if config.drop_rate:
+        args["drop_rate"] = config.drop_rate
+    return name, args
+
+
+def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...]) -> None:
+    """Copy weights into a model; a classifier for other classes stays new, a stem for other channels is adapted.
+
+    Raises:
+        RequestError: Other tensors differ too.
+    """
+    own, state = model.state_dict(), dict(loaded.model.state_dict())
+    head = _name_of(model, model.get_classifier())  # type: ignore[operator]
+    if tuple(classes) != loaded.classes:
+        state |= {key: own[key] for key in own if key.startswith(f"{head}.")}
+    first = next((key for key, value in own.items() if value.ndim == 4), "")
+    if first in state and state[first].shape[1] != own[first].shape[1]:
+        state[first] = adapt_channels(state[first], own[first].shape[1])
+    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    if wrong or state.keys() - own.keys():
+        key = wrong[0] if wrong else min(state.keys() - own.keys())
+        raise RequestError(f"the weights in {loaded.source} are of another model ({key} differs): leave --model out")
+    model.load_state_dict(state)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Module, str]:
+    """Return the model as it will be computed, and by what, in words."""
+    if config.sync_bn and world_size() > 1:
+        return synchronise_batch_norm(model, device), "plain PyTorch, synchronised BatchNorm"
+    return model, "plain PyTorch"
+
+
+def _batch_size(config: Config, images: int) -> int:
+    """Return images per step: the setting, less where the data are fewer, in whole parts for every process.
+
+    Raises:
+        RequestError: The batch cannot be divided.
+    """
+    parts = world_size() * config.grad_accum
+    if config.batch_size % parts:
+        raise RequestError(
+            f"batch_size {config.batch_size} cannot be divided among {world_size()} processes in {config.grad_accum} "
+            f"parts each: use a multiple of {parts}"
+        )
+    batch = math.floor(min(config.batch_size, images) / parts) * parts
+    if batch == 0:
+        raise RequestError(f"{images} training images are too few for {parts} parts of a batch")
+    return batch
