@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written beside, synced, then renamed over; the one before is kept."""
+"""Checkpoints that survive a kill at any moment: written beside, synced, renamed over; the one before is kept."""
 
 import os
 from pathlib import Path

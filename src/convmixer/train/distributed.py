@@ -6,11 +6,13 @@ Started by `torchrun`; alone, every function here does nothing.
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -50,13 +52,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_processes(torch.tensor(int(flag), device=device))) if world_size() > 1 else flag
 
 
-def from_first[T](value: T) -> T:
+def from_first(value: T) -> T:
     """Return the first process's value in all of them."""
     if world_size() == 1:
         return value
-    box = [value]
+    box: list[object] = [value]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return cast(T, box[0])
 
 
 def copy_from_first(model: nn.Module, parameters: bool = False) -> None:
@@ -104,7 +106,7 @@ class _Sum(torch.autograd.Function):
         return sum_over_processes(values.clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(gradient.clone())
 
 

@@ -3,6 +3,7 @@
 Epochs are ours, counted from the global step, so that starting in the middle of one needs nothing special.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -81,7 +82,7 @@ def measure_speed(
 
     fit(module, loader, steps + 2, on_step)
     module.restore(state)
-    return [b - a for a, b in zip(times[2:], times[3:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times[2:])]
 
 
 def _copy(value: Any) -> Any:

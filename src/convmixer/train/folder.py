@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -51,10 +52,7 @@ class RunFolder:
         Raises:
             RequestError: The folder holds something already.
         """
-        if path is None:
-            number = 1
-            while (path := Path("runs") / f"{name}-{number}").exists():
-                number += 1
+        path = path or _next_free(name)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             hint = f"continue it with --resume {path}" if (path / "config.yaml").exists() else "choose another --out"
             raise RequestError(f"{path} is not empty: {hint}")
@@ -95,7 +93,7 @@ class RunFolder:
         writer.writerows({key: _round(row.get(key)) for key in COLUMNS} for row in rows)
         records.write_atomic(self.path / "metrics.csv", text.getvalue().encode())
 
-    def log(self, event: str, step: int, **values: Any) -> None:
+    def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Add an event to log.jsonl."""
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -180,6 +178,11 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _next_free(name: str) -> Path:
+    numbers = itertools.count(1)
+    return next(path for number in numbers if not (path := Path("runs") / f"{name}-{number}").exists())
 
 
 def _show(results: Mapping[str, Any], split: str) -> str:

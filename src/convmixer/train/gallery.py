@@ -49,7 +49,7 @@ def results(
 ) -> None:
     """Draw the curves, the confusion matrix, the patch filters and the depthwise kernels."""
     plots.curves(rows, folder / "curves.png")
-    if found:
+    if found and hasattr(plots, "confusion_matrix"):
         plots.confusion_matrix(found.confusion, list(classes), folder / "confusion_matrix.png")
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     weights = {name: m.weight.detach().float().cpu().numpy() for name, m in convs.items()}

@@ -137,7 +137,7 @@ class Run:
         if self.writes:
             self.folder.write_config(self.contents)
             self.folder.write_metrics([])
-            self.folder.log("start", 0, command=self.contents["command"])
+            self.folder.log("start", 0, {"command": self.contents["command"]})
             gallery.augmented(self.job, self.folder.pictures / "augmented.png")
             gallery.samples(self.job.data, self.folder.path / "samples")
 
@@ -152,7 +152,7 @@ class Run:
         if self.writes:
             self.folder.rewind_log(step)
             self.folder.write_metrics(self.rows)
-            self.folder.log("resume", step, command=records.command_line())
+            self.folder.log("resume", step, {"command": records.command_line()})
 
     def to_the_end(self) -> dict[str, Any]:
         """Train what is left, measure the chosen weights, and return the result."""
@@ -211,7 +211,7 @@ class Run:
         number = self.signals.received
         if number is not None and self.module.steps_done < self.total_steps:
             if self.writes:
-                self.folder.log("stopped", self.module.steps_done, signal=number)
+                self.folder.log("stopped", self.module.steps_done, {"signal": number})
             self.console.print(f"stopped and saved; continue with: convmixer train --resume {self.folder.path}")
             raise SystemExit(128 + number)
 
@@ -233,7 +233,7 @@ class Run:
             if better:
                 self._save_weights("best", row)
             self.folder.write_metrics(self.rows)
-            self.folder.log("epoch", self.module.steps_done, **row)
+            self.folder.log("epoch", self.module.steps_done, row)
 
     def _measure_epoch(self) -> dict[str, Any]:
         module, done = self.module, self.module.steps_done
@@ -343,7 +343,7 @@ class Run:
             results=results,
             seed=self.config.seed,
         )
-        self.folder.log("end", self.module.steps_done, **results)
+        self.folder.log("end", self.module.steps_done, results)
         records.append(self.folder.record, record)  # last: its presence says that the run is finished
 
     # What is said
