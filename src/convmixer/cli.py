@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convmixer.config import Config, field_types, override
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, unknown
 
 SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
 
@@ -23,7 +23,10 @@ Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        return _fail(args, _unexpected(parser, args.command, extra[0]), 2)
     try:
         result = args.run(args)
     except RequestError as error:
@@ -50,6 +53,14 @@ def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
     return status
 
 
+def _unexpected(parser: argparse.ArgumentParser, command: str, text: str) -> RequestError:
+    """Return the error for an argument that the command does not take, with the nearest flag it does."""
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    if not text.startswith("-"):
+        return RequestError(f"unexpected argument {text!r}: see convmixer {command} --help")
+    return unknown("option", text.partition("=")[0], commands.choices[command]._option_string_actions)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convmixer", description="Train, evaluate, compare and deploy ConvMixer image classifiers."
@@ -57,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, doc: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=doc, description=doc)
+        sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=run)
@@ -97,14 +108,15 @@ def _metavar(name: str) -> str:
     )
 
 
-def _settings(args: argparse.Namespace) -> tuple[Config, Config]:
-    """Return the recipe's settings and the resolved ones."""
+def _settings(args: argparse.Namespace) -> tuple[str, Config, Config]:
+    """Return the recipe's name, its settings and the resolved ones."""
     from convmixer.recipes import load_recipe, load_settings
 
-    recipe = load_recipe(args.recipe or ("digits" if args.data == "digits" else "finetune"))
+    name = args.recipe or ("digits" if args.data == "digits" else "finetune")
+    recipe = load_recipe(name)
     flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
     from_file = load_settings(args.config) if args.config else {}
-    return recipe, override(override(recipe, from_file), flags)
+    return name, recipe, override(override(recipe, from_file), flags)
 
 
 # Each command below: its arguments, then its call.
@@ -122,8 +134,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.resume:
         return resume(args.resume)
-    recipe, config = _settings(args)
-    return train(args.data, config, out=args.out, recipe=recipe, recipe_name=args.recipe)
+    name, recipe, config = _settings(args)
+    return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name)
 
 
 def _add_val(sub: argparse.ArgumentParser) -> None:
@@ -165,7 +177,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.train.plan import plan
 
-    return plan(args.data, _settings(args)[1])
+    return plan(args.data, _settings(args)[2])
 
 
 def _add_recalibrate(sub: argparse.ArgumentParser) -> None:

@@ -107,6 +107,39 @@ class RunFolder:
         records.write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
+class Board:
+    """TensorBoard's event files: the numbers of metrics.csv; opened when the first row comes.
+
+    Args:
+        path: Their folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: Any = None
+        self._purge: int | None = None
+
+    def rewind(self, step: int) -> None:
+        """Let TensorBoard ignore what lies after a step."""
+        self._purge = step + 1
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Write one epoch's numbers."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path), purge_step=self._purge)
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(key, value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 def describe(
     config: Config,
     recipe: Config | None,

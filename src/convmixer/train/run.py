@@ -1,6 +1,7 @@
 """Train: settings in, run folder out; and resume, which continues a run as if it had never stopped."""
 
 import math
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from convmixer.train.distributed import (
     world_size,
 )
 from convmixer.train.engine import StopSignals, fit, measure_speed
-from convmixer.train.folder import RunFolder, describe, model_card
+from convmixer.train.folder import Board, RunFolder, describe, model_card
 from convmixer.train.module import TrainingModule
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
@@ -125,6 +126,7 @@ class Run:
         self._val_loader = job.eval_loader("val")
         self._saved_at = time.monotonic()
         self._out_of_time = False
+        self._board = Board(folder.path / "tensorboard")
 
     @property
     def writes(self) -> bool:
@@ -152,6 +154,7 @@ class Run:
         if self.writes:
             self.folder.rewind_log(step)
             self.folder.write_metrics(self.rows)
+            self._board.rewind(step)
             self.folder.log("resume", step, {"command": records.command_line()})
 
     def to_the_end(self) -> dict[str, Any]:
@@ -234,6 +237,7 @@ class Run:
                 self._save_weights("best", row)
             self.folder.write_metrics(self.rows)
             self.folder.log("epoch", self.module.steps_done, row)
+            self._board.add_row(row)
 
     def _measure_epoch(self) -> dict[str, Any]:
         module, done = self.module, self.module.steps_done
@@ -344,6 +348,7 @@ class Run:
             seed=self.config.seed,
         )
         self.folder.log("end", self.module.steps_done, results)
+        self._board.close()
         records.append(self.folder.record, record)  # last: its presence says that the run is finished
 
     # What is said
@@ -357,10 +362,11 @@ class Run:
         parameters = sum(p.numel() for p in self.module.model.parameters())
         self.console.print(f"model    {self.job.build[0]}, {parameters:,} parameters, {self.job.kernels}")
         self.console.print(f"compute  {c.device}, {c.precision}, {torch.get_num_threads()} threads x {world_size()}")
-        settings = ", ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
-        self.console.print(f"settings {settings}")
+        settings = "  ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
+        for line in textwrap.wrap(settings, 106):
+            self.console.print(f"settings {line}")
         for name, change in self.contents["differs_from_recipe"].items():
-            self.console.print(f"  {name}: {_show(change['here'])} (recipe: {_show(change['recipe'])})")
+            self.console.print(f"differs  {name}: {_show(change['here'])} (recipe: {_show(change['recipe'])})")
         if self.job.batch_size != c.batch_size:
             self.console.print(f"batch    {self.job.batch_size}, all the training images there are")
 
