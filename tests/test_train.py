@@ -1,0 +1,140 @@
+"""A real run on the bundled digits: its folder, its result, the step, and what stops it."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from convmixer import records
+from convmixer.cli import main
+from convmixer.config import Config
+from convmixer.errors import RequestError
+from convmixer.models.weights import load_model
+from convmixer.train.run import resume, train
+
+TINY = {"model": "convmixer_24_2_p1_k3", "workers": 0, "precision": "fp32", "lr": 0.03, "batch_size": 64}
+
+
+def tiny(**more: Any) -> Config:
+    return Config(**{**TINY, "epochs": 2, **more})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = train(
+        "digits",
+        tiny(epochs=3, ema_decay=0.5, mixup=0.1, cutmix=0.1, mixup_prob=0.3, smoothing=0.1),
+        out=out,
+        recipe_name="digits",
+    )
+    return out, result
+
+
+def test_result_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    assert {*result} == {"run", "val_top1", "test_top1", "epochs", "seconds", "images_per_second"}
+    assert result["test_top1"] > 40
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    pictures = ("curves", "augmented", "patch_embedding", "depthwise_kernels")
+    for name in ("config.yaml", "metrics.csv", "log.jsonl", "record.jsonl", "README.md"):
+        assert name in files
+    assert {f"pictures/{name}.png" for name in pictures} <= files
+    assert {f"weights/{w}/{f}" for w in ("best", "last") for f in ("model.safetensors", "config.json")} <= files
+    assert sum(name.startswith("samples/") for name in files) == 10
+    assert sum(name.startswith("tensorboard/") for name in files) == 1
+
+
+def test_metrics_and_log_have_one_line_per_epoch(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    rows = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1.0", "2.0", "3.0"]
+    assert [int(row["step"]) for row in rows] == [20, 40, 60]
+    assert float(rows[-1]["lr"]) == 0
+    events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert events == ["start", "epoch", "epoch", "epoch", "end"]
+
+
+def test_record_and_config_say_how_to_repeat_it(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    (record,) = records.read(out / "record.jsonl")
+    assert record.results["test_top1"] == result["test_top1"]
+    assert (record.results["val_n"], record.results["test_n"]) == (144, 360)
+    assert "best on the validation split" in record.results["chosen"]
+    contents = yaml.safe_load((out / "config.yaml").read_text())
+    assert contents["settings"] == record.config
+    assert contents["differs_from_recipe"]["lr"] == {"recipe": 0.01, "here": 0.03}
+    assert contents["data"]["checksum"] == record.data["checksum"]
+    card = (out / "README.md").read_text()
+    assert f"{result['test_top1']:.2f}" in card
+    assert "read once, at the end" in card
+
+
+def test_best_weights_carry_their_meaning(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    loaded = load_model(out)
+    assert loaded.classes == tuple("0123456789")
+    assert (loaded.preprocessing.img_size, loaded.preprocessing.in_chans) == (8, 1)
+    assert loaded.metadata["data"]["spec"] == "digits"
+
+
+def test_a_folder_that_holds_a_run_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(RequestError, match="--resume"):
+        train("digits", tiny(), out=finished[0])
+
+
+def test_resuming_a_finished_run_returns_its_result(finished: tuple[Path, dict[str, Any]]) -> None:
+    assert resume(finished[0]) == finished[1]
+
+
+def test_without_validation_the_last_epoch_is_taken(tmp_path: Path) -> None:
+    result = train("digits", tiny(val_fraction=0.0, epochs=1), out=tmp_path / "run")
+    assert result["val_top1"] is None
+    assert result["test_top1"] is not None
+    (record,) = records.read(tmp_path / "run" / "record.jsonl")
+    assert "last epoch" in record.results["chosen"]
+    best, last = (load_model(tmp_path / "run" / "weights" / which).model.state_dict() for which in ("best", "last"))
+    assert all(torch.equal(best[key], last[key]) for key in best)
+
+
+def test_training_from_weights_for_the_same_and_for_other_classes(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    weights = str(finished[0])
+    config = tiny(model="auto", weights=weights, epochs=1, lr=1e-9, val_fraction=0.0, ema_decay=0.0)
+    assert train("digits", config, out=tmp_path / "again")["test_top1"] > 40
+    with pytest.raises(RequestError, match="of another model"):
+        train("digits", tiny(model="convmixer_8_2_p1_k3", weights=weights), out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["digits", "--epoch", "3"], "did you mean '--epochs'"),
+        (["digits", "--epochs", "none"], "epochs must be int"),
+        (["digits", "--model", "convmixer_256_9"], "did you mean"),
+        (["digits", "--max-time", "soon"], "30m"),
+        (["digits", "--device", "cuda"], "no cuda"),
+        (["digits", "--recipe", "digit"], "did you mean 'digits'"),
+        (["digits", "--auto-augment", "magic"], "auto_augment 'magic'"),
+        (["digits", "--mean", "0.1,0.2,0.3"], "must each have 1"),
+        (["--resume", "nowhere"], "not a run folder"),
+        (["digits", "--weights", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_requests_are_one_line_and_exit_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    assert main(["train", *arguments, *out]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
