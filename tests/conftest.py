@@ -15,3 +15,45 @@ def cifar10() -> Path:
         if folder and (Path(folder) / "cifar10").is_dir():
             return Path(folder) / "cifar10"
     pytest.skip("real CIFAR-10 not found: set CONVMIXER_DATA to the folder that holds cifar10/")
+
+
+@pytest.fixture(scope="session")
+def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small ConvMixer trained for seconds on the real digits, about 95% right on the rest."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from convmixer.data.datasets import load_data
+    from convmixer.data.loader import eval_loader
+    from convmixer.data.transforms import eval_transform
+    from convmixer.models.convmixer import ConvMixer
+    from convmixer.models.weights import save_model
+    from convmixer.preprocess import Preprocessing
+    from convmixer.train.evaluate import recompute_batchnorm
+
+    settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.0}
+    splits = load_data("digits", **settings)
+    p = Preprocessing(splits.img_size, splits.in_chans, splits.mean, splits.std)
+    images, labels = next(iter(eval_loader(splits.train, eval_transform(p), len(splits.train))))
+    torch.manual_seed(0)
+    model = ConvMixer(32, 2, 3, 1, in_chans=1, num_classes=10)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 110)
+    for _ in range(10):
+        for part in torch.randperm(len(labels)).split(128):
+            optimizer.zero_grad()
+            cross_entropy(model(images[part]), labels[part]).backward()
+            optimizer.step()
+            falling.step()
+    recompute_batchnorm(model, splits.train, p, 1280)  # after so few steps the running ones lag behind
+    folder = tmp_path_factory.mktemp("digits") / "weights"
+    save_model(
+        folder,
+        model,
+        architecture="convmixer_32_2_p1_k3",
+        model_args={},
+        classes=splits.classes,
+        preprocessing=p,
+        data={"spec": "digits", "checksum": splits.checksum, **settings},
+    )
+    return folder

@@ -78,10 +78,12 @@ def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
     Raises:
         ImageError: Not an image, damaged, truncated, or larger than MAX_PIXELS.
     """
-    image = _open(source)
     try:
-        image.load()
-        return to_mode(ImageOps.exif_transpose(image), in_chans)
+        with _open(source) as image:
+            image.load()
+            return to_mode(ImageOps.exif_transpose(image), in_chans)
+    except ImageError:
+        raise
     except Exception as error:  # a damaged file may raise nearly anything from inside a decoder
         raise ImageError(f"{_name(source)}: {error}") from error
 

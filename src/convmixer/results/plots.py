@@ -135,6 +135,32 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
         _save(figure, path)
 
 
+def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draw which classes are taken for which: rows are the true class, each scaled to its own number of images.
+
+    Args:
+        counts: (classes, classes) numbers of images, row: true, column: predicted.
+        classes: Names; written where there are at most 30, the numbers in the cells where at most 15.
+        path: The PNG to write.
+    """
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    few, n = len(classes) <= 30, len(classes)
+    side = min(11.0, 3 + 0.4 * n)
+    with plt.rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
+        image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+        names = [_short(name) for name in classes] if few else []
+        axes.set_xticks(range(n) if few else [], names, rotation=90)
+        axes.set_yticks(range(n) if few else [], names)
+        axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(counts.sum()):,} images")
+        for row, column in np.ndindex(n, n) if n <= 15 else ():
+            color = "white" if share[row, column] > 0.5 else "black"
+            text = str(int(counts[row, column]))
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, label="% of the true class", shrink=0.8)
+        _save(figure, path)
+
+
 def _tiles(images: np.ndarray, title: str, path: Path) -> None:
     columns = min(16, len(images))
     rows = math.ceil(len(images) / columns)

@@ -1,0 +1,276 @@
+"""Load once, predict many: images in, class names and probabilities out. Torch is imported for torch weights only."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from convmixer.backends import is_exported, load_exported
+from convmixer.errors import RequestError
+from convmixer.preprocess import Preprocessing, load_image, preprocess
+from convmixer.records import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+Logits = Callable[[np.ndarray], np.ndarray]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model ready to classify, whatever runs it.
+
+    Args:
+        logits: (B, C, H, W) float32 -> (B, classes) float32.
+        classes: Class names in the order of the logits.
+        preprocessing: How an image becomes the input.
+        describe: What it is: "source", "name", "precision", "device", and the metadata saved with the weights.
+    """
+
+    logits: Logits
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    describe: dict[str, Any]
+
+    def predict(self, images: Sequence[Image.Image], topk: int = 5) -> list[list[tuple[str, float]]]:
+        """Return for each image the likeliest classes with their probabilities, in falling order.
+
+        Args:
+            images: Decoded images of any mode and size; all go through in one batch.
+            topk: Classes per image; at most all.
+        """
+        if not images:
+            return []
+        return self.top(np.stack([preprocess(image, self.preprocessing) for image in images]), topk)
+
+    def top(self, batch: np.ndarray, topk: int) -> list[list[tuple[str, float]]]:
+        """Return what `predict` does for a batch that is preprocessed already, (B, C, H, W)."""
+        probabilities = softmax(self.logits(batch))
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :topk]
+        return [
+            [(self.classes[i], float(row[i])) for i in best] for row, best in zip(probabilities, order, strict=True)
+        ]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities, float64 (B, classes)."""
+    logits = logits.astype(np.float64)
+    values: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return values / values.sum(axis=1, keepdims=True)
+
+
+def load_classifier(source: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
+    """Return a classifier from weights or an exported file.
+
+    Args:
+        source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
+        precision: "auto" (bf16 where the processor computes it natively), "fp32" or "bf16".
+        device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
+
+    Raises:
+        RequestError: It cannot be loaded or not with this precision.
+    """
+    if is_exported(source):
+        return _from_exported(Path(source), precision)
+    from convmixer.device import choose_device, choose_precision
+    from convmixer.models.weights import load_model
+
+    where = choose_device(device)
+    how = choose_precision(precision, where)
+    loaded = load_model(source)
+    about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
+    logits = torch_logits(loaded.model, where, how)
+    return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about})
+
+
+def _from_exported(path: Path, precision: str) -> Classifier:
+    if precision != "auto":
+        raise RequestError(f"{path} has the precision it was exported with: leave --precision out")
+    exported = load_exported(path)
+    return Classifier(lambda x: exported.run(x)[0], exported.classes, exported.preprocessing, exported.describe)
+
+
+def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> Logits:
+    """Return a function that runs a model in eval mode on arrays.
+
+    Args:
+        model: Moved to the device, and left in the mode it was in.
+        device: Where to compute.
+        precision: "fp32", "bf16" or "fp16"; see `device.choose_precision`.
+    """
+    import torch
+
+    model.to(device)
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        training = model.training
+        model.eval()
+        with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
+            out: torch.Tensor = model(torch.from_numpy(batch).to(device))
+        model.train(training)
+        array: np.ndarray = out.float().cpu().numpy()
+        return array
+
+    return run
+
+
+def predict_files(
+    weights: str | Path,
+    images: Sequence[Path],
+    topk: int = 5,
+    batch_size: int = 32,
+    precision: str = "auto",
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Classify files and folders, print a table, and return one entry per file, in the order given.
+
+    Args:
+        weights: See `load_classifier`.
+        images: Files, and folders whose image files are taken in sorted order, however deep.
+        topk: Classes per image, at least 1.
+        batch_size: Images at once, at least 1.
+        precision: See `load_classifier`.
+        out: A .csv or .jsonl file for the predictions, or None.
+
+    Returns:
+        "predictions": a list of {"file", "classes", "probabilities"}, or {"file", "error"} where it cannot be read.
+
+    Raises:
+        RequestError: Bad arguments, or no file to classify.
+        RuntimeError: Not one of the files can be read.
+    """
+    if min(topk, batch_size) < 1:
+        raise RequestError(f"--topk and --batch-size must be at least 1, not {topk} and {batch_size}")
+    if out is not None and out.suffix not in _WRITERS:
+        raise RequestError(f"--out {out} must end in {' or '.join(_WRITERS)}")
+    files = expand(images)
+    classifier = load_classifier(weights, precision)
+    predictions = list(_predict_each(classifier, files, topk, batch_size))
+    if out is not None:
+        write_atomic(out, _WRITERS[out.suffix](predictions).encode())
+    _print_table(predictions, classifier, out)
+    errors = [p["error"] for p in predictions if "error" in p]
+    if len(errors) == len(predictions):
+        raise RuntimeError(f"none of the {len(errors)} files can be read; the first: {errors[0]}")
+    return {"predictions": predictions}
+
+
+def expand(paths: Sequence[Path]) -> list[Path]:
+    """Return files in the order given, each folder replaced by the image files below it in sorted order.
+
+    Raises:
+        RequestError: A folder holds no image files.
+    """
+    files: list[Path] = []
+    for path in paths:
+        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if path.is_dir() and not below:
+            raise RequestError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
+        files += below if path.is_dir() else [path]
+    return files
+
+
+def _predict_each(
+    classifier: Classifier, files: Sequence[Path], topk: int, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Decode the next batch in threads while the model computes this one."""
+    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def start(batch: Sequence[Path]) -> list[Any]:
+            return [pool.submit(_read, file, classifier.preprocessing) for file in batch]
+
+        coming = start(batches[0])
+        for number, batch in enumerate(_progress(batches)):
+            arrays = [future.result() for future in coming]
+            coming = start(batches[number + 1]) if number + 1 < len(batches) else []
+            yield from _entries(classifier, batch, arrays, topk)
+
+
+def _read(file: Path, p: Preprocessing) -> np.ndarray | str:
+    """Return a file as input, or why it cannot be read."""
+    try:
+        return preprocess(load_image(file, p.in_chans), p)
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).removeprefix(f"{file}: ").split())
+
+
+def _entries(
+    classifier: Classifier, files: Sequence[Path], arrays: Sequence[np.ndarray | str], topk: int
+) -> Iterator[dict[str, Any]]:
+    good = [array for array in arrays if not isinstance(array, str)]
+    tops = iter(classifier.top(np.stack(good), topk) if good else [])
+    for file, array in zip(files, arrays, strict=True):
+        if isinstance(array, str):
+            yield {"file": str(file), "error": array}
+        else:
+            names, probabilities = zip(*next(tops), strict=True)
+            yield {"file": str(file), "classes": list(names), "probabilities": list(probabilities)}
+
+
+def _progress(batches: Sequence[Sequence[Path]]) -> Iterator[Sequence[Path]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    quick = len(batches) < 8 or not console.is_terminal
+    yield from batches if quick else track(batches, "predicting", console=console, transient=True)
+
+
+def _csv(predictions: Sequence[dict[str, Any]]) -> str:
+    most = max(len(p.get("classes", ())) for p in predictions)
+    pairs = [f"{name}_{i + 1}" for i in range(most) for name in ("class", "probability")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", *pairs, "error"])
+    for p in predictions:
+        cells = [v for pair in zip(p.get("classes", ()), p.get("probabilities", ()), strict=True) for v in pair]
+        writer.writerow([p["file"], *(cells or [""] * len(pairs)), p.get("error", "")])
+    return text.getvalue()
+
+
+def _jsonl(predictions: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+
+
+_WRITERS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {".csv": _csv, ".jsonl": _jsonl}
+
+
+def _print_table(predictions: Sequence[dict[str, Any]], classifier: Classifier, out: Path | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    about = classifier.describe
+    console.print(f"{about.get('found') or about['source']} ({about.get('precision', 'exported')})", highlight=False)
+    table = Table(Column("file", overflow="fold"), "prediction", box=None, pad_edge=False)
+    shown = predictions[:50]
+    for p in shown:
+        pairs = zip(p.get("classes", ()), p.get("probabilities", ()), strict=True)
+        text = ", ".join(f"{escape(name)} {100 * value:.1f}%" for name, value in pairs)
+        table.add_row(escape(p["file"]), text or f"[red]{escape(p['error'])}[/red]")
+    console.print(table)
+    bad = sum("error" in p for p in predictions)
+    rest = len(predictions) - len(shown)
+    notes = [
+        f"{rest} more not shown" if rest else "",
+        f"{bad} of {len(predictions)} files cannot be read" if bad else "",
+        f"written to {out}" if out else "",
+    ]
+    for note in filter(None, notes):
+        console.print(note, highlight=False)
