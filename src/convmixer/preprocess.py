@@ -78,14 +78,13 @@ def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
     Raises:
         ImageError: Not an image, damaged, truncated, or larger than MAX_PIXELS.
     """
+    image = _open(source)
     try:
-        with _open(source) as image:
+        with image:  # closes the file, keeps the pixels
             image.load()
             return to_mode(ImageOps.exif_transpose(image), in_chans)
-    except ImageError:
-        raise
     except Exception as error:  # a damaged file may raise nearly anything from inside a decoder
-        raise ImageError(f"{_name(source)}: {error}") from error
+        raise ImageError(_named(source, error)) from error
 
 
 def read_header(source: Path | bytes) -> tuple[str, tuple[int, int]]:
@@ -150,18 +149,18 @@ def normalise(image: Image.Image, p: Preprocessing) -> np.ndarray:
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    if not source if isinstance(source, bytes) else source.is_file() and not source.stat().st_size:
-        raise ImageError(f"{_name(source)}: the file is empty")
     try:
+        if not (source if isinstance(source, bytes) else source.stat().st_size):
+            raise ImageError("the file is empty")
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{_name(source)}: not an image of a known format") from None
+        raise ImageError(_named(source, "not an image of a known format")) from None
     except Exception as error:
-        raise ImageError(f"{_name(source)}: {error}") from error
+        raise ImageError(_named(source, error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise ImageError(f"{_name(source)}: {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+        raise ImageError(_named(source, f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"))
     return image
 
 
@@ -170,8 +169,10 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _name(source: Path | bytes) -> str:
-    return "image" if isinstance(source, bytes) else str(source)
+def _named(source: Path | bytes, problem: object) -> str:
+    """Return the message of an error, with the file's name where there is one."""
+    reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
+    return str(reason) if isinstance(source, bytes) else f"{source}: {reason}"
 
 
 def _bytes_of(values: np.ndarray) -> np.ndarray:

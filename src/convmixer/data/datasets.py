@@ -41,7 +41,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         classes: Class names.
         indices: Which images of the source, (N,); None: all.
         in_chans: 1 for mode L, 3 for mode RGB.
-        max_bad_fraction: Share of images that fail to decode above which reading raises RequestError.
+        max_bad: Images that may fail to decode before reading raises RequestError.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         classes: Sequence[str],
         indices: np.ndarray | None = None,
         in_chans: int = 3,
-        max_bad_fraction: float = 0.0,
+        max_bad: int = 0,
     ) -> None:
         self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
         self.labels = np.asarray(labels, np.int64)
         self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad = max_bad
         self._failed = torch.zeros(len(self.labels), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         """Return an image and its label; where it cannot be decoded, those of the next one that can.
 
         Raises:
-            RequestError: More than `max_bad_fraction` of the set have failed.
+            RequestError: More than `max_bad` images have failed.
         """
         for candidate in range(index, index + len(self)):
             found = self.read(candidate % len(self))
@@ -86,10 +86,9 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
     def _fail(self, index: int, error: Exception) -> None:
         if not self._failed[index]:
             self._failed[index] = 1
-            print(f"unreadable image left out: {self.name(index)}: {error}", file=sys.stderr, flush=True)
-        count = int(self._failed.sum())
-        if count > self.max_bad_fraction * len(self):
-            raise _too_many(self.failed, count, len(self), self.max_bad_fraction)
+            print(f"unreadable image left out: {_told(self.name(index), error)}", file=sys.stderr, flush=True)
+        if int(self._failed.sum()) > self.max_bad:
+            raise _too_many(self.failed, len(self))
 
     @property
     def failed(self) -> list[str]:
@@ -108,7 +107,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             self.classes,
             self.indices[positions],
             self.in_chans,
-            self.max_bad_fraction,
+            self.max_bad,
         )
 
 
@@ -164,17 +163,18 @@ def load_data(
     found = find(spec)
     scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
     headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
-    bad = [f"{found.splits[s][0].name(i)}: {h}" for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
+    bad = [_told(found.splits[s][0].name(i), h) for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
     total = sum(len(scan) for scan in scans.values())
     if not headers or len(bad) > max_bad_fraction * total:
-        raise _too_many(bad, len(bad), total, max_bad_fraction)
+        raise _too_many(bad, total)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
+    max_bad = int(max_bad_fraction * total) - len(bad)
     sets = {}
     for split, (source, labels) in found.splits.items():
         good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
         cached = _cached(source, in_chans, sizes)
-        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad_fraction)
+        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad)
     notes = list(found.notes)
     if bad:
         notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
@@ -267,9 +267,13 @@ def _bad(header: Header | str) -> bool:
     return isinstance(header, str)
 
 
-def _too_many(bad: Sequence[str], count: int, total: int, limit: float) -> RequestError:
+def _told(name: str, problem: object) -> str:
+    return str(problem) if name in str(problem) else f"{name}: {problem}"
+
+
+def _too_many(bad: Sequence[str], total: int) -> RequestError:
     return RequestError(
-        f"{count} of {total} images cannot be read, more than max_bad_fraction {limit:g} allows: "
+        f"{len(bad)} of {total} images cannot be read, more than max_bad_fraction allows: "
         f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from convmixer.data.sources import Arrays, Column, Files, Shards, Source, binary_column, index_tar, read_text
+from convmixer.data.sources import Arrays, Column, Files, Shards, Source, binary_column, index_tar, read_range
 from convmixer.errors import RequestError
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -31,6 +32,7 @@ EXTENSIONS = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
 }  # fmt: skip
+IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
 HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
 
 
@@ -59,7 +61,8 @@ def find(spec: str) -> Found:
     """Return the images and labels behind a data argument.
 
     Args:
-        spec: "digits", "cifar10", "cifar100", a path (folder, .csv, .tar, .parquet) or a hub name "owner/name".
+        spec: "digits", "cifar10", "cifar100", a path (folder, .csv, .tar, .parquet) or a
+            hub name "owner/name" or "owner/name/configuration".
 
     Raises:
         RequestError: Nothing usable is there; the message says what to do.
@@ -72,11 +75,12 @@ def find(spec: str) -> Found:
     if spec in HUB_NAMES:
         local = [place for place in _places(spec) if place.is_dir()]
         return find_path(local[0] if local else _download(spec, HUB_NAMES[spec]), spec)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
-        return find_path(_download(spec, spec), spec)
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", spec):
+        owner, name, *config = spec.split("/")
+        return find_path(_download(spec, f"{owner}/{name}").joinpath(*config), spec)
     raise RequestError(
         f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
-        "or a hub name owner/name"
+        "or a hub name owner/name or owner/name/configuration"
     )
 
 
@@ -87,11 +91,10 @@ def find_path(path: Path, name: str | None = None) -> Found:
         return find_csv(path, name)
     if path.is_file() and path.suffix not in (".tar", ".parquet"):
         raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")
-    if parquet := _files(path, ".parquet"):
-        return find_parquet(path, parquet, name)
-    if tars := _files(path, ".tar"):
-        return find_tars(path, tars, name)
-    return find_folder(path, name)
+    kind, files = _shards(path)
+    if kind == ".parquet":
+        return find_parquet(path, files, name)
+    return find_tars(path, files, name) if kind == ".tar" else find_folder(path, name)
 
 
 def find_digits() -> Found:
@@ -109,75 +112,91 @@ def find_digits() -> Found:
 
 def find_folder(path: Path, name: str) -> Found:
     """Return the images of a folder `<split>/<class>/*` or `<class>/*`."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    splits = {SPLIT_NAMES[f.name.lower()]: f for f in folders if f.name.lower() in SPLIT_NAMES and _subfolders(f)}
-    splits = splits or {"train": path}
-    found, labels, others, sizes = {}, {}, 0, []
-    for split, folder in splits.items():
-        paths, labels[split], ignored, size = _walk(folder)
-        found[split] = Files(folder, paths)
-        others += ignored
-        sizes += [f"{split}/{p} {s}" for p, s in zip(paths, size, strict=True)]
+    named = {SPLIT_NAMES[f.name.lower()]: f for f in _subfolders(path) if f.name.lower() in SPLIT_NAMES}
+    folders = {split: folder for split, folder in named.items() if _subfolders(folder)} or {"train": path}
+    walks = {split: _walk(folder) for split, folder in folders.items()}
+    labels = {split: [Path(p).parts[0] for p in paths] for split, (paths, _) in walks.items()}
     if not any(labels.values()):
         raise RequestError(
             f"no images in {path}: expected <class>/*.jpg or train|val|test/<class>/*.jpg "
             f"({', '.join(sorted(EXTENSIONS))})"
         )
     classes, encoded = encode_labels(labels)
-    notes = [f"{others} files without an image extension ignored"] if others else []
-    notes += [f"class {c!r} of {s} has no images" for s, folder in splits.items() for c in _empty(folder, labels[s])]
-    return Found(name, {s: (found[s], encoded[s]) for s in splits}, classes, listing_checksum(sizes), notes=notes)
+    sizes = [f"{s}/{p} {_size(folders[s] / p)}" for s, (paths, _) in walks.items() for p in paths]
+    splits: dict[str, tuple[Source, np.ndarray]] = {
+        s: (Files(folders[s], _bytes(paths)), encoded[s]) for s, (paths, _) in walks.items()
+    }
+    return Found(name, splits, classes, listing_checksum(sizes), notes=_folder_notes(named, folders, walks, labels))
+
+
+def _folder_notes(
+    named: Mapping[str, Path], used: Mapping[str, Path], walks: Mapping[str, Any], labels: Mapping[str, Any]
+) -> list[str]:
+    notes = [f"{f} holds no class folders: not used" for split, f in named.items() if split not in used]
+    for split, folder in used.items():
+        ignored = walks[split][1]
+        if ignored:
+            notes.append(f"{len(ignored)} files ignored, not an image in a class folder: {', '.join(ignored[:5])}")
+        empty = sorted(f.name for f in _subfolders(folder) if f.name not in set(labels[split]))
+        notes += [f"class folder {folder / name} has no images" for name in empty]
+    return notes
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _empty(folder: Path, labels: Sequence[str]) -> list[str]:
-    used = set(labels)
-    return sorted(entry.name for entry in _subfolders(folder) if entry.name not in used)
-
-
-def _walk(folder: Path) -> tuple[list[str], list[str], int, list[int]]:
-    """Return image paths below a folder, the first part of each as its class, ignored files, and sizes in bytes."""
-    paths, others = [], 0
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the images in class folders below a folder, at any depth, and the other files, as relative paths."""
+    paths: list[str] = []
+    others: list[str] = []
     for where, below, files in os.walk(folder, followlinks=True):
-        below[:] = sorted(b for b in below if not b.startswith("."))
-        if Path(where) == folder:
-            continue  # images outside any class folder have no label
-        for file in sorted(f for f in files if not f.startswith(".")):
-            if Path(file).suffix.lower() in EXTENSIONS:
-                paths.append(os.path.relpath(os.path.join(where, file), folder))
-            else:
-                others += 1
-    return paths, [Path(p).parts[0] for p in paths], others, [os.stat(folder / p).st_size for p in paths]
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            usable = Path(name).suffix.lower() in EXTENSIONS and where != str(folder)
+            (paths if usable else others).append(os.path.relpath(os.path.join(where, name), folder))
+    return paths, others
+
+
+def _bytes(names: Iterable[str]) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names])
 
 
 def find_csv(path: Path, name: str) -> Found:
     """Return the images named by a table of path, label and, where there is one, split."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter) if any(row)]
-    columns = _columns(rows[0]) if rows else {}
-    body = rows[1:] if columns else rows
-    columns = columns or {"path": 0, "label": 1, "split": 2}
+    columns, rows = _table(path)
     groups: dict[str, tuple[list[str], list[str]]] = {}
-    for number, row in enumerate(body, 2 if body is not rows else 1):
-        if len(row) <= max(columns["path"], columns["label"]) or not row[columns["path"]]:
+    for number, row in rows:
+        if len(row) <= max(columns["path"], columns["label"]) or not (row[columns["path"]] and row[columns["label"]]):
             raise RequestError(f"{path} line {number}: expected path,label, found {','.join(row)!r}")
-        group = groups.setdefault(_split_of(row, columns, path, number), ([], []))
-        group[0].append(row[columns["path"]])
-        group[1].append(row[columns["label"]])
+        paths, labels = groups.setdefault(_split_of(row, columns, path, number), ([], []))
+        paths.append(row[columns["path"]])
+        labels.append(row[columns["label"]])
     if not groups:
         raise RequestError(f"{path} names no images: expected lines of path,label")
     classes, encoded = encode_labels({split: labels for split, (_, labels) in groups.items()})
-    root = path.parent
-    sizes = [f"{p} {_size(root / p)}" for paths, _ in groups.values() for p in paths]
-    checksum = listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes])
+    sizes = [f"{p} {_size(path.parent / p)}" for paths, _ in groups.values() for p in paths]
     splits: dict[str, tuple[Source, np.ndarray]] = {
-        split: (Files(root, paths), encoded[split]) for split, (paths, _) in groups.items()
+        split: (Files(path.parent, _bytes(paths)), encoded[split]) for split, (paths, _) in groups.items()
     }
-    return Found(name, splits, classes, checksum)
+    return Found(name, splits, classes, listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes]))
+
+
+def _table(path: Path) -> tuple[dict[str, int], list[tuple[int, list[str]]]]:
+    """Return the column numbers of a table and its rows with their line numbers, the header left out."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+    if rows and (columns := _columns(rows[0][1])):
+        return columns, rows[1:]
+    if len(rows) > 1 and _size(path.parent / rows[0][1][0]) < 0 <= _size(path.parent / rows[1][1][0]):
+        raise RequestError(f"{path}: line 1 is no image, and as a header it must name the columns path and label")
+    return {"path": 0, "label": 1, "split": 2}, rows
 
 
 def _columns(first: Sequence[str]) -> dict[str, int]:
@@ -201,29 +220,54 @@ def _split_of(row: Sequence[str], columns: Mapping[str, int], path: Path, number
     return SPLIT_NAMES[row[column].lower()]
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
 def find_parquet(path: Path, files: Sequence[Path], name: str) -> Found:
     """Return the images in parquet files as Hugging Face writes them, columns found by feature type."""
     features = _features(files[0])
     image, label = _image_column(files[0], features), _label_column(files[0], features)
-    splits: dict[str, tuple[Source, Any]] = {}
-    for split, members in _by_split(files).items():
-        table = pa.concat_tables([pq.read_table(file, columns=[image, label]) for file in members])
-        splits[split] = (Column(split, binary_column(table[image])), table[label])
-    names = features.get(label, {}).get("names")
-    classes, labels = _parquet_labels({split: column for split, (_, column) in splits.items()}, names)
-    notes, kept = [], {}
-    for split, (source, _) in splits.items():
-        if len(labels[split]) and (labels[split] < 0).all():
-            notes.append(f"split {split} has no labels (all -1): not used")
-        else:
-            kept[split] = (source, labels[split])
-    if any((labels[split] < 0).any() for split in kept):
-        raise RequestError(f"{path}: some images have label -1 (none); remove them")
-    return Found(name, kept, classes, files_checksum(files), notes=notes)
+    tables = {split: read_parquet(members, [image, label]) for split, members in _by_split(files, path).items()}
+    unlabelled = [split for split, table in tables.items() if _no_labels(table[label])]
+    used = {split: table for split, table in tables.items() if split not in unlabelled}
+    if not used:
+        raise RequestError(f"{path}: column {label!r} holds no labels (all -1 or empty)")
+    classes, labels = _parquet_labels({s: t[label] for s, t in used.items()}, features.get(label, {}).get("names"))
+    splits: dict[str, tuple[Source, np.ndarray]] = {
+        split: (Column(split, binary_column(table[image])), labels[split]) for split, table in used.items()
+    }
+    notes = [f"split {split} has no labels: not used" for split in unlabelled]
+    return Found(name, splits, classes, files_checksum(files), notes=notes)
+
+
+def read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
+    """Return columns of parquet files, in memory or, where they are large, mapped from a copy in the cache folder."""
+    large = sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES
+    try:
+        return pa.concat_tables([(_mapped if large else pq.read_table)(file, columns=columns) for file in files])
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(f"cannot read {files[0].parent}/*.parquet: {error}") from error
+
+
+def _mapped(file: Path, columns: list[str]) -> pa.Table:
+    """Return columns of a parquet file from an uncompressed Arrow copy: parquet itself has no access by row."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {columns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
+    copy = cache / f"{file.stem}-{key}.arrow"
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_suffix(f".{os.getpid()}.partial")
+        opened = pq.ParquetFile(file)
+        schema = pa.schema([opened.schema_arrow.field(name) for name in columns])
+        with pa.ipc.new_file(str(partial), schema) as writer:
+            for batch in opened.iter_batches(1024, columns=columns):
+                writer.write_batch(batch.select(columns))
+        partial.replace(copy)
+    return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
+
+
+def _no_labels(column: pa.ChunkedArray) -> bool:
+    if column.null_count == len(column):
+        return True
+    return pa.types.is_integer(column.type) and pc.max(column).as_py() < 0
 
 
 def _features(file: Path) -> dict[str, Any]:
@@ -271,46 +315,68 @@ def _only(kind: str, found: Sequence[str], preferred: Iterable[str], file: Path,
 
 
 def _parquet_labels(
-    columns: Mapping[str, Any], names: Sequence[str] | None
-) -> tuple[tuple[str, ...], dict[str, Any]]:
+    columns: Mapping[str, pa.ChunkedArray], names: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    for split, column in columns.items():
+        lowest = pc.min(column).as_py() if pa.types.is_integer(column.type) else 0
+        if column.null_count or lowest < 0:
+            raise RequestError(f"some images of split {split} have no label; remove them")
+        if names is not None and pc.max(column).as_py() >= len(names):
+            raise RequestError(f"split {split} has label {pc.max(column).as_py()} but only {len(names)} class names")
     if names is None:
         return encode_labels({split: [str(v) for v in column.to_pylist()] for split, column in columns.items()})
-    labels = {split: column.to_numpy().astype(np.int64) for split, column in columns.items()}
-    return tuple(names), labels
+    return tuple(names), {split: column.to_numpy().astype(np.int64) for split, column in columns.items()}
 
 
-def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return files by the split that their names begin with (`train-00000.parquet`); without any, all are train."""
+def _by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """Return files by the split that a word of their path names (train-0.parquet, x_val.tar), else all as train."""
     groups: dict[str, list[Path]] = {}
     for file in files:
-        start = re.split(r"[^a-z]", file.name.lower(), maxsplit=1)[0]
-        groups.setdefault(SPLIT_NAMES.get(start, ""), []).append(file)
+        words = re.split(r"[^a-z]+", _below(file, root).lower())
+        groups.setdefault(next((SPLIT_NAMES[word] for word in words[::-1] if word in SPLIT_NAMES), ""), []).append(
+            file
+        )
     unnamed = groups.pop("", [])
     if unnamed and groups:
-        raise RequestError(f"{unnamed[0]}: the name begins with no split (train-, val-, test-) but others do")
+        raise RequestError(f"{unnamed[0]}: its name holds no split (train, val, test), those of other files do")
     return groups or {"train": unnamed}
+
+
+def _below(file: Path, root: Path) -> str:
+    return file.name if file == root else file.relative_to(root).as_posix()
 
 
 def find_tars(path: Path, files: Sequence[Path], name: str) -> Found:
     """Return the images of WebDataset shards: NAME.jpg or .png beside NAME.cls."""
-    groups: dict[str, list[tuple[int, int, int, str]]] = {}
-    labels: dict[str, list[str]] = {}
-    unlabelled = 0
-    for split, members in _by_split(files).items():
-        for file in members:
-            for sample in index_tar(file).values():
-                image = next((v for k, v in sample.items() if "." + k in EXTENSIONS), None)
-                if image is None or "cls" not in sample:
-                    unlabelled += image is not None
-                    continue
-                groups.setdefault(split, []).append((list(files).index(file), *image))
-                labels.setdefault(split, []).append(read_text(file, *sample["cls"][:2]))
-    if not groups:
-        raise RequestError(f"no samples in {path}: expected NAME.jpg or NAME.png beside NAME.cls in the tar files")
-    classes, encoded = encode_labels(labels)
-    splits: dict[str, tuple[Source, np.ndarray]] = {s: (Shards(files, m), encoded[s]) for s, m in groups.items()}
+    splits: dict[str, tuple[Source, np.ndarray]] = {}
+    read = {split: _tar_samples(members) for split, members in _by_split(files, path).items()}
+    if not any(places for places, _, _, _ in read.values()):
+        raise RequestError(
+            f"no samples in the tar files of {path}: expected NAME.jpg or NAME.png beside NAME.cls "
+            "(images in class folders: unpack them first)"
+        )
+    classes, encoded = encode_labels({split: labels for split, (_, _, labels, _) in read.items()})
+    for split, members in _by_split(files, path).items():
+        places, names, _, _ = read[split]
+        splits[split] = (Shards(members, np.array(places, np.int64).reshape(-1, 3), _bytes(names)), encoded[split])
+    unlabelled = sum(count for _, _, _, count in read.values())
     notes = [f"{unlabelled} images without a .cls member ignored"] if unlabelled else []
     return Found(name, splits, classes, files_checksum(files), notes=notes)
+
+
+def _tar_samples(tars: Sequence[Path]) -> tuple[list[tuple[int, int, int]], list[str], list[str], int]:
+    """Return places and names of the images in shards, their labels, and how many images have none."""
+    places, names, labels, unlabelled = [], [], [], 0
+    for number, tar in enumerate(tars):
+        for sample in index_tar(tar).values():
+            images = [member for extension, member in sample.items() if f".{extension}" in EXTENSIONS]
+            if images and "cls" in sample:
+                offset, size, name = images[0]
+                places.append((number, offset, size))
+                names.append(name)
+                labels.append(read_range(tar, *sample["cls"][:2]).decode("utf-8", "replace").strip())
+            unlabelled += bool(images) and "cls" not in sample
+    return places, names, labels, unlabelled
 
 
 def encode_labels(labels: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
@@ -345,14 +411,26 @@ def listing_checksum(lines: Iterable[str]) -> str:
     return "listing-sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _files(path: Path, suffix: str) -> list[Path]:
-    """Return the files with a suffix: the path itself, or those in the folder, its `data` folder or its only one."""
+def _shards(path: Path) -> tuple[str, list[Path]]:
+    """Return ".parquet" or ".tar" and the files of that kind at or below a path, or "" where images come first."""
     if path.is_file():
-        return [path] if path.suffix.lower() == suffix else []
-    for folder in (path, path / "data", *_subfolders(path)):
-        if found := sorted(folder.glob(f"*{suffix}")):
-            return found
-    return []
+        return path.suffix, [path]
+    for where, below, files in os.walk(path):
+        below.sort()
+        for kind in (".parquet", ".tar"):
+            if any(file.endswith(kind) for file in files):
+                return kind, _one_configuration(path, sorted(path.rglob(f"*{kind}")))
+        if any(Path(file).suffix.lower() in EXTENSIONS for file in files) and Path(where) != path:
+            break
+    return "", []
+
+
+def _one_configuration(root: Path, files: list[Path]) -> list[Path]:
+    """Return the files where all lie in one folder but for folders named after splits, else refuse."""
+    folders = {"/".join(p for p in f.relative_to(root).parts[:-1] if p.lower() not in SPLIT_NAMES) for f in files}
+    if len(folders) > 1:
+        raise RequestError(f"{root} holds several data sets: give one of the folders {', '.join(sorted(folders))}")
+    return files
 
 
 def _places(name: str) -> list[Path]:
@@ -373,3 +451,11 @@ def _download(spec: str, repo: str) -> Path:
             f"data {spec!r} are not here and cannot be downloaded from the hub ({repo}): {reason}. "
             f"Put the parquet files in {places}"
         ) from error
+
+
+def _size(path: Path) -> int:
+    """Return a file's size in bytes, -1 where it is not there."""
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError:  # e.g. a name too long
+        return -1

@@ -1,6 +1,7 @@
 """Loaders: batches of transformed images, for training (endless, keyed by the global step) and for evaluation."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,9 @@ class Loader(DataLoader[Any]):
     waited_seconds = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
+        with warnings.catch_warnings():  # Python 3.12 and newer; the workers use none of the parent's threads
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            batches = super().__iter__()
         while True:
             start = time.perf_counter()
             batch = next(batches, _END)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from convmixer.errors import RequestError
-from convmixer.preprocess import ImageError, load_image, read_header
+from convmixer.preprocess import load_image, read_header
 
 
 class Source(Protocol):
@@ -89,26 +89,21 @@ class Files(_Encoded):
     """Image files.
 
     Args:
-        root: The folder that names are relative to.
-        paths: Paths below (or beside) it.
+        root: The folder that paths are relative to.
+        paths: Paths as bytes, (N,): an array, because worker processes would copy a list of a million strings.
     """
 
     root: Path
-    paths: Sequence[str]
+    paths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return os.fsdecode(self.paths[index])
 
     def encoded(self, index: int) -> Path | bytes:
-        return self.root / self.paths[index]
-
-    def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        if not (self.root / self.paths[index]).is_file():
-            raise ImageError("no such file")
-        return super().header(index)
+        return self.root / self.name(index)
 
 
 @dataclass(frozen=True)
@@ -145,23 +140,23 @@ class Shards(_Encoded):
 
     Args:
         tars: The files.
-        members: Per image: index into `tars`, offset and size in bytes, member name.
+        places: int64 (N, 3): index into `tars`, offset and size in bytes.
+        names: Member names as bytes, (N,).
     """
 
     tars: Sequence[Path]
-    members: Sequence[tuple[int, int, int, str]]
+    places: np.ndarray
+    names: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.places)
 
     def name(self, index: int) -> str:
-        tar, _, _, member = self.members[index]
-        return f"{self.tars[tar].name}:{member}"
+        return f"{self.tars[self.places[index, 0]].name}:{os.fsdecode(self.names[index])}"
 
     def encoded(self, index: int) -> Path | bytes:
-        tar, offset, size, _ = self.members[index]
-        with self.tars[tar].open("rb") as file:  # opening costs microseconds and is safe across worker processes
-            return os.pread(file.fileno(), size, offset)
+        tar, offset, size = self.places[index]
+        return read_range(self.tars[tar], int(offset), int(size))
 
 
 def index_tar(path: Path) -> dict[str, dict[str, Any]]:
@@ -179,22 +174,19 @@ def index_tar(path: Path) -> dict[str, dict[str, Any]]:
                     stem, _, extension = base.partition(".")
                     found = samples.setdefault(f"{folder}/{stem}", {})
                     found[extension.lower()] = (member.offset_data, member.size, member.name)
-            end = member_end = 0
-            if tar.getmembers():
-                last = tar.getmembers()[-1]
-                member_end = last.offset_data + last.size
-            end = path.stat().st_size
+            members = tar.getmembers()
+            needed, there = max((m.offset_data + m.size for m in members), default=0), path.stat().st_size
     except (tarfile.TarError, OSError, EOFError) as error:
         raise RequestError(f"{path} is not a readable, uncompressed tar file: {error}") from error
-    if member_end > end:
-        raise RequestError(f"{path} is cut short: {member_end} bytes are indexed, {end} are there")
+    if needed > there:
+        raise RequestError(f"{path} is cut short: its members need {needed} bytes, {there} are there")
     return samples
 
 
-def read_text(path: Path, offset: int, size: int) -> str:
-    """Return a small text member of a tar file."""
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """Return part of a file; opened anew each time, which costs microseconds and is safe in any process."""
     with path.open("rb") as file:
-        return os.pread(file.fileno(), size, offset).decode("utf-8", "replace").strip()
+        return os.pread(file.fileno(), size, offset)
 
 
 class Cached:

@@ -1,0 +1,385 @@
+"""Every kind of data argument, with real images: what is found, how it is split, and what bad files lead to."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+
+from convmixer.config import Config
+from convmixer.data import find as finder
+from convmixer.data.datasets import DataSplits, ImageSet, load_data, stratified
+from convmixer.data.loader import eval_loader, train_loader
+from convmixer.data.transforms import eval_transform, preprocessing_of
+from convmixer.errors import RequestError
+
+PHOTO = Image.fromarray(load_sample_image("china.jpg")).resize((64, 43))
+DIGITS = load_digits()
+
+
+def load(spec: object, val_fraction: float = 0.2, seed: int = 0, bad: float = 0.0) -> DataSplits:
+    return load_data(str(spec), val_fraction=val_fraction, seed=seed, max_bad_fraction=bad)
+
+
+def png(index: int) -> bytes:
+    """Return one of the real scans as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray((DIGITS.images[index] * 15).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def label(index: int) -> str:
+    return f"digit {DIGITS.target[index]}"
+
+
+def write_folder(root: Path, indices: range) -> Path:
+    for i in indices:
+        folder = root / label(i)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:04}.png").write_bytes(png(i))
+    return root
+
+
+def pixels(images: ImageSet) -> list[bytes]:
+    return sorted(images[i][0].tobytes() for i in range(len(images)))
+
+
+def parts(data: DataSplits) -> tuple[ImageSet, ImageSet, ImageSet]:
+    assert data.train is not None
+    assert data.val is not None
+    assert data.test is not None
+    return data.train, data.val, data.test
+
+
+def names(images: ImageSet) -> set[str]:
+    return {images.name(i) for i in range(len(images))}
+
+
+# splits
+
+
+def test_digits() -> None:
+    data = load("digits", val_fraction=0.1)
+    train, val, test = parts(data)
+    assert (len(train), len(val), len(test)) == (1293, 144, 360)
+    assert (data.img_size, data.in_chans, data.classes) == (8, 1, tuple("0123456789"))
+    image, number = test[5]
+    where = int(test.name(5)[7:-1])
+    assert number == DIGITS.target[where]
+    assert np.abs(np.asarray(image) / 255 - DIGITS.images[where] / 16).max() < 0.01
+
+
+def test_splits_share_no_image_and_test_stays_the_same() -> None:
+    first, again, other = load("digits"), load("digits"), load("digits", 0.3, seed=1)
+    for data in (first, other):
+        train, val, test = (names(part) for part in parts(data))
+        assert not train & val | train & test | val & test
+        assert len(train | val | test) == 1797
+    assert names(parts(first)[1]) == names(parts(again)[1]) != names(parts(other)[1])
+    assert names(parts(first)[2]) == names(parts(other)[2])
+    assert load("digits", 0).val is None
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.5])
+def test_splits_are_stratified(fraction: float) -> None:
+    labels = np.repeat([0, 1, 2, 3], [1, 7, 100, 892])
+    held = stratified(labels, fraction, 0)
+    assert held.sum() == int(np.ceil(fraction * 1000))
+    for number, count in enumerate(np.bincount(labels)):
+        kept = (labels[~held] == number).sum()
+        assert kept >= 1
+        assert abs(kept - count * (1 - fraction)) <= 1.5
+    assert (stratified(labels, fraction, 0) == held).all()
+    assert (stratified(labels, fraction, 1) != held).any()
+
+
+# kinds of source
+
+
+def test_folder_without_splits(tmp_path: Path) -> None:
+    data = load(write_folder(tmp_path, range(200)))
+    train, val, test = parts(data)
+    assert (len(train), len(val), len(test)) == (128, 32, 40)
+    assert data.classes == tuple(f"digit {i}" for i in range(10))
+    assert "train 128, val 32, test 40 images" in data.notes
+    assert pixels(train)[0] != pixels(val)[0]
+    assert (data.img_size, data.in_chans, len(data.mean)) == (8, 1, 1)
+    assert all(train.name(i).startswith(data.classes[train.labels[i]]) for i in range(len(train)))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_folder_with_splits(tmp_path: Path, name: str) -> None:
+    for split, indices in (("train", range(60)), (name, range(60, 90)), ("test", range(90, 120))):
+        write_folder(tmp_path / split, indices)
+    (tmp_path / "train" / "notes.txt").write_text("hello")
+    data = load(tmp_path)
+    assert [len(part) for part in parts(data)] == [60, 30, 30]
+    assert any("notes.txt" in note for note in data.notes)
+
+
+def test_val_serves_as_test_where_nothing_is_selected(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", range(60))
+    write_folder(tmp_path / "val", range(60, 90))
+    data = load(tmp_path, 0)
+    assert (data.val, len(data.test or [])) == (None, 30)
+    assert [len(part) for part in parts(load(tmp_path))] == [48, 30, 12]
+
+
+def test_only_a_test_split_can_be_evaluated(tmp_path: Path) -> None:
+    write_folder(tmp_path / "test", range(30))
+    data = load(tmp_path)
+    assert (data.train, data.val, len(data.test or [])) == (None, None, 30)
+
+
+def test_csv(tmp_path: Path) -> None:
+    write_folder(tmp_path / "scans", range(60))
+    rows = [f"scans/{label(i)}/{i:04}.png,{label(i)}" for i in range(60)]
+    (tmp_path / "plain.csv").write_text("\n".join(rows))
+    (tmp_path / "named.csv").write_text(
+        "label,split,file\n"
+        + "\n".join(
+            f"{r.split(',')[1]},{'test' if n < 20 else 'Train'},{r.split(',')[0]}" for n, r in enumerate(rows)
+        )
+    )
+    plain, named = load(tmp_path / "plain.csv"), load(tmp_path / "named.csv")
+    assert sum(len(part) for part in parts(plain)) == 60
+    assert [len(part) for part in parts(named)] == [32, 8, 20]
+    assert plain.classes == named.classes == tuple(f"digit {i}" for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "names no images"),
+        ("a.png\n", "line 1: expected path,label"),
+        ("path,label\na.png,\n", "line 2: expected path,label"),
+        ("path,label,split\na.png,x,hidden\n", "split 'hidden' is not"),
+        ("where,what\nreal.png,x\n", "line 1 is no image, and as a header"),
+        ("path,label,split\nreal.png,x,train\nreal.png,y,test\n", "class 'y' is in test but"),
+    ],
+)
+def test_wrong_csv(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "real.png").write_bytes(png(0))
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(RequestError, match=reason):
+        load(tmp_path / "table.csv")
+
+
+def write_parquet(path: Path, indices: range, *, features: bool = True, column: str = "img") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = pa.array([{"bytes": png(i), "path": f"{i}.png"} for i in indices])
+    other = pa.array([f"note {i}" for i in indices])
+    table = pa.table({"note": other, column: images, "target": pa.array([int(DIGITS.target[i]) for i in indices])})
+    if features:
+        described = {
+            column: {"_type": "Image"},
+            "target": {"_type": "ClassLabel", "names": [f"digit {i}" for i in range(10)]},
+        }
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
+    pq.write_table(table, path, row_group_size=16)
+
+
+@pytest.mark.parametrize("folder", ["", "data"])
+@pytest.mark.parametrize("features", [True, False])
+def test_parquet(tmp_path: Path, folder: str, features: bool) -> None:
+    root = tmp_path / folder
+    write_parquet(root / "train-00000-of-00002.parquet", range(40), features=features)
+    write_parquet(root / "train-00001-of-00002.parquet", range(40, 70), features=features)
+    write_parquet(root / "validation-00000-of-00001.parquet", range(70, 90), features=features)
+    write_parquet(root / "test-00000-of-00001.parquet", range(90, 120), features=features)
+    data = load(tmp_path)
+    train, val, test = parts(data)
+    assert (len(train), len(val), len(test)) == (70, 20, 30)
+    assert data.classes == tuple(f"digit {i}" if features else str(i) for i in range(10))
+    assert test.labels.tolist() == DIGITS.target[90:120].tolist()
+    assert np.array_equal(np.asarray(train[41][0]), (DIGITS.images[41] * 15).astype(np.uint8))
+
+
+def test_large_parquet_is_mapped_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "data" / "train.parquet", range(50))
+    in_memory = load(tmp_path / "data")
+    monkeypatch.setattr(finder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):  # the second time from the copy
+        before = pa.total_allocated_bytes()
+        mapped = load(tmp_path / "data")
+        assert pa.total_allocated_bytes() - before < 4096
+        assert pixels(parts(mapped)[0]) == pixels(parts(in_memory)[0])
+        assert mapped.checksum == in_memory.checksum
+    assert len(list((tmp_path / "cache" / "convmixer").iterdir())) == 1
+
+
+def test_wrong_parquet(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a" / "train.parquet", range(20))
+    write_parquet(tmp_path / "b" / "train.parquet", range(20))
+    with pytest.raises(RequestError, match="several data sets: give one of the folders a, b"):
+        load(tmp_path)
+    (tmp_path / "a" / "train.parquet").write_bytes(b"PAR1 nothing here PAR1")
+    with pytest.raises(RequestError, match="not a readable parquet file"):
+        load(tmp_path / "a")
+    table = pa.table({"x": pa.array([b"1"]), "y": pa.array([b"2"]), "label": pa.array([1])})
+    pq.write_table(table, tmp_path / "b" / "train.parquet")
+    with pytest.raises(RequestError, match=r"which column is the image\?.*several could be \(x, y\)"):
+        load(tmp_path / "b")
+
+
+def test_parquet_without_labels_in_test(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", range(60), features=False)
+    table = pq.read_table(tmp_path / "train.parquet").slice(0, 10)
+    table = table.set_column(2, "target", pa.array([-1] * 10))
+    pq.write_table(table, tmp_path / "test.parquet")
+    data = load(tmp_path)
+    assert [len(part) for part in parts(data)] == [38, 10, 12]
+    assert "split test has no labels: not used" in data.notes
+
+
+def write_tar(path: Path, indices: range, labels: Callable[[int], str] = label) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i in indices:
+            for name, content in ((f"{i:04}.png", png(i)), (f"{i:04}.cls", labels(i).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"digits-train-{number:06}.tar", range(30 * number, 30 * number + 30))
+    write_tar(tmp_path / "digits-val-000000.tar", range(90, 110))
+    data = load(tmp_path, 0.1)
+    train, val, test = parts(data)
+    assert (len(train), len(val), len(test)) == (72, 20, 18)
+    assert data.classes == tuple(f"digit {i}" for i in range(10))
+    assert np.array_equal(np.asarray(val[3][0]), (DIGITS.images[93] * 15).astype(np.uint8))
+    write_tar(tmp_path / "one.tar", range(60), lambda i: str(DIGITS.target[i]))
+    assert load(tmp_path / "one.tar").classes == tuple("0123456789")
+
+
+def test_wrong_tar(tmp_path: Path) -> None:
+    file = tmp_path / "train.tar"
+    write_tar(file, range(40))
+    with file.open("r+b") as opened:
+        opened.truncate(30_500)
+    with pytest.raises(RequestError, match=r"cut short|not a readable"):
+        load(file)
+    with tarfile.open(file, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("0.cls"))
+    with pytest.raises(RequestError, match="not a readable, uncompressed tar"):
+        load(file)
+    with tarfile.open(file, "w") as tar:
+        tar.addfile(tarfile.TarInfo("readme.txt"))
+    with pytest.raises(RequestError, match=r"NAME\.cls"):
+        load(file)
+
+
+def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="no data 'digitz': give digits, cifar10"):
+        load("digitz")
+    with pytest.raises(RequestError, match="no images in"):
+        load(tmp_path)
+    (tmp_path / "readme.md").write_text("x")
+    with pytest.raises(RequestError, match="not a data set"):
+        load(tmp_path / "readme.md")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("CONVMIXER_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"'cifar100' are not here and cannot be downloaded.*Put the parquet files in"
+    ):
+        load("cifar100")
+    with pytest.raises(RequestError, match="cannot be downloaded from the hub"):
+        load("nobody/nothing")
+
+
+def cifar_folder() -> Path:
+    for root in (os.environ.get("CONVMIXER_DATA"), Path(__file__).parents[2] / "shared" / "data"):
+        if root and (folder := Path(root) / "cifar10").is_dir():
+            return folder
+    pytest.skip("real CIFAR-10 parquet not found: set CONVMIXER_DATA to the folder that holds cifar10/")
+
+
+def test_real_cifar10() -> None:
+    data = load(cifar_folder(), 0.1)
+    train, val, test = parts(data)
+    assert (len(train), len(val), len(test)) == (45_000, 5_000, 10_000)
+    assert (data.name, data.img_size, data.in_chans, data.classes[3]) == ("cifar10", 32, 3, "cat")
+    assert np.bincount(val.labels).tolist() == [500] * 10
+    assert data.checksum.startswith("sha256:")
+    chosen = [np.asarray(train[i][0], np.float64) / 255 for i in range(0, 45_000, 30)]
+    assert np.allclose(np.mean(chosen, (0, 1, 2)), data.mean, atol=0.01)
+    assert np.allclose(np.std(chosen, (0, 1, 2)), data.std, atol=0.01)
+    assert train[0][0].tobytes() == train[0][0].tobytes()  # decoded, then from the cache
+
+
+# bad files
+
+
+def damage(root: Path) -> list[Path]:
+    """Turn four images into an empty file, a text, a broken link and a bomb; return them."""
+    files = sorted(root.rglob("*.png"))[:4]
+    files[0].write_bytes(b"")
+    files[1].write_text("not an image")
+    files[2].unlink()
+    files[2].symlink_to("nowhere.png")
+    size = (40_000).to_bytes(4, "big")
+    data = files[3].read_bytes()
+    files[3].write_bytes(data[:16] + size + size + data[24:])
+    return files
+
+
+def test_bad_files_are_named_and_left_out(tmp_path: Path) -> None:
+    bad = damage(write_folder(tmp_path, range(100)))
+    data = load(tmp_path, bad=0.05)
+    assert sum(len(part) for part in parts(data)) == 96
+    assert len(data.bad_files) == 4
+    for file, told, reason in zip(bad, data.bad_files, ("empty", "not an image", "No such file", ""), strict=True):
+        assert file.name in told
+        assert reason in told
+    assert any(note.startswith("4 of 100 images cannot be read") for note in data.notes)
+    with pytest.raises(
+        RequestError, match=r"4 of 100 images cannot be read, more than max_bad_fraction allows: .*empty"
+    ):
+        load(tmp_path, bad=0.03)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_behind_the_header(tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    for i in range(60):
+        folder = tmp_path / "train" / label(i)
+        folder.mkdir(parents=True, exist_ok=True)
+        PHOTO.rotate(i).save(folder / f"scan{i:02}.jpg")
+    cut = sorted((tmp_path / "train").rglob("*.jpg"))[7]
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 2 // 3])
+    data = load_data(str(tmp_path), val_fraction=0, seed=0, max_bad_fraction=0.02, img_size=16)
+    images, position = next(
+        (part, i) for part in (data.train, data.test) if part for i in range(len(part)) if cut.name in part.name(i)
+    )
+    transform = eval_transform(preprocessing_of(data, Config(img_size=16)))
+
+    seen = list(eval_loader(images, transform, 8, workers))
+    labels = np.delete(images.labels, position)
+    assert torch.cat([y for _, y in seen]).tolist() == labels.tolist()
+    assert [Path(name).name for name in images.failed] == [cut.name]
+    assert f"unreadable image left out: {tmp_path}" in capfd.readouterr().err
+
+    replaced, number = images[position]
+    follower = images[(position + 1) % len(images)]
+    assert (replaced.tobytes(), number) == (follower[0].tobytes(), follower[1])
+    loader = train_loader(images, transform, batch_size=len(images), seed=0, workers=workers)
+    assert len(next(iter(loader))[1]) == len(images)
+
+    images.max_bad = 0
+    with pytest.raises(RequestError, match=f"^1 of {len(images)} images cannot be read"):
+        list(eval_loader(images, transform, 8, workers))
+    with pytest.raises(RequestError, match=f"^1 of {len(images)} images cannot be read"):
+        next(iter(train_loader(images, transform, batch_size=len(images), seed=0, workers=workers)))
