@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
     _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
     _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
+    _add_convert(add("convert", _convert, "write weights in our format, with other sizes or classes"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
     return parser
@@ -236,6 +237,25 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.export import export
 
     return export(args.weights, args.format, args.precision, args.out, args.data, args.limit)
+
+
+def _add_convert(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", help="weights of any dialect, run folder or name")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the new weights")
+    sub.add_argument("--patch-size", type=int, metavar="P", help="resize the patch embedding")
+    sub.add_argument("--kernel-size", type=int, metavar="K", help="resize the depthwise kernels")
+    sub.add_argument("--num-classes", type=int, metavar="N", help="replace the classifier")
+    sub.add_argument("--classes", metavar="A,B,...", help="names of the classes; known ones keep their weights")
+    sub.add_argument("--in-chans", type=int, metavar="C", help="image channels, 1 or 3")
+    sub.add_argument("--img-size", type=int, metavar="S", help="side of the input in pixels")
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.models.surgery import convert
+
+    sizes = {key: getattr(args, key) for key in ("patch_size", "kernel_size", "num_classes", "in_chans", "img_size")}
+    classes = args.classes.split(",") if args.classes else None
+    return convert(args.weights, args.out, classes=classes, **sizes)
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:
