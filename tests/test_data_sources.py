@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from convmixer.config import Config
 from convmixer.data import find as finder
 from convmixer.data.datasets import DataSplits, ImageSet, load_data, stratified
 from convmixer.data.loader import eval_loader, train_loader
-from convmixer.data.transforms import eval_transform, preprocessing_of
+from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
+from convmixer.preprocess import Preprocessing
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg")).resize((64, 43))
 DIGITS = load_digits()
@@ -132,6 +134,24 @@ def test_val_serves_as_test_where_nothing_is_selected(tmp_path: Path) -> None:
     data = load(tmp_path, 0)
     assert (data.val, len(data.test or [])) == (None, 30)
     assert [len(part) for part in parts(load(tmp_path))] == [48, 30, 12]
+
+
+def test_what_is_odd_is_said(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", range(60))
+    (tmp_path / "train" / "nothing").mkdir()
+    (tmp_path / "val" / "empty").mkdir(parents=True)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "loose.png").write_bytes(png(0))
+    notes = " | ".join(load(tmp_path).notes)
+    for part in ("test holds no class folders", "nothing has no images", "split val is empty", "no val split"):
+        assert part in notes
+    write_folder(tmp_path / "one" / "images", range(0, 60, 10)[:1])
+    PHOTO.save(tmp_path / "one" / "images" / "photo.png")
+    PHOTO.save(tmp_path / "one" / "images" / "photo.jpg")
+    data = load(tmp_path / "one", 0)
+    assert (data.img_size, data.in_chans, data.mean) == (224, 3, (0.485, 0.456, 0.406))
+    assert "only one class, 'images'" in " ".join(data.notes)
+    assert "images differ in size: used at 224" in " ".join(data.notes)
 
 
 def test_only_a_test_split_can_be_evaluated(tmp_path: Path) -> None:
@@ -281,6 +301,22 @@ def test_wrong_tar(tmp_path: Path) -> None:
         load(file)
 
 
+def test_wrong_settings() -> None:
+    data = load("digits")
+    for values, reason in (
+        ({"mean": (0.1, 0.2, 0.3)}, "must each have 1 values"),
+        ({"crop_pct": 0.0}, "crop_pct must be"),
+        ({"scale": (1.0, 0.5)}, "scale must be two numbers"),
+        ({"ratio": (0.0, 1.0)}, "ratio must be two numbers"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            train_transform(Config(**values), preprocessing_of(data, Config(**values)))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="seed must be 0 to"):
+        load("digits", seed=-1)
+    with pytest.raises(RequestError, match="workers must be"):
+        eval_loader(parts(data)[0], eval_transform(preprocessing_of(data, Config())), 8, -1)
+
+
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="no data 'digitz': give digits, cifar10"):
         load("digitz")
@@ -319,6 +355,26 @@ def test_real_cifar10() -> None:
     assert np.allclose(np.mean(chosen, (0, 1, 2)), data.mean, atol=0.01)
     assert np.allclose(np.std(chosen, (0, 1, 2)), data.std, atol=0.01)
     assert train[0][0].tobytes() == train[0][0].tobytes()  # decoded, then from the cache
+
+
+@pytest.mark.parametrize("kind", ["digits", "folder", "parquet", "tar"])
+def test_workers_read_what_the_main_process_reads(tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        write_folder(tmp_path, range(90))
+    if kind == "parquet":
+        write_parquet(tmp_path / "train.parquet", range(90))
+    if kind == "tar":
+        write_tar(tmp_path / "train.tar", range(90))
+    spec = "digits" if kind == "digits" else tmp_path
+    images = parts(load(spec))[0].subset(np.arange(48))
+    transform = train_transform(Config(hflip=0.5, random_erasing=0.5), Preprocessing(8, 1, (0.5,), (0.5,)))
+    runs = []
+    for source, workers in ((images, 0), (images, 2), (pickle.loads(pickle.dumps(images)), 0)):
+        iterator = iter(train_loader(source, transform, batch_size=16, seed=0, workers=workers))
+        runs.append([next(iterator) for _ in range(9)])  # three epochs: the later ones come from the cache
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(runs[0], other, strict=True))
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(runs[0], other, strict=True))
 
 
 # bad files

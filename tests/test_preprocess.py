@@ -63,18 +63,19 @@ def test_formats(photo: Image.Image, kind: str, options: dict[str, object], tole
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F"])
 def test_modes(photo: Image.Image, mode: str, in_chans: int) -> None:
     grey = photo.convert("L")
     values = np.asarray(grey)
     special = {
         "I;16": values.astype(np.uint16) * 257,
+        "I;16B": (values.astype(np.uint16) * 257).astype(">u2"),
         "I": values.astype(np.int32) * 257,
         "F": values / np.float32(255),
     }
     colour = photo.quantize(256) if mode == "P" else photo.convert(mode) if mode not in special else None
     image = colour or Image.fromarray(special[mode])
-    kind = {"CMYK": "JPEG", "YCbCr": "JPEG", "I": "TIFF", "F": "TIFF"}.get(mode, "PNG")
+    kind = {"CMYK": "JPEG", "YCbCr": "JPEG", "I": "TIFF", "I;16B": "TIFF", "F": "TIFF"}.get(mode, "PNG")
     result = load_image(encoded(image, kind, **({"quality": 98} if kind == "JPEG" else {})), in_chans)
     wanted = photo if mode in ("P", "RGB", "RGBA", "CMYK", "YCbCr") and in_chans == 3 else grey
     assert result.mode == ("L" if in_chans == 1 else "RGB")
@@ -104,14 +105,26 @@ def test_an_animation_gives_its_first_frame(photo: Image.Image) -> None:
     assert distance(load_image(data), photo) < 10
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def raw_png(width: int, height: int, bits: int, colour: int, pixels: bytes) -> bytes:
+    """Return a PNG file from its parts; PIL cannot write all that it reads."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data
+
+
+def test_sixteen_bit_colour_png(photo: Image.Image) -> None:
+    values = np.asarray(photo).astype(">u2") * 257
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    assert distance(load_image(raw_png(*photo.size, 16, 2, rows)), photo) == 0
+
+
 def bomb() -> bytes:
     """Return a PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    return raw_png(40_000, 40_000, 8, 0, b"0")
 
 
 def test_damaged_files_are_named(photo: Image.Image, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 PIL and numpy only, no torch, so that an exported model predicts without it. Nothing here is random.
 """
 
+import functools
 import io
 import math
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def _open(source: Path | bytes) -> Image.Image:
     return image
 
 
+@functools.cache
 def _formats() -> list[str]:
     Image.init()  # registers what this build of PIL can read
     return [name for name in FORMATS if name in Image.OPEN]

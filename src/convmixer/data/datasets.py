@@ -8,7 +8,7 @@ decoding: then training takes the next readable image instead, evaluation leaves
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
 
 TEST_FRACTION = 0.2  # of data that come without a test split
 TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
+DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this
 CACHE_SIDE = 128  # and up to this side, pixels
 STATISTICS_IMAGES = 2000  # images that mean and deviation of unknown grey data are computed on
@@ -155,11 +156,14 @@ def load_data(
         val_fraction: Share of train, 0 to 1, held out where there is no val split.
         seed: Of the val split.
         max_bad_fraction: Share of unreadable images above which this, or later reading, fails.
-        img_size: Side to train at, pixels; None: that of the data, or 224 where images differ in size.
+        img_size: Side to train at, pixels; None: that of the data, where they are square, alike and
+            at most 224, else 224.
 
     Raises:
         RequestError: No such data, too many unreadable images, or too few images to split.
     """
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed must be 0 to 2**63 - 1, not {seed}")
     found = find(spec)
     scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
     headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
@@ -169,21 +173,36 @@ def load_data(
         raise _too_many(bad, total)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
+    notes = list(found.notes)
     max_bad = int(max_bad_fraction * total) - len(bad)
     sets = {}
     for split, (source, labels) in found.splits.items():
         good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
+        if not len(good):
+            notes.append(f"split {split} is empty: not used")
+            continue
         cached = _cached(source, in_chans, sizes)
         sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad)
-    notes = list(found.notes)
     if bad:
         notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
     train, val, test = _complete(sets, val_fraction, seed, notes)
     mean, std = _statistics(found, in_chans, train or test or val, notes)
-    side = img_size or (next(iter(sizes))[0] if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1 else 224)
+    if len(found.classes) < 2:
+        notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
+    side = img_size or _side(sizes, notes)
     return DataSplits(
         found.name, train, val, test, found.classes, side, in_chans, mean, std, found.checksum, notes, bad
     )
+
+
+def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
+    """Return the side to train at: that of the images where they are square, alike and not large."""
+    width, height = next(iter(sizes))
+    if len(sizes) == 1 and width == height <= DEFAULT_SIDE:
+        return width
+    what = f"images are {width} x {height}" if len(sizes) == 1 else "images differ in size"
+    notes.append(f"{what}: used at {DEFAULT_SIDE} pixels; choose with img_size")
+    return DEFAULT_SIDE
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -248,19 +267,20 @@ def _scan(source: Source) -> list[Header | str]:
         except (ImageError, OSError) as error:
             return str(error)
 
-    if not isinstance(source, (Files, Shards)):
-        return list(_progress(map(check, range(len(source))), len(source)))
-    with ThreadPoolExecutor(8) as pool:  # waiting for the disk, mostly
-        return list(_progress(pool.map(check, range(len(source)), chunksize=64), len(source)))
+    parts = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
+    # threads wait for the disk; what lies in memory is faster without
+    with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
+        results = pool.map(lambda part: [check(index) for index in part], parts)
+        return [header for part in _progress(results, len(parts)) for header in part]
 
 
-def _progress(items: Iterable[Header | str], total: int) -> Iterator[Header | str]:
+def _progress(parts: Iterable[list[Header | str]], total: int) -> Iterable[list[Header | str]]:
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    quick = total < 20_000 or not console.is_terminal
-    yield from items if quick else track(items, "checking images", total, console=console, transient=True)
+    quick = total < 80 or not console.is_terminal
+    return parts if quick else track(parts, "checking images", total, console=console, transient=True)
 
 
 def _bad(header: Header | str) -> bool:

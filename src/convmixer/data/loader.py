@@ -111,6 +111,8 @@ def eval_loader(
 
 
 def _workers(workers: int) -> dict[str, Any]:
+    if workers < 0:
+        raise RequestError(f"workers must be 0 or more, not {workers}")
     return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
 
 

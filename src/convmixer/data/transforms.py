@@ -29,15 +29,22 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocessing_of(data: DataSplits, config: Config) -> Preprocessing:
-    """Return the preprocessing of a run: the data set's, where the settings leave it open."""
-    return Preprocessing(
-        img_size=config.img_size or data.img_size,
-        in_chans=data.in_chans,
-        mean=config.mean or data.mean,
-        std=config.std or data.std,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-    )
+    """Return the preprocessing of a run: the data set's, where the settings leave it open.
+
+    Raises:
+        RequestError: The settings do not fit, e.g. three means for grey images.
+    """
+    try:
+        return Preprocessing(
+            img_size=config.img_size or data.img_size,
+            in_chans=data.in_chans,
+            mean=config.mean or data.mean,
+            std=config.std or data.std,
+            interpolation=config.interpolation,
+            crop_pct=config.crop_pct,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
 
 
 def eval_transform(p: Preprocessing) -> Transform:
@@ -60,8 +67,11 @@ def train_transform(config: Config, p: Preprocessing) -> Transform:
         p: Size, mean and standard deviation.
 
     Raises:
-        RequestError: The policy of `auto_augment` is not known.
+        RequestError: The policy of `auto_augment` is not known, or `scale` or `ratio` is no range.
     """
+    for name, (low, high) in (("scale", config.scale), ("ratio", config.ratio)):
+        if not 0 < low <= high:
+            raise RequestError(f"{name} must be two numbers above 0, the smaller first, not {low:g},{high:g}")
     steps: list[Callable[[Image.Image], Image.Image]] = [_crop(config, p)]
     if config.hflip:
         steps.append(functools.partial(_flip, probability=config.hflip, how=Image.Transpose.FLIP_LEFT_RIGHT))
