@@ -84,7 +84,7 @@ def _ours_train(case: Case) -> Step:
 
 
 def _ours_infer(case: Case) -> Step:
-    from convmixer.fast import optimize_for_inference
+    from convmixer.fast import optimize_for_inference  # type: ignore[attr-defined, unused-ignore]
 
     images = batch(case)[0]
     model = optimize_for_inference(build(case).eval(), case.precision, calibration=images)

@@ -13,12 +13,32 @@ _SCHEMAS = (
     "depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "depthwise_input_grad(Tensor grad, Tensor weight) -> Tensor",
     "depthwise_weight_grad(Tensor x, Tensor grad, int k) -> Tensor",
+    # the halves of a block and its ends, see csrc/block.cpp; `norm` is (2, C) scale and shift, (3, C) for gradients
+    "spatial_forward(Tensor before, Tensor norm, Tensor weight, Tensor bias, int act, bool statistics)"
+    " -> (Tensor, Tensor)",
+    "spatial_backward(Tensor(a!) grad, Tensor u, Tensor norm, Tensor before, Tensor norm_before, Tensor weight,"
+    " int act) -> (Tensor, Tensor, Tensor)",
+    "channel_forward(Tensor u, Tensor norm, Tensor before, Tensor norm_before, Tensor weight, Tensor bias, int act,"
+    " bool statistics) -> (Tensor, Tensor)",
+    "channel_backward(Tensor(a!) grad, Tensor v, Tensor norm_v, Tensor u, Tensor norm, Tensor before,"
+    " Tensor norm_before, Tensor weight, int act) -> (Tensor, Tensor, Tensor)",
+    "act_statistics(Tensor v, int act) -> Tensor",
+    "act_products(Tensor grad, Tensor v, int act) -> Tensor",
+    "act_norm(Tensor v, Tensor norm, int act) -> Tensor",
+    "act_norm_pool(Tensor v, Tensor norm, int act) -> Tensor",
+    "act_norm_pool_backward(Tensor grad, Tensor v, int act) -> (Tensor, Tensor)",
+    "act_norm_backward(Tensor(a!) grad, Tensor v, Tensor norm, int act) -> ()",
+    # all blocks at once, see blocks.py
+    "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool)"
+    " -> (Tensor, Tensor[])",
+    "blocks_backward(Tensor grad, Tensor v, Tensor[] parameters, Tensor[] kept, float eps, int act, bool training,"
+    " bool pool) -> (Tensor, Tensor[])",
     "clear_pool() -> int",
     "pool_peak_bytes() -> int",
 )
-_LIBRARY = torch.library.Library("convmixer", "DEF")
+LIBRARY = torch.library.Library("convmixer", "DEF")
 for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)
+    LIBRARY.define(_schema)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -115,14 +115,7 @@ Tensor depthwise_weight_grad(const Tensor& x, const Tensor& grad, int64_t K) {
   else
     correlate_all(s, K, (const bf16*)x.const_data_ptr(), (const bf16*)grad.const_data_ptr(), partial, group_floats);
   Tensor out = pooled({s.C, 1, K, K}, ScalarType::Float);
-  float* result = out.mutable_data_ptr<float>();
-  for (int64_t c = 0; c < s.C; c++)
-    for (int64_t tap = 0; tap < taps; tap++) {
-      double sum = 0;
-      for (int64_t g = 0; g < groups; g++)
-        sum += partial[g * group_floats + c / L * L * taps + tap * L + c % L];
-      result[c * taps + tap] = sum;
-    }
+  add_groups(partial, groups, group_floats, s.C, taps, out.mutable_data_ptr<float>());
   return out;
 }
 

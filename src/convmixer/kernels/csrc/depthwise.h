@@ -116,7 +116,10 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
 #pragma GCC unroll 16
     for (int j = 0; j < Columns; j++) write(row, column + j, sum[j]);
   } else {
-    for (int j = 0; j < valid; j++) write(row, column + j, sum[j]);
+    vf copy[Columns];  // only this copy is indexed by a variable, so that the sums themselves stay in registers
+#pragma GCC unroll 16
+    for (int j = 0; j < Columns; j++) copy[j] = sum[j];
+    for (int j = 0; j < valid; j++) write(row, column + j, copy[j]);
   }
 }
 
@@ -160,7 +163,9 @@ INLINE void correlate_taps(const Tile& t, const float* x, const float* grad, int
         for (int j = 0; j < Cols; j++)
           sum[i][j] += low_half(aligned(x0 + (row + i) * line + (c + j) * L)) * g;
     }
+#pragma GCC unroll 4
   for (int i = 0; i < Rows; i++)
+#pragma GCC unroll 8
     for (int j = 0; j < Cols; j++) {
       float* tap = out + ((ky + i) * t.K + kx + j) * L;
       put(tap, aligned(tap) + sum[i][j]);
@@ -218,4 +223,14 @@ template <class Plane> void for_planes(const Image& s, size_t scratch_floats, co
           plane(group, n, c, (int)std::min<int64_t>(L, c_end - c), mine);
     }
   });
+}
+
+// Add the groups' weight gradients in order: [groups][vectors of channels][taps][L] -> [C][taps].
+inline void add_groups(const float* partial, int64_t groups, int64_t group_floats, int64_t C, int taps, float* out) {
+  for (int64_t c = 0; c < C; c++)
+    for (int tap = 0; tap < taps; tap++) {
+      double sum = 0;
+      for (int64_t g = 0; g < groups; g++) sum += partial[g * group_floats + c / L * L * taps + tap * L + c % L];
+      out[c * taps + tap] = sum;
+    }
 }

@@ -1,0 +1,190 @@
+"""All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
+
+Between the kernels a tensor is kept before its activation and norm, with the scale and shift that are still to be
+applied: v stands for norm(act(v)). Only these are saved for the backward pass, two for each block. The statistics are
+kept too, as float64 (norms, 2, C): mean and biased variance.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convmixer.kernels.ops import LIBRARY
+
+PER_BLOCK = 8  # depthwise weight and bias, norm weight and bias, pointwise weight and bias, norm weight and bias
+_kernels = torch.ops.convmixer
+
+
+def features(
+    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the stem's activation and norm, then all blocks.
+
+    Args:
+        v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32 or bf16: the dtype of everything between.
+        parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
+        running: Running mean and variance of each norm, read when not `training`.
+        eps: BatchNorm's.
+        act: 0 for GELU, 1 for ReLU.
+        training: Use the batch's statistics.
+        pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
+
+    Returns:
+        The features, and the statistics that were used, float64 (norms, 2, C), biased variance.
+
+    Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
+    """
+    y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool)
+    return y, kept[-1]
+
+
+def _scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:
+    """(C,), (C,), float64 (2, C) -> fp32 (2, C): the norm as a scale and a shift."""
+    scale = weight * torch.rsqrt(statistics[1] + eps)
+    return torch.stack((scale, bias - statistics[0] * scale)).float()
+
+
+def _statistics(sums: Tensor, count: int) -> Tensor:
+    """Sums and sums of squares, float64 (2, C) -> mean and biased variance."""
+    mean, square = sums / count
+    return torch.stack((mean, (square - mean * mean).clamp_(min=0)))
+
+
+def _norm_gradients(
+    weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coefficients (3, C) of NormBackward in block.cpp, and the gradients of the norm's weight and bias.
+
+    Args:
+        weight: (C,).
+        statistics: Mean and biased variance, float64 (2, C).
+        sums: Of the gradient, and of the gradient times the activation, float64 (2, C).
+        count: Values behind each sum.
+        eps: BatchNorm's.
+        training: Whether the statistics depend on the input.
+
+    Source: arXiv 1502.03167, Sec. 3.
+    """
+    (mean, variance), (bias_grad, product) = statistics, sums
+    rstd = torch.rsqrt(variance + eps)
+    weight_grad = rstd * (product - mean * bias_grad)
+    a = weight * rstd
+    b = -a * rstd * weight_grad / count if training else torch.zeros_like(a)
+    c = -a * bias_grad / count - b * mean if training else b
+    return torch.stack((a, b, c)).float(), weight_grad.float(), bias_grad.float()
+
+
+def _forward(
+    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
+) -> tuple[Tensor, list[Tensor]]:
+    count = v.numel() // v.shape[3]
+    statistics: list[Tensor] = []
+
+    def norm(weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
+        i = 2 * len(statistics)
+        used = torch.stack(running[i : i + 2]).double() if sums is None else _statistics(sums, count)
+        statistics.append(used)
+        return _scale_shift(weight, bias, used, eps)
+
+    kept: list[Tensor] = []
+    before, norm_before = v, norm(parameters[0], parameters[1], _kernels.act_statistics(v, act) if training else None)
+    for i in range(2, len(parameters), PER_BLOCK):
+        dw, dw_bias, weight_1, bias_1, pw, pw_bias, weight_2, bias_2 = parameters[i : i + PER_BLOCK]
+        u, sums = _kernels.spatial_forward(before, norm_before, dw, dw_bias, act, training)
+        norm_u = norm(weight_1, bias_1, sums if training else None)
+        matrix = pw.flatten(1).to(v.dtype)
+        after, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pw_bias, act, training)
+        before, norm_before = after, norm(weight_2, bias_2, sums if training else None)
+        kept += [u, after]
+    y = (_kernels.act_norm_pool if pool else _kernels.act_norm)(before, norm_before, act)
+    return y, [*kept, torch.stack(statistics)]
+
+
+def _backward(
+    grad: Tensor,
+    v: Tensor,
+    parameters: list[Tensor],
+    kept: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    count = v.numel() // v.shape[3]
+    *kept, statistics = kept
+    outputs = [v, *kept[1::2]]
+    if pool:
+        grad, sums = _kernels.act_norm_pool_backward(grad.float().contiguous(), outputs[-1], act)
+    else:
+        grad = grad.to(v.dtype, copy=True).contiguous()  # the kernels below write into it
+        sums = _kernels.act_products(grad, outputs[-1], act)
+    gradients: list[Tensor] = []
+    for block in reversed(range(len(kept) // 2)):
+        i = 2 + PER_BLOCK * block
+        dw, _, weight_1, bias_1, pw, _, weight_2, _ = parameters[i : i + PER_BLOCK]
+        weight_0, bias_0 = parameters[i - 2 : i]
+        u, before = kept[2 * block], outputs[block]
+        norm_before = _scale_shift(weight_0, bias_0, statistics[2 * block], eps)
+        norm_u = _scale_shift(weight_1, bias_1, statistics[2 * block + 1], eps)
+        back, *norm_2 = _norm_gradients(weight_2, statistics[2 * block + 2], sums, count, eps, training)
+        pw_grad, pw_bias, sums = _kernels.channel_backward(
+            grad, outputs[block + 1], back, u, norm_u, before, norm_before, pw.flatten(1).to(v.dtype), act
+        )
+        back, *norm_1 = _norm_gradients(weight_1, statistics[2 * block + 1], sums, count, eps, training)
+        dw_grad, dw_bias, sums = _kernels.spatial_backward(grad, u, back, before, norm_before, dw, act)
+        pointwise = [pw_grad.view_as(pw), pw_bias[0].float()]
+        gradients = [dw_grad, dw_bias[0].float(), *norm_1, *pointwise, *norm_2, *gradients]
+    back, *norm_0 = _norm_gradients(parameters[0], statistics[0], sums, count, eps, training)
+    _kernels.act_norm_backward(grad, v, back, act)
+    return grad, [*norm_0, *gradients]
+
+
+LIBRARY.impl("blocks", _forward, "CPU")
+LIBRARY.impl("blocks_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("convmixer::blocks")
+def _(
+    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
+) -> tuple[Tensor, list[Tensor]]:
+    N, _, _, C = v.shape
+    norms = (len(parameters) - 2) // PER_BLOCK * 2 + 1
+    kept = [torch.empty_like(v) for _ in range(norms - 1)]
+    y = v.new_empty((N, C), dtype=torch.float32) if pool else torch.empty_like(v)
+    return y, [*kept, v.new_empty((norms, 2, C), dtype=torch.float64)]
+
+
+@torch.library.register_fake("convmixer::blocks_backward")
+def _(
+    grad: Tensor,
+    v: Tensor,
+    parameters: list[Tensor],
+    kept: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(v), [torch.empty_like(p) for p in parameters]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    v, parameters, running, *ctx.settings = inputs
+    ctx.counts = len(parameters), len(running)
+    ctx.save_for_backward(v, *parameters, *output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _kept: list[Tensor | None]) -> tuple[Any, ...]:
+    n_parameters, n_running = ctx.counts
+    rest = [None] * n_running, None, None, None, None
+    if grad is None:
+        return None, [None] * n_parameters, *rest
+    v, *tensors = ctx.saved_tensors
+    parameters, kept = tensors[:n_parameters], tensors[n_parameters:]
+    v_grad, gradients = _kernels.blocks_backward(grad, v, parameters, kept, *ctx.settings)
+    return v_grad, gradients, *rest
+
+
+torch.library.register_autograd("convmixer::blocks", _differentiate, setup_context=_keep)

@@ -1,0 +1,531 @@
+// The two halves of a ConvMixer block, forward and backward, on activations of shape (N, H, W, C).
+//
+// A block is  u = depthwise(x) + b,  h = norm(act(u)) + x,  v = pointwise(h) + b,  y = norm(act(v)),  and y is the x
+// of the next one. Only u and v are kept. x, h and every normalised value are computed again where they are read:
+// norm(act(v)) is act(v) * scale + shift once the statistics are known, cheaper than a trip to memory.
+//
+// In each training step a tensor passes through memory as few times as the statistics allow. They are a barrier:
+// spatial_forward    reads v of the block before, writes u, gathers the statistics of act(u)
+// channel_forward    reads u and v before, writes v, gathers the statistics of act(v); by rows that fit the cache
+// channel_backward   turns the gradient of y into that of h; gathers the sums for the first norm
+// spatial_backward   turns the gradient of h into that of x; gathers the sums for the norm of the block before
+#include "activation.h"
+#include "depthwise.h"
+
+#include <array>
+#include <tuple>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "convmixer: ", what); }
+
+int64_t whole_vectors(int64_t C) { return (C + L - 1) / L * L; }
+
+// Rows of per-channel coefficients, (count, C) fp32, padded to whole vectors.
+class Coefficients {
+ public:
+  Coefficients(const Tensor& t, int64_t C) : C_(whole_vectors(C)), values_(t.size(0) * C_) {
+    check(t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.size(1) == C, "coefficients must be fp32");
+    for (int64_t i = 0; i < t.size(0); i++)
+      std::memcpy(&values_[i * C_], t.const_data_ptr<float>() + i * C, C * sizeof(float));
+  }
+  vf at(int row, int64_t c) const { return load(&values_[row * C_ + c]); }
+
+ private:
+  int64_t C_;
+  std::vector<float> values_;
+};
+
+// Per-channel sums in double, gathered in slots that one thread at a time writes, then added in order.
+class Sums {
+ public:
+  Sums(int slots, int count, int64_t C) : slots_(slots), count_(count), C_(C), padded_(whole_vectors(C)) {
+    values_.assign(slots * count * padded_, 0.0);
+  }
+  void add(int64_t slot, int which, int64_t c, vf sum) {
+    double* to = &values_[(slot * count_ + which) * padded_ + c];
+    for (int i = 0; i < L; i++) to[i] += sum[i];
+  }
+  // (count, C) float64
+  Tensor total() const {
+    Tensor out = pooled({count_, C_}, ScalarType::Double);
+    double* to = out.mutable_data_ptr<double>();
+    for (int which = 0; which < count_; which++)
+      for (int64_t c = 0; c < C_; c++) {
+        double sum = 0;
+        for (int slot = 0; slot < slots_; slot++) sum += values_[(slot * count_ + which) * padded_ + c];
+        to[which * C_ + c] = sum;
+      }
+    return out;
+  }
+
+ private:
+  int slots_, count_;
+  int64_t C_, padded_;
+  std::vector<double> values_;
+};
+
+// act(v) * scale + shift for one vector of channels.
+template <class T, int ACT> struct Norm {
+  vf scale, shift;
+  Norm(const Coefficients& c, int64_t channel) : scale(c.at(0, channel)), shift(c.at(1, channel)) {}
+  vf operator()(vf v) const { return activate<T, ACT>(v) * scale + shift; }
+};
+
+// The gradient before act, from the gradient g after norm: (a * g + b * act(v) + c) * act'(v). The coefficients hold
+// the batch's sums; Source: arXiv 1502.03167, Sec. 3.
+template <class T, int ACT> struct NormBackward {
+  vf a, b, c;
+  NormBackward(const Coefficients& k, int64_t channel)
+      : a(k.at(0, channel)), b(k.at(1, channel)), c(k.at(2, channel)) {}
+  vf operator()(vf g, vf v) const { return (a * g + (b * activate<T, ACT>(v) + c)) * slope<T, ACT>(v); }
+};
+
+template <class T> INLINE vf read(const T* p, int lanes) { return lanes == L ? load(p) : load_part(p, lanes); }
+template <class T> INLINE void write(T* p, vf x, int lanes) {
+  if (lanes == L) store(p, x);
+  else store_part(p, x, lanes);
+}
+
+constexpr int SLOTS = 32;      // shares of the rows, whatever the number of threads, so that sums do not depend on it
+constexpr int64_t ROWS = 32;   // rows whose sums are added in float before they go to double
+
+// body(slot, first row, last row, channel, lanes) over all rows and vectors of channels, in parallel.
+template <class Body> void over_rows(int64_t rows, int64_t C, const Body& body) {
+  torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++) {
+      const int64_t last = (slot + 1) * rows / SLOTS;
+      for (int64_t r = slot * rows / SLOTS; r < last; r += ROWS)
+        for (int64_t c = 0; c < C; c += L)
+          body(slot, r, std::min(r + ROWS, last), c, (int)std::min<int64_t>(L, C - c));
+    }
+  });
+}
+
+template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int64_t C, Sums& sums) {
+  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
+    vf sum{}, squares{};
+    for (; r < end; r++) {
+      const vf a = activate<T, ACT>(read(v + r * C + c, lanes));
+      sum += a;
+      squares += a * a;
+    }
+    sums.add(slot, 0, c, sum);
+    sums.add(slot, 1, c, squares);
+  });
+}
+
+// v += bias, which the library's product does not add as cheaply; then the statistics of act(v).
+template <class T, int ACT>
+void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
+  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
+    const vf b = bias.at(0, c);
+    vf sum{}, squares{};
+    for (; r < end; r++) {
+      const vf stored = rounded(read(v + r * C + c, lanes) + b, v);
+      write(v + r * C + c, stored, lanes);
+      const vf a = activate<T, ACT>(stored);
+      sum += a;
+      squares += a * a;
+    }
+    if (!sums) return;
+    sums->add(slot, 0, c, sum);
+    sums->add(slot, 1, c, squares);
+  });
+}
+
+// out = x, or out += x
+template <class T> void accumulate(const T* x, float* out, int64_t count, bool first) {
+  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += L) {
+      const int lanes = std::min<int64_t>(L, end - i);
+      write(out + i, first ? read(x + i, lanes) : read(out + i, lanes) + read(x + i, lanes), lanes);
+    }
+  });
+}
+
+// Sums of g and of g * act(v).
+template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t rows, int64_t C, Sums& sums) {
+  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
+    vf sum{}, products{};
+    for (; r < end; r++) {
+      const vf gradient = read(g + r * C + c, lanes);
+      sum += gradient;
+      products += gradient * activate<T, ACT>(read(v + r * C + c, lanes));
+    }
+    sums.add(slot, 0, c, sum);
+    sums.add(slot, 1, c, products);
+  });
+}
+
+template <class T, int ACT>
+void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_t C) {
+  over_rows(rows, C, [&](int64_t, int64_t r, int64_t end, int64_t c, int lanes) {
+    const Norm<T, ACT> f(norm, c);
+    for (; r < end; r++) write(y + r * C + c, f(read(v + r * C + c, lanes)), lanes);
+  });
+}
+
+// h = norm(act(u)) + norm(act(v before))
+template <class T, int ACT>
+void apply_residual(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before, T* h,
+                    int64_t rows, int64_t C) {
+  over_rows(rows, C, [&](int64_t, int64_t r, int64_t end, int64_t c, int lanes) {
+    const Norm<T, ACT> f(norm, c), x(norm_before, c);
+    for (; r < end; r++) {
+      const int64_t i = r * C + c;
+      write(h + i, f(read(u + i, lanes)) + x(read(before + i, lanes)), lanes);
+    }
+  });
+}
+
+// The gradient before the activation, and its sum. `out` may be `g`.
+template <class T, int ACT>
+void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
+                         Sums& sums) {
+  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
+    const NormBackward<T, ACT> f(norm, c);
+    vf sum{};
+    for (; r < end; r++) {
+      const int64_t i = r * C + c;
+      const vf gradient = f(read(g + i, lanes), read(v + i, lanes));
+      sum += gradient;
+      write(out + i, gradient, lanes);
+    }
+    sums.add(slot, 0, c, sum);
+  });
+}
+
+template <class T, int ACT>
+void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) {
+  torch::stable::parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      for (int64_t c = 0; c < s.C; c += L) {
+        const int lanes = std::min<int64_t>(L, s.C - c);
+        const T* image = v + n * s.pixels() * s.C + c;
+        vf sum{};
+        for (int64_t p = 0; p < s.pixels(); p++) sum += activate<T, ACT>(read(image + p * s.C, lanes));
+        const vf mean = sum / (float)s.pixels();
+        write(out + n * s.C + c, mean * norm.at(0, c) + norm.at(1, c), lanes);
+      }
+  });
+}
+
+// Each pixel's share of the pooled gradient, and its sums with act(v).
+template <class T, int ACT> void spread(const Image& s, const float* grad, const T* v, T* out, Sums& sums) {
+  for_planes(s, 0, [&](int64_t group, int64_t n, int64_t c, int lanes, float*) {
+    const vf g = rounded(read(grad + n * s.C + c, lanes) / (float)s.pixels(), out);
+    vf sum{};
+    for (int64_t p = 0; p < s.pixels(); p++) {
+      const int64_t i = (n * s.pixels() + p) * s.C + c;
+      sum += activate<T, ACT>(read(v + i, lanes));
+      write(out + i, g, lanes);
+    }
+    sums.add(group, 0, c, g * (float)s.pixels());
+    sums.add(group, 1, c, g * sum);
+  });
+}
+
+template <class T, int ACT>
+void spatial_forward_all(const Image& s, int K, const T* before, const Coefficients& norm, const float* weights,
+                         const Coefficients& bias, T* u, Sums* sums) {
+  const Tile t{s.H, s.W, K, (K - 1) / 2, (K - 1) / 2};
+  for_planes(s, t.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* tile) {
+    const int64_t base = n * s.pixels() * s.C + c;
+    const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
+    const Norm<T, ACT> x(norm, c);
+    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column) {
+      return rounded(x(read(before + at(row, column), lanes)), before);
+    });
+    const vf b = bias.at(0, c);
+    vf sum{}, squares{};
+    const auto end_row = [&] {
+      if (sums) {
+        sums->add(group, 0, c, sum);
+        sums->add(group, 1, c, squares);
+      }
+      sum = squares = vf{};
+    };
+    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, vf value) {
+      if (column == 0 && row % 2 == 0) end_row();
+      const vf stored = rounded(value + b, u);
+      write(u + at(row, column), stored, lanes);
+      if (sums) {
+        const vf a = activate<T, ACT>(stored);
+        sum += a;
+        squares += a * a;
+      }
+    });
+    end_row();
+  });
+}
+
+template <class T, int ACT>
+void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coefficients& norm, const T* before,
+                          const Coefficients& norm_before, const float* flipped, float* weight_sums,
+                          int64_t group_floats, Sums& sums, Sums& bias_sums) {
+  const Tile of_x{s.H, s.W, K, (K - 1) / 2, (K - 1) / 2}, of_grad{s.H, s.W, K, K / 2, K / 2};
+  for_planes(s, 2 * of_x.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* x_tile) {
+    const int64_t base = n * s.pixels() * s.C + c;
+    const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
+    float* grad_tile = x_tile + of_x.floats();
+    const Norm<T, ACT> x(norm_before, c);
+    fill<PAIRS<T>>(of_x, x_tile, [&](int64_t row, int64_t column) {
+      return rounded(x(read(before + at(row, column), lanes)), before);
+    });
+    const NormBackward<T, ACT> of_u(norm, c);
+    vf bias_sum{};
+    fill<PAIRS<T>>(of_grad, grad_tile, [&](int64_t row, int64_t column) {
+      const int64_t i = at(row, column);
+      const vf gradient = rounded(of_u(read(grad + i, lanes), read(u + i, lanes)), u);
+      bias_sum += gradient;
+      return gradient;
+    });
+    bias_sums.add(group, 0, c, bias_sum);
+    correlate<PAIRS<T>>(of_x, x_tile, grad_tile + of_grad.top * of_grad.row_floats() + of_grad.left * L,
+                        weight_sums + group * group_floats + c * K * K);
+    vf sum{}, products{};
+    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, [&](int64_t row, int64_t column, vf value) {
+      const int64_t i = at(row, column);
+      const vf gradient = rounded(value + read(grad + i, lanes), grad);
+      write(grad + i, gradient, lanes);
+      sum += gradient;
+      products += gradient * activate<T, ACT>(read(before + i, lanes));
+    });
+    sums.add(group, 0, c, sum);
+    sums.add(group, 1, c, products);
+  });
+}
+
+// ---- tensors in, tensors out ----
+
+Image image_of(const Tensor& x) {
+  check(x.dim() == 4 && x.is_contiguous(), "activations must be contiguous (N, H, W, C)");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+// Call f with the storage type and the activation as types: f(T{}, std::integral_constant<int, ACT>{}).
+template <class F> void dispatch(const Tensor& x, int64_t act, const F& f) {
+  using Gelu = std::integral_constant<int, GELU>;
+  using Relu = std::integral_constant<int, RELU>;
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16, "fp32 or bf16 is needed");
+  if (type == ScalarType::Float) act == RELU ? f(float{}, Relu{}) : f(float{}, Gelu{});
+  else act == RELU ? f(bf16{}, Relu{}) : f(bf16{}, Gelu{});
+}
+
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+Tensor like(const Tensor& x) { return pooled({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); }
+
+Tensor row_of(const Tensor& vector) {  // (C) -> (1, C)
+  return torch::stable::unsqueeze(vector, 0);
+}
+
+std::tuple<Tensor, Tensor> spatial_forward(const Tensor& before, const Tensor& norm, const Tensor& weight,
+                                           const Tensor& bias, int64_t act, bool statistics) {
+  const Image s = image_of(before);
+  const int K = weight.size(2);
+  check(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float, "weights must be contiguous fp32");
+  Tensor u = like(before), packed = pooled({whole_vectors(s.C) * K * K}, ScalarType::Float);
+  const Coefficients norms(norm, s.C), biases(row_of(bias), s.C);
+  Sums sums(Split(s).groups, 2, s.C);
+  dispatch(before, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    float* weights = packed.mutable_data_ptr<float>();
+    pack_weights<T>(weight.const_data_ptr<float>(), s.C, K, false, weights);
+    spatial_forward_all<T, decltype(a)::value>(s, K, data<T>(before), norms, weights, biases, mutable_data<T>(u),
+                                               statistics ? &sums : nullptr);
+  });
+  return {u, sums.total()};
+}
+
+// The gradient of the weights comes back as (C, 1, k, k), that of the bias as (1, C), the sums as (2, C).
+std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Tensor& u, const Tensor& norm,
+                                                    const Tensor& before, const Tensor& norm_before,
+                                                    const Tensor& weight, int64_t act) {
+  const Image s = image_of(grad);
+  const int K = weight.size(2), taps = K * K;
+  const int64_t groups = Split(s).groups, group_floats = whole_vectors(s.C) * taps;
+  check(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float, "weights must be contiguous fp32");
+  Tensor packed = pooled({group_floats}, ScalarType::Float);
+  Tensor partial = pooled({groups, group_floats}, ScalarType::Float);
+  std::memset(partial.mutable_data_ptr(), 0, groups * group_floats * sizeof(float));
+  const Coefficients norms(norm, s.C), norms_before(norm_before, s.C);
+  Sums sums(groups, 2, s.C), bias_sums(groups, 1, s.C);
+  dispatch(grad, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    pack_weights<T>(weight.const_data_ptr<float>(), s.C, K, true, packed.mutable_data_ptr<float>());
+    spatial_backward_all<T, decltype(a)::value>(s, K, mutable_data<T>(grad), data<T>(u), norms, data<T>(before),
+                                                norms_before, packed.const_data_ptr<float>(),
+                                                partial.mutable_data_ptr<float>(), group_floats, sums, bias_sums);
+  });
+  Tensor weight_grad = pooled({s.C, 1, K, K}, ScalarType::Float);
+  add_groups(partial.const_data_ptr<float>(), groups, group_floats, s.C, taps, weight_grad.mutable_data_ptr<float>());
+  return {weight_grad, bias_sums.total(), sums.total()};
+}
+
+// ---- the pointwise half: rows that fit the cache, the product in the library that does it best ----
+
+void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor rows_of(const Tensor& matrix, int64_t begin, int64_t count) {
+  Tensor whole = matrix;
+  return torch::stable::narrow(whole, 0, begin, count);
+}
+
+Tensor as_matrix(const Tensor& x) { return torch::stable::view(x, {x.size(0) * x.size(1) * x.size(2), x.size(3)}); }
+
+int64_t chunk_rows(int64_t rows, int64_t C) {
+  const int64_t wanted = std::max<int64_t>(2048, (int64_t{1} << 20) / C);
+  const int64_t chunks = std::max<int64_t>(1, rows / wanted);
+  return (rows + chunks - 1) / chunks;
+}
+
+std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, const Tensor& before,
+                                           const Tensor& norm_before, const Tensor& weight, const Tensor& bias,
+                                           int64_t act, bool statistics) {
+  const Image s = image_of(u);
+  const int64_t rows = s.N * s.pixels(), step = chunk_rows(rows, s.C);
+  Tensor v = like(u), h = pooled({step, s.C}, u.scalar_type());
+  const Tensor v_rows = as_matrix(v), transposed = torch::stable::transpose(weight, 0, 1);
+  const Coefficients norms(norm, s.C), norms_before(norm_before, s.C), biases(row_of(bias), s.C);
+  Sums sums(SLOTS, 2, s.C);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin), offset = begin * s.C;
+    Tensor h_rows = rows_of(h, 0, count), out = rows_of(v_rows, begin, count);
+    dispatch(u, act, [&](auto t, auto a) {
+      using T = decltype(t);
+      constexpr int ACT = decltype(a)::value;
+      apply_residual<T, ACT>(data<T>(u) + offset, norms, data<T>(before) + offset, norms_before,
+                             mutable_data<T>(h), count, s.C);
+      multiply(h_rows, transposed, out);
+      add_bias<T, ACT>(mutable_data<T>(v) + offset, biases, count, s.C, statistics ? &sums : nullptr);
+    });
+  }
+  return {v, sums.total()};
+}
+
+// `grad` comes in as the gradient of y and leaves as that of h. Gradients of the weights (C, C) and bias (1, C), and
+// the sums for the first norm (2, C).
+std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Tensor& v, const Tensor& norm_v,
+                                                    const Tensor& u, const Tensor& norm, const Tensor& before,
+                                                    const Tensor& norm_before, const Tensor& weight, int64_t act) {
+  const Image s = image_of(grad);
+  const int64_t rows = s.N * s.pixels(), step = chunk_rows(rows, s.C);
+  Tensor h = pooled({step, s.C}, u.scalar_type()), dv = pooled({step, s.C}, u.scalar_type());
+  Tensor product = pooled({s.C, s.C}, u.scalar_type()), weight_grad = pooled({s.C, s.C}, ScalarType::Float);
+  const Tensor grad_rows = as_matrix(grad);
+  const Coefficients norms_v(norm_v, s.C), norms(norm, s.C), norms_before(norm_before, s.C);
+  Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin), offset = begin * s.C;
+    Tensor dv_rows = rows_of(dv, 0, count), h_rows = rows_of(h, 0, count), dh = rows_of(grad_rows, begin, count);
+    dispatch(u, act, [&](auto t, auto a) {
+      using T = decltype(t);
+      constexpr int ACT = decltype(a)::value;
+      apply_norm_backward<T, ACT>(data<T>(grad) + offset, data<T>(v) + offset, norms_v, mutable_data<T>(dv), count,
+                                  s.C, bias_sums);
+      apply_residual<T, ACT>(data<T>(u) + offset, norms, data<T>(before) + offset, norms_before, mutable_data<T>(h),
+                             count, s.C);
+      multiply(torch::stable::transpose(dv_rows, 0, 1), h_rows, product);
+      accumulate<T>(data<T>(product), weight_grad.mutable_data_ptr<float>(), s.C * s.C, begin == 0);
+      multiply(dv_rows, weight, dh);
+      gather_products<T, ACT>(data<T>(grad) + offset, data<T>(u) + offset, count, s.C, sums);
+    });
+  }
+  return {weight_grad, bias_sums.total(), sums.total()};
+}
+
+// ---- the ends: after the stem's convolution and after the last block ----
+
+Tensor act_statistics(const Tensor& v, int64_t act) {
+  const Image s = image_of(v);
+  Sums sums(SLOTS, 2, s.C);
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    gather_statistics<T, decltype(a)::value>(data<T>(v), s.N * s.pixels(), s.C, sums);
+  });
+  return sums.total();
+}
+
+Tensor act_products(const Tensor& grad, const Tensor& v, int64_t act) {
+  const Image s = image_of(v);
+  Sums sums(SLOTS, 2, s.C);
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    gather_products<T, decltype(a)::value>(data<T>(grad), data<T>(v), s.N * s.pixels(), s.C, sums);
+  });
+  return sums.total();
+}
+
+Tensor act_norm(const Tensor& v, const Tensor& norm, int64_t act) {
+  const Image s = image_of(v);
+  Tensor y = like(v);
+  const Coefficients norms(norm, s.C);
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    apply_norm<T, decltype(a)::value>(data<T>(v), norms, mutable_data<T>(y), s.N * s.pixels(), s.C);
+  });
+  return y;
+}
+
+Tensor act_norm_pool(const Tensor& v, const Tensor& norm, int64_t act) {
+  const Image s = image_of(v);
+  Tensor y = pooled({s.N, s.C}, ScalarType::Float);
+  const Coefficients norms(norm, s.C);
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    pool_all<T, decltype(a)::value>(s, data<T>(v), norms, y.mutable_data_ptr<float>());
+  });
+  return y;
+}
+
+// From the gradient of the pooled features, (N, C) fp32: the gradient of every pixel, and the sums for the last norm.
+std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tensor& v, int64_t act) {
+  const Image s = image_of(v);
+  Tensor dy = like(v);
+  Sums sums(Split(s).groups, 2, s.C);
+  const float* g = grad.const_data_ptr<float>();
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    spread<T, decltype(a)::value>(s, g, data<T>(v), mutable_data<T>(dy), sums);
+  });
+  return {dy, sums.total()};
+}
+
+// `grad` comes in as the gradient after the norm and leaves as the one before the activation.
+void act_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& norm, int64_t act) {
+  const Image s = image_of(v);
+  const Coefficients norms(norm, s.C);
+  Sums sums(SLOTS, 1, s.C);
+  dispatch(v, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    apply_norm_backward<T, decltype(a)::value>(data<T>(grad), data<T>(v), norms, mutable_data<T>(grad),
+                                               s.N * s.pixels(), s.C, sums);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(convmixer, CPU, m) {
+  m.impl("spatial_forward", TORCH_BOX(&spatial_forward));
+  m.impl("spatial_backward", TORCH_BOX(&spatial_backward));
+  m.impl("channel_forward", TORCH_BOX(&channel_forward));
+  m.impl("channel_backward", TORCH_BOX(&channel_backward));
+  m.impl("act_statistics", TORCH_BOX(&act_statistics));
+  m.impl("act_products", TORCH_BOX(&act_products));
+  m.impl("act_norm", TORCH_BOX(&act_norm));
+  m.impl("act_norm_pool", TORCH_BOX(&act_norm_pool));
+  m.impl("act_norm_pool_backward", TORCH_BOX(&act_norm_pool_backward));
+  m.impl("act_norm_backward", TORCH_BOX(&act_norm_backward));
+}

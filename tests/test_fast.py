@@ -1,0 +1,194 @@
+"""An accelerated model against the plain one: the same numbers, keys and interface; plain again where it must be."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer.fast import FastConvMixer, accelerate
+from convmixer.kernels import blocks, why_not
+from convmixer.models.convmixer import ConvMixer
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    if reason := why_not():
+        pytest.skip(f"no kernels: {reason}")
+
+
+def _model(dim: int = 40, kernel_size: int = 5, act: str = "gelu", depth: int = 2) -> ConvMixer:
+    torch.manual_seed(0)
+    model = ConvMixer(dim, depth, kernel_size, patch_size=2, num_classes=7, act=act)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model
+
+
+def _images(batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 3, 17, 22, generator=torch.Generator().manual_seed(1))  # 17: one row is left over
+
+
+def _pass(model: nn.Module, images: torch.Tensor, bf16: bool) -> list[torch.Tensor]:
+    """Return logits, input gradient, parameter gradients and buffers after one forward and backward pass."""
+    images = images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(images)
+        loss = F.cross_entropy(logits, torch.arange(len(images)))
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    return [logits.detach(), images.grad, *gradients, *(b.clone().float() for b in model.buffers())]
+
+
+def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+@pytest.mark.parametrize("kernel_size", [5, 8])
+def test_gradients_are_as_exact_as_torch(kernel_size: int, act: str, bf16: bool, training: bool) -> None:
+    plain = _model(kernel_size=kernel_size, act=act).train(training)
+    fast, double = accelerate(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    assert type(fast) is FastConvMixer
+    names = ["logits", "images", *dict(plain.named_parameters()), *dict(plain.named_buffers())]
+    exact = _pass(double, _images().double(), False)
+    torchs, ours = _pass(plain, _images(), bf16), _pass(fast, _images(), bf16)
+    for name, mine, other, true in zip(names, ours, torchs, exact, strict=True):
+        # three times torch's own error, in the norm of the whole tensor; below that one unit of the storage dtype
+        allowed = max(3 * _error(other, true), 4e-3 if bf16 else 1e-6)
+        assert _error(mine, true) <= allowed, name
+
+
+def test_keys_parameters_and_interface_stay() -> None:
+    plain = _model()
+    parameters, keys = list(plain.parameters()), list(plain.state_dict())
+    fast = accelerate(plain)
+    assert fast is plain
+    assert list(fast.state_dict()) == keys
+    assert all(a is b for a, b in zip(parameters, fast.parameters(), strict=True))
+    assert isinstance(fast, ConvMixer)
+    fast.reset_classifier(0)
+    with torch.no_grad():
+        features = fast.eval().forward_features(_images())
+        torch.testing.assert_close(features.mean((2, 3)), fast(_images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrapped_model_is_found() -> None:
+    assert type(accelerate(nn.Sequential(_model()))[0]) is FastConvMixer
+
+
+def test_ten_steps_follow_the_plain_model() -> None:
+    plain = _model()
+    fast = accelerate(copy.deepcopy(plain))
+    losses = []
+    for model in (plain, fast):
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(10):
+            loss = F.cross_entropy(model(_images(8) * (1 + step / 10)), torch.arange(8) % 7)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[10:] == pytest.approx(losses[:10], rel=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_repeats_are_equal_in_every_bit(bf16: bool) -> None:
+    fast = accelerate(_model())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            first, second = (_pass(copy.deepcopy(fast), _images(), bf16) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_second_backward_pass_through_one_graph() -> None:
+    fast = accelerate(_model())
+    loss = fast(_images()).square().mean()
+    first = torch.autograd.grad(loss, list(fast.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(fast.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_pass_through(value: float) -> None:
+    plain = _model(kernel_size=3).eval()
+    fast = accelerate(copy.deepcopy(plain))
+    images = _images(2)
+    images[0, 0, 4, 4] = value
+    with torch.no_grad():
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                expected, features = plain.forward_features(images), fast.forward_features(images)
+            assert torch.equal(expected.isnan(), features.isnan())
+            assert torch.equal(expected.isinf(), features.isinf())
+
+
+def test_unusual_models_run_plain(capfd: pytest.CaptureFixture[str]) -> None:
+    images = _images()
+    hooked, checkpointed, synced, tanh = (accelerate(_model()) for _ in range(4))
+    seen: list[torch.Tensor] = []
+    hooked.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    checkpointed.set_grad_checkpointing()
+    synced.blocks[0][0].fn[2].momentum = None
+    tanh.stem[1] = nn.Tanh()
+    for model in (hooked, checkpointed, synced, tanh):
+        plain = copy.deepcopy(model)
+        plain.__class__ = ConvMixer
+        assert torch.equal(model(images), plain(images))
+    assert len(seen) == 2
+    said = capfd.readouterr().err
+    assert "gradient checkpointing" in said
+    assert "no momentum" in said
+    assert "the model has a" in said
+
+
+def test_switched_off_by_the_environment() -> None:
+    code = (
+        "from convmixer.fast import accelerate; from convmixer import create_model;"
+        "m = accelerate(create_model('convmixer_128_4')); accelerate(m); print(type(m).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CONVMIXER_KERNELS": "0"}, capture_output=True, text=True
+    )
+    assert done.stdout == "ConvMixer\n"
+    assert done.stderr.count("CONVMIXER_KERNELS=0") == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it of tensors that are no leaves
+@pytest.mark.parametrize("pool", [False, True])
+def test_blocks_op_is_well_formed(pool: bool) -> None:
+    fast = accelerate(_model(dim=8))
+    parameters = [p.detach().clone().requires_grad_() for p in _flat(fast)]
+    v = torch.randn(2, 5, 6, 8).requires_grad_()
+    args = (v, parameters, [], 1e-5, 0, True, pool)
+    torch.library.opcheck(torch.ops.convmixer.blocks, args)
+    blocks.features(*args)
+
+
+def _flat(fast: nn.Module) -> list[torch.Tensor]:
+    from convmixer.fast import _parameters
+
+    return _parameters(fast)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiles_as_one_graph() -> None:
+    fast = accelerate(_model())
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert _error(compiled(_images()), fast(_images()).double()) < 1e-5
+    first, second = _pass(copy.deepcopy(fast), _images(), False), _pass(compiled, _images(), False)
+    for a, b in zip(first[:10], second[:10], strict=True):
+        assert _error(a, b.double()) < 1e-4
