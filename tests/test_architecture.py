@@ -29,7 +29,7 @@ ALLOWED = {
     "inference": {"models", "fast", "backends"},
     "backends": {"inference"},
     "export": {"models", "fast", "inference", "backends", "data"},
-    "serve": {"inference", "explain"},
+    "serve": {"inference", "backends"},
     "explain": {"inference", "models", "results"},
     "studies": {"data", "models", "train", "results", "recipes", "fast", "inference"},
     "benchmark": {"models", "fast", "kernels", "export", "inference"},

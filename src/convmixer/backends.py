@@ -85,6 +85,25 @@ def _extra(kind: str) -> str:
     return "openvino" if kind == "openvino" else "export"
 
 
+def sample_files(source: str | Path, most: int = 12) -> list[Path]:
+    """Return a few sample images kept beside weights: in their run folder, or in the folder of shipped weights.
+
+    Args:
+        source: Weights or an exported file, wherever in a run folder, or the name of shipped weights.
+        most: Files to return at most.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = Path(__file__).parent / "pretrained" / path.name
+    path = path.resolve()
+    for home in (path, *path.parents[:3]):
+        if (home / "weights").is_dir() or (home / "config.json").is_file():  # no other folder's samples
+            files = sorted(file for file in (home / "samples").glob("*") if file.suffix in (".png", ".jpg", ".jpeg"))
+            if files:
+                return files[:most]
+    return []
+
+
 def import_onnxruntime() -> Any:
     """Return the onnxruntime module with its telemetry off (it reads the variable when it is imported)."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"

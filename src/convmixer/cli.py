@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
     _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
     _add_convert(add("convert", _convert, "write weights in our format, with other sizes or classes"))
+    _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
     return parser
@@ -256,6 +257,36 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {key: getattr(args, key) for key in ("patch_size", "kernel_size", "num_classes", "in_chans", "img_size")}
     classes = args.classes.split(",") if args.classes else None
     return convert(args.weights, args.out, classes=classes, **sizes)
+
+
+def _add_serve(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", nargs="?", default=SHIPPED, help=f"as for predict (default: {SHIPPED})")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free port")
+    sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    sub.add_argument(
+        "--token-file", type=Path, help="file with a bearer token to ask for (or set CONVMIXER_TOKEN); default: open"
+    )
+    sub.add_argument("--max-body-mb", type=float, default=16, help="default: 16")
+    sub.add_argument("--max-pixels", type=int, default=50_000_000, help="per image (default: 50 million)")
+    sub.add_argument("--max-images", type=int, default=32, help="per request (default: 32)")
+    sub.add_argument("--max-queue", type=int, default=256, help="images waiting (default: 256)")
+    sub.add_argument("--batch-size", type=int, default=32, help="images computed at once (default: 32)")
+    sub.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for an answer (default: 30)")
+
+
+def _serve(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.serve.app import Limits, read_token, serve
+
+    limits = Limits(
+        int(args.max_body_mb * 2**20),
+        args.max_pixels,
+        args.max_images,
+        args.max_queue,
+        args.batch_size,
+        answer_seconds=args.timeout,
+    )
+    return serve(args.weights, args.host, args.port, args.precision, read_token(args.token_file), limits)
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ import torch.nn as nn
 from PIL import Image
 
 import convmixer
-from convmixer.backends import import_onnxruntime, import_openvino, load_exported
+from convmixer.backends import import_onnxruntime, import_openvino, load_exported, sample_files
 from convmixer.errors import RequestError
 from convmixer.models.maps import WithMaps, has_maps
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
@@ -166,16 +166,6 @@ def _photographs(count: int, in_chans: int) -> list[Image.Image]:
         left, top = (int(random.integers(0, length - side + 1)) for length in image.size)
         cuts.append(image.crop((left, top, left + side, top + side)))
     return cuts
-
-
-def sample_files(source: Path) -> list[Path]:
-    """Return the sample images beside weights: of their run folder, or of the weights folder."""
-    folder = source if source.is_dir() else source.parent
-    for home in (folder, *folder.parents[:2]):
-        files = sorted(file for file in (home / "samples").glob("*") if file.suffix in (".png", ".jpg", ".jpeg"))
-        if files:
-            return files
-    return []
 
 
 def sample_images(source: Path, images: Images, p: Preprocessing, count: int = 8) -> list[bytes]:
@@ -441,12 +431,18 @@ def _write_web(
     for name in ("ort.js", "LICENSE", "ThirdPartyNotices.txt"):
         shutil.copyfile(_PAGE / "vendor" / name, path / (name if name == "ort.js" else f"onnxruntime-{name}"))
     scripts = ("ort.js", "runtime.js", "model.js", "imaging.js", "local.js")
-    page = (_PAGE / "page.html").read_text(encoding="utf-8")
+    page = (_PAGE / "page.html").read_text(encoding="utf-8").replace("<!-- policy -->", _POLICY)
     tags = "\n".join(f'<script defer src="{name}"></script>' for name in scripts)
     (path / "index.html").write_text(page.replace("<!-- scripts -->", tags), encoding="utf-8")
 
 
 _PAGE = Path(__file__).parent / "serve"
+# the browser itself holds the promise that nothing is uploaded: no connection may be made
+_POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' "
+    "'wasm-unsafe-eval'; style-src 'self'; img-src 'self' data: blob:; connect-src 'none'; base-uri 'none'; "
+    "form-action 'none'\">"
+)
 
 
 def _runtime() -> str:

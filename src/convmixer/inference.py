@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 Logits = Callable[[np.ndarray], np.ndarray]
+LogitsAndMaps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 
@@ -36,12 +37,19 @@ class Classifier:
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
         describe: What it is: "source", "name", "precision", "device", and the metadata saved with the weights.
+        with_maps: The same batch -> logits and class-activation maps, see `models.maps.WithMaps`; None where the
+            model has no exact ones.
     """
 
     logits: Logits
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     describe: dict[str, Any]
+    with_maps: LogitsAndMaps | None = None
+
+    def explained(self, batch: np.ndarray, maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return logits (B, classes) and, where wanted and there are any, maps (B, k, h, w) of the k top classes."""
+        return self.with_maps(batch) if maps and self.with_maps else (self.logits(batch), None)
 
     def predict(self, images: Sequence[Image.Image], topk: int = 5) -> list[list[tuple[str, float]]]:
         """Return for each image the likeliest classes with their probabilities, in falling order.
@@ -90,15 +98,16 @@ def load_classifier(source: str | Path, precision: str = "auto", device: str = "
     how = choose_precision(precision, where)
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
-    logits = torch_logits(loaded.model, where, how)
-    return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about})
+    logits, maps = torch_logits(loaded.model, where, how), torch_maps(loaded.model, where, how)
+    return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps)
 
 
 def _from_exported(path: Path, precision: str) -> Classifier:
     if precision != "auto":
         raise RequestError(f"{path} has the precision it was exported with: leave --precision out")
     exported = load_exported(path)
-    return Classifier(lambda x: exported.run(x)[0], exported.classes, exported.preprocessing, exported.describe)
+    logits, about = (lambda batch: exported.run(batch)[0]), exported.describe
+    return Classifier(logits, exported.classes, exported.preprocessing, about, exported.run)
 
 
 def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> Logits:
@@ -109,19 +118,41 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
         device: Where to compute.
         precision: "fp32", "bf16" or "fp16"; see `device.choose_precision`.
     """
+    run = _torch_run(model, device, precision)
+    return lambda batch: run(batch)[0]
+
+
+def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> LogitsAndMaps | None:
+    """Return what `torch_logits` does with class-activation maps beside, or None for a model without exact ones."""
+    from convmixer.models.maps import WithMaps, has_maps
+
+    if not has_maps(model):
+        return None
+    run = _torch_run(WithMaps(model), device, precision)
+
+    def both(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        logits, maps = run(batch)
+        return logits, maps
+
+    return both
+
+
+def _torch_run(
+    model: "nn.Module", device: "torch.device", precision: str
+) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
     import torch
 
     model.to(device)
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-    def run(batch: np.ndarray) -> np.ndarray:
+    def run(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         training = model.training
         model.eval()
         with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
-            out: torch.Tensor = model(torch.from_numpy(batch).to(device))
+            out = model(torch.from_numpy(batch).to(device))
         model.train(training)
-        array: np.ndarray = out.float().cpu().numpy()
-        return array
+        parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
+        return tuple(part.float().cpu().numpy() for part in parts)
 
     return run
 

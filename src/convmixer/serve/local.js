@@ -16,9 +16,23 @@ function softmax(logits) {
   return powers.map((x) => x / sum);
 }
 
+/** RGB or grey bytes -> a canvas that can be drawn. */
+function toCanvas({ width, height, data }) {
+  const channels = data.length / (width * height);
+  const pixels = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = data[channels * i + (channels === 3 ? c : 0)];
+    pixels.data[4 * i + 3] = 255;
+  }
+  const canvas = document.createElement("canvas");
+  canvas.width = width;
+  canvas.height = height;
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  return canvas;
+}
+
 globalThis.classifier = {
   note: "Runs in this browser. Nothing is uploaded.",
-  remote: false,
 
   async load() {
     ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
@@ -29,7 +43,7 @@ globalThis.classifier = {
     return CONVMIXER_MODEL;
   },
 
-  /** -> {top: [{name, probability, map}], rows, columns, seen, milliseconds}; map is rows x columns, or null. */
+  /** -> {top: [{name, probability, map}], rows, columns, seen: canvas, milliseconds}; map: rows x columns or null. */
   async classify(blob) {
     const p = CONVMIXER_MODEL.preprocessing;
     const start = performance.now();
@@ -46,6 +60,6 @@ globalThis.classifier = {
       probability: probabilities[i],
       map: maps ? Array.from(maps.data.subarray(rank * area, (rank + 1) * area)) : null,
     }));
-    return { top, rows, columns, seen, milliseconds };
+    return { top, rows, columns, seen: toCanvas(seen), milliseconds };
   },
 };

@@ -1,0 +1,505 @@
+"""`convmixer serve`: the page, and an HTTP API for programs, on one model.
+
+    GET  /             the page                     GET  /v1/model     what is served
+    POST /v1/predict   images -> classes            GET  /docs         this API, offline
+    GET  /healthz      the process runs             GET  /readyz       the model answers
+    GET  /metrics      Prometheus                   GET  /openapi.json
+
+A request holds one image as its body, or up to 32 as multipart parts. Limits (see `Limits`): 16 MiB a body, 50
+million pixels an image, 32 images a request, 256 images waiting, 10 s to send it, 30 s to answer it. Every refusal is
+JSON: {"error": {"code", "message"}}. Requests that arrive together are computed together. Names and paths in a
+request are never used, and logs hold nothing of an image.
+"""
+
+import asyncio
+import base64
+import ctypes
+import hmac
+import io
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+import convmixer
+from convmixer.backends import sample_files
+from convmixer.errors import RequestError
+from convmixer.inference import Classifier, load_classifier, softmax
+from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
+from convmixer.serve.batching import Batcher, QueueFull
+from convmixer.serve.http import Guard, Protocol, Refusal, drain, read_body, reason, split_parts
+
+HERE = Path(__file__).parent
+STATIC = {
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "api.js": "text/javascript",
+    "docs.js": "text/javascript",
+}
+LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
+logger = logging.getLogger("convmixer.serve")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Args:
+        body_bytes: Size of a body.
+        pixels: Pixels of one image, width times height, as its header says.
+        images: Images in one request.
+        queue: Images waiting to be computed, and requests being read.
+        batch: Images computed at once.
+        send_seconds: Time for a request's head, and again for its body, to arrive.
+        answer_seconds: Time from a whole request to its answer.
+    """
+
+    body_bytes: int = 16 << 20
+    pixels: int = 50_000_000
+    images: int = 32
+    queue: int = 256
+    batch: int = 32
+    send_seconds: float = 10.0
+    answer_seconds: float = 30.0
+
+
+class ErrorDetail(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+
+
+class Error(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorDetail
+
+
+class Evidence(BaseModel):
+    """What the network saw, and how much each patch adds to the logits of the classes predicted."""
+
+    seen: str
+    maps: list[list[list[float]]] | None
+
+
+class Prediction(BaseModel):
+    """The likeliest classes of one image, in falling order."""
+
+    classes: list[str]
+    probabilities: list[float]
+    evidence: Evidence | None = None
+
+
+class Predictions(BaseModel):
+    """One prediction per image, in the order sent."""
+
+    predictions: list[Prediction]
+    milliseconds: float
+
+
+class ModelInfo(BaseModel):
+    """What is served."""
+
+    name: str
+    version: str
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    patch_size: int
+    precision: str
+    samples: list[str]
+    authorisation: bool
+    limits: dict[str, float]
+
+
+_REFUSALS = {
+    400: "empty or malformed body",
+    401: "no or wrong bearer token",
+    408: "the request came too slowly",
+    413: "too many bytes, pixels or images",
+    415: "not an image type",
+    422: "not a readable image, or a bad parameter",
+    503: "busy; see Retry-After",
+    504: "no answer in time",
+}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One image as the body, or several as parts of a multipart form (any names).",
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "required": ["image"],
+                }
+            },
+        },
+    }
+}
+
+
+class Service:
+    """One model behind a queue, with its limits, its metrics and the threads that decode.
+
+    Args:
+        classifier: The model.
+        limits: What a request may ask for.
+        samples: Image files that the page offers.
+    """
+
+    def __init__(self, classifier: Classifier, limits: Limits, samples: Sequence[Path] = ()) -> None:
+        self.classifier, self.limits = classifier, limits
+        self.samples = [_data_uri(path.read_bytes()) for path in samples]
+        self.decoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.reading = 0
+        self.metrics = CollectorRegistry()
+        name = "convmixer"
+        self.requests = Counter(f"{name}_requests", "Requests", ["path", "status"], registry=self.metrics)
+        self.images = Counter(f"{name}_images", "Images classified", registry=self.metrics)
+        self.seconds = Histogram(f"{name}_request_seconds", "Time to answer a prediction", registry=self.metrics)
+        buckets = [2**n for n in range(9)]
+        batch = Histogram(f"{name}_batch_images", "Images computed at once", buckets=buckets, registry=self.metrics)
+        self.batcher = Batcher(classifier.explained, limits.batch, limits.queue, batch.observe)
+        waiting = Gauge(f"{name}_queue_images", "Images waiting", registry=self.metrics)
+        waiting.set_function(self.batcher.waiting.qsize)
+
+    async def predict(self, request: Request, topk: int, explain: bool) -> Predictions:
+        """Return the answer to one request.
+
+        Raises:
+            Refusal: It is not served; says why.
+        """
+        files = await self._read(request)
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                seen = await self._decode(files)
+                del files
+                inputs = [normalise(image, self.classifier.preprocessing) for image in seen]
+                answers = await self.batcher.submit(inputs, explain)
+        except TimeoutError:
+            text = f"no answer within {self.limits.answer_seconds:g} s"
+            raise Refusal(504, "too_late", text, {"retry-after": "5"}) from None
+        except QueueFull:
+            raise self._busy() from None
+        self.images.inc(len(answers))
+        self.seconds.observe(time.perf_counter() - start)
+        predictions = [self._prediction(*a, image, topk, explain) for a, image in zip(answers, seen, strict=True)]
+        return Predictions(predictions=predictions, milliseconds=round(1000 * (time.perf_counter() - start), 3))
+
+    def _busy(self) -> Refusal:
+        return Refusal(503, "busy", "too many images are waiting: try again later", {"retry-after": "1"})
+
+    async def _read(self, request: Request) -> list[bytes]:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not (kind.startswith("image/") or kind in ("application/octet-stream", "multipart/form-data")):
+            await drain(request)
+            text = (
+                f"Content-Type {kind or '(none)'!r} is not image/..., application/octet-stream or multipart/form-data"
+            )
+            raise Refusal(415, "unsupported_type", text)
+        if self.reading >= self.limits.queue or self.batcher.waiting.qsize() >= self.limits.queue:
+            await drain(request)
+            raise self._busy()
+        self.reading += 1
+        try:
+            body = await read_body(request, self.limits.body_bytes, self.limits.send_seconds)
+        finally:
+            self.reading -= 1
+        if kind != "multipart/form-data":
+            return [body]
+        return split_parts(body, request.headers["content-type"], self.limits.images)
+
+    async def _decode(self, files: list[bytes]) -> list[Image.Image]:
+        loop = asyncio.get_running_loop()
+        tasks = [loop.run_in_executor(self.decoders, self._square, file, n) for n, file in enumerate(files, 1)]
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in done:
+            if isinstance(result, BaseException):
+                raise result
+        return done  # type: ignore[return-value]
+
+    def _square(self, file: bytes, number: int) -> Image.Image:
+        """Return what the network sees of an image."""
+        p = self.classifier.preprocessing
+        try:
+            _, (width, height) = read_header(file)
+            if width * height > self.limits.pixels:
+                text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
+                raise Refusal(413, "too_many_pixels", text)
+            image = resize_and_crop(load_image(file, p.in_chans), p)
+        except ImageError as error:
+            text = str(error).removeprefix("image: ")
+            raise Refusal(422, "bad_image", f"image {number} cannot be read: {text}") from None
+        if width * height > LARGE_PIXELS:
+            _trim_memory()
+        return image
+
+    def _prediction(
+        self, logits: np.ndarray, maps: np.ndarray | None, seen: Image.Image, topk: int, explain: bool
+    ) -> Prediction:
+        probabilities = softmax(logits[None])[0]
+        order = np.argsort(-probabilities, kind="stable")[:topk]
+        evidence = None
+        if explain:
+            rows = None if maps is None else np.round(maps, 4).tolist()
+            evidence = Evidence(seen=_data_uri(_png(seen)), maps=rows)
+        names = [self.classifier.classes[i] for i in order]
+        return Prediction(classes=names, probabilities=probabilities[order].tolist(), evidence=evidence)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _data_uri(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _trim_memory() -> None:
+    """Hand freed memory back to the system where the C library can (glibc); elsewhere do nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def create_app(
+    classifier: Classifier, limits: Limits | None = None, token: str | None = None, samples: Sequence[Path] = ()
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        classifier: The model to serve.
+        limits: What a request may ask for; None: the defaults.
+        token: Bearer token that /v1 and /metrics ask for; None: open.
+        samples: Image files that the page offers.
+    """
+    service = Service(classifier, limits or Limits(), samples)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        p = classifier.preprocessing
+        blank = np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32)
+        await asyncio.get_running_loop().run_in_executor(None, classifier.explained, blank, True)  # warm, and works
+        service.batcher.start()
+        app.state.ready = True
+        yield
+        app.state.ready = False
+        await service.batcher.stop()
+        service.decoders.shutdown()
+
+    app = FastAPI(
+        title="convmixer",
+        version=convmixer.__version__,
+        description="Classify images with one ConvMixer.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.ready, app.state.service = False, service
+    _refuse_in_json(app)
+    app.add_middleware(Guard, count=lambda path, status: service.requests.labels(path, status).inc())
+    _add_pages(app)
+    _add_api(app, service, _guard(token), token is not None)
+    _add_health(app)
+    return app
+
+
+def _guard(token: str | None) -> Callable[[Request], Awaitable[None]]:
+    async def check(request: Request) -> None:
+        if token is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            await drain(request)
+            raise Refusal(
+                401, "unauthorised", "send the header Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
+            )
+
+    return check
+
+
+def _refuse_in_json(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refusal(request: Request, error: Refusal) -> JSONResponse:
+        return JSONResponse(reason(error.code, error.message), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        return JSONResponse(reason(code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse(reason("bad_parameter", f"{first['loc'][-1]}: {first['msg']}"), 422)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(reason("internal", "the request failed; the server's log says why"), 500)
+
+
+def _add_pages(app: FastAPI) -> None:
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    page = page.replace("<!-- scripts -->", '<script defer src="api.js"></script>')
+    files = {"/": (page, "text/html"), "/docs": ((HERE / "docs.html").read_text(encoding="utf-8"), "text/html")}
+    files |= {f"/{name}": ((HERE / name).read_text(encoding="utf-8"), kind) for name, kind in STATIC.items()}
+
+    def add(path: str, content: str, kind: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def static() -> Response:
+            return Response(content, media_type=kind)
+
+    for path, (content, kind) in files.items():
+        add(path, content, kind)
+
+
+def _add_health(app: FastAPI) -> None:
+    @app.get("/healthz", summary="Whether the process runs")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Whether the model answers", responses={503: {"model": Error}})
+    async def readyz() -> dict[str, str]:
+        if not app.state.ready:
+            raise Refusal(503, "not_ready", "the model is being loaded", {"retry-after": "1"})
+        return {"status": "ready"}
+
+
+def _add_api(app: FastAPI, service: Service, guard: Callable[[Request], Awaitable[None]], guarded: bool) -> None:
+    classes = len(service.classifier.classes)
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": Error, "description": text} for status, text in _REFUSALS.items()
+    }
+
+    @app.post(
+        "/v1/predict",
+        summary="Classify one or many images",
+        dependencies=[Depends(guard)],
+        response_model=Predictions,
+        response_model_exclude_none=True,
+        responses=refusals,
+        openapi_extra=_BODY,
+    )
+    async def predict(
+        request: Request,
+        topk: Annotated[int, Query(ge=1, le=classes, description="classes per image")] = min(5, classes),
+        explain: Annotated[bool, Query(description="add what the network saw, and class-activation maps")] = False,
+    ) -> Predictions:
+        return await service.predict(request, topk, explain)
+
+    @app.get("/v1/model", summary="What is served", dependencies=[Depends(guard)], responses={401: refusals[401]})
+    async def model() -> ModelInfo:
+        return _model_info(service, guarded)
+
+    @app.get("/metrics", summary="Prometheus metrics", dependencies=[Depends(guard)], response_class=Response)
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics), media_type="text/plain; version=0.0.4")
+
+
+def _model_info(service: Service, guarded: bool) -> ModelInfo:
+    classifier, limits = service.classifier, service.limits
+    about = classifier.describe
+    names = ("body_bytes", "pixels", "images", "queue", "send_seconds", "answer_seconds")
+    return ModelInfo(
+        name=str(about.get("name") or about.get("architecture") or "model"),
+        version=convmixer.__version__,
+        classes=list(classifier.classes),
+        preprocessing=vars(classifier.preprocessing),
+        patch_size=int((about.get("model_args") or {}).get("patch_size", 0)),
+        precision=str(about.get("precision", "fp32")),
+        samples=service.samples,
+        authorisation=guarded,
+        limits={name: getattr(limits, name) for name in names},
+    )
+
+
+def read_token(path: Path | None) -> str | None:
+    """Return the bearer token in a file, else in the environment variable CONVMIXER_TOKEN, else None.
+
+    Raises:
+        RequestError: The file cannot be read or is empty.
+    """
+    if path is None:
+        return os.environ.get("CONVMIXER_TOKEN") or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise RequestError(f"cannot read the token file {path}: {error.strerror}") from error
+    if not token:
+        raise RequestError(f"the token file {path} is empty")
+    return token
+
+
+def serve(
+    weights: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: str = "auto",
+    token: str | None = None,
+    limits: Limits | None = None,
+) -> dict[str, Any]:
+    """Serve weights until SIGTERM or SIGINT; requests that were accepted are finished first.
+
+    Args:
+        weights: Whatever `load_classifier` takes.
+        host: Address to listen on; anything but this machine's own is open to others.
+        port: Port; 0 takes a free one, which is printed.
+        precision: See `load_classifier`.
+        token: Bearer token to ask for, or None.
+        limits: What a request may ask for.
+
+    Raises:
+        RequestError: The weights cannot be loaded, or the address cannot be listened on.
+    """
+    limits = limits or Limits()
+    classifier = load_classifier(weights, precision)
+    samples = sample_files(str(classifier.describe["source"]))
+    app = create_app(classifier, limits, token, samples)
+    Protocol.head_seconds = limits.send_seconds
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(limits.send_seconds + limits.answer_seconds) + 5,
+    )
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
+    address = f"http://{host}:{socket.getsockname()[1]}"
+    print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C", flush=True)
+    # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: None)
+    uvicorn.Server(config).run([socket])
+    return {"address": address}
