@@ -1,0 +1,185 @@
+"""The runs of a study as a queue that several workers, on one machine or many, take from. Optuna keeps it.
+
+Only its queue is used: every run is enqueued before the first one starts, nothing is sampled. A worker shows by a
+heartbeat that it lives; when that stops, Optuna enqueues its run again and the next worker continues it.
+"""
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import TrialState
+
+from convmixer.errors import RequestError
+
+HEARTBEAT_SECONDS = 15
+GRACE_BEATS = 8  # missed before a worker counts as dead; a paused machine should not
+RETRIES = 5
+
+Record = dict[str, Any]
+Train = Callable[[str], Record]
+
+
+class Queue:
+    """The runs of one study in a database.
+
+    Args:
+        url: SQLAlchemy URL of the database; its tables are made where missing.
+        name: The study's name there.
+        heartbeat_seconds: Time between the signs of life of a worker.
+
+    Raises:
+        RequestError: The database cannot be used.
+    """
+
+    def __init__(self, url: str, name: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # experimental by name for years; a later Optuna that changes them fails our tests, not silently
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+        # SQLite lets one writer in at a time: wait for it instead of failing
+        engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        try:
+            self._storage = RDBStorage(
+                url,
+                engine,
+                heartbeat_interval=heartbeat_seconds,
+                grace_period=GRACE_BEATS * heartbeat_seconds,
+                heartbeat_stale_trial_callback=retry,
+            )
+        except ImportError as error:
+            raise RequestError(f"{url.split(':')[0]} needs its driver: pip install 'convmixer[postgres]'") from error
+        except Exception as error:  # whatever SQLAlchemy and the driver raise for a wrong address
+            reason = str(error).strip().splitlines()[0]
+            raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
+        self.name = name
+        self.heartbeat_seconds = heartbeat_seconds
+
+    def exists(self) -> bool:
+        """Return whether the study was started in this database."""
+        return self.name in optuna.get_all_study_names(self._storage)
+
+    def start(self, runs: list[str], plan: dict[str, Any]) -> None:
+        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists is left as it is."""
+        if self.exists():
+            return
+        study = optuna.create_study(storage=self._storage, study_name=self.name, direction="maximize")
+        for run in runs:
+            study.enqueue_trial({"run": run})
+        study.set_user_attr("runs", runs)
+        study.set_user_attr("plan", plan)  # last: a worker that sees it sees the whole queue
+
+    def plan(self) -> dict[str, Any]:
+        """Return the plan kept by `start`.
+
+        Raises:
+            RequestError: The study was not started in this database.
+        """
+        attributes = self._study().user_attrs if self.exists() else {}
+        if "plan" not in attributes:
+            raise RequestError(f"the study is not in the queue yet: start it without --worker first ({self.name})")
+        return dict(attributes["plan"])
+
+    def records(self) -> dict[str, Record]:
+        """Return the record of every finished run."""
+        done = self._study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return {trial.params["run"]: trial.user_attrs["record"] for trial in done}
+
+    def failures(self) -> dict[str, str]:
+        """Return run -> error of the runs that failed and are neither finished nor queued again."""
+        trials = [(_run_of(t), t) for t in self._study().get_trials(deepcopy=False)]
+        going_on = {run for run, t in trials if t.state != TrialState.FAIL}
+        failed = [(run, t) for run, t in trials if t.state == TrialState.FAIL and run and run not in going_on]
+        return {run: t.user_attrs.get("error", "its workers died") for run, t in failed}
+
+    def waiting(self) -> list[str]:
+        """Return the runs that nobody has taken, in the order in which they will be."""
+        return self._runs(TrialState.WAITING)
+
+    def running(self) -> list[str]:
+        """Return the runs that workers have in hand, or had when they died."""
+        return self._runs(TrialState.RUNNING)
+
+    def retry_failures(self) -> None:
+        """Enqueue the runs that failed once more."""
+        for run in self.failures():
+            self._study().enqueue_trial({"run": run})
+
+    def recover(self) -> None:
+        """Put back what dead workers had: at once on this machine, elsewhere when the heartbeat has stopped."""
+        for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
+            if host == socket.gethostname() and pid is not None and not _alive(int(pid)):
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        optuna.storages.fail_stale_trials(self._study())
+
+    def take(self, train: Train) -> str | None:
+        """Take the next run, train it, keep its record.
+
+        Args:
+            train: Run name -> record with "results" in it; what it raises is kept as the run's failure. After
+                SystemExit or KeyboardInterrupt the run is the next to be taken.
+
+        Returns:
+            The run's name, or None where no run was waiting.
+        """
+        taken: list[str] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            run = _run_of(self._storage.get_trial(trial._trial_id))
+            if run is None:  # another worker took the last one a moment before
+                raise optuna.TrialPruned
+            taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))
+            trial.set_user_attr("host", socket.gethostname())
+            trial.set_user_attr("pid", os.getpid())
+            return self._train(trial, run, train)
+
+        if self.waiting():
+            self._study().optimize(objective, n_trials=1, catch=(Exception,))
+        return taken[0] if taken else None
+
+    def _train(self, trial: optuna.Trial, run: str, train: Train) -> float:
+        try:
+            record = self.records().get(run) or train(run)  # a run thought dead may have ended after all
+        except (SystemExit, KeyboardInterrupt) as stop:
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            raise
+        trial.set_user_attr("record", record)
+        return float(record["results"]["test_top1"])
+
+    def _runs(self, state: TrialState) -> list[str]:
+        trials = self._study().get_trials(deepcopy=False, states=(state,))
+        return [run for trial in trials if (run := _run_of(trial))]
+
+    def _study(self) -> optuna.Study:
+        return optuna.load_study(study_name=self.name, storage=self._storage)
+
+
+def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:
+    return trial.params.get("run") or trial.system_attrs.get("fixed_params", {}).get("run")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy.engine import make_url
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except Exception:
+        return "URL"

@@ -1,0 +1,132 @@
+"""The queue: order, records, failures, interruption, dead workers on this machine and elsewhere."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convmixer.errors import RequestError
+from convmixer.studies.queue import Queue
+
+RUNS = ["a/seed0", "b/seed0", "a/seed1"]
+
+
+def record(run: str) -> dict[str, Any]:
+    return {"results": {"test_top1": 50.0}, "name": run}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/queue.db"
+
+
+def started(url: str, heartbeat_seconds: int = 15) -> Queue:
+    queue = Queue(url, "test", heartbeat_seconds)
+    queue.start(RUNS, {"k": 1})
+    return queue
+
+
+def test_runs_are_taken_in_order_and_recorded(url: str) -> None:
+    queue = started(url)
+    assert [queue.take(record), Queue(url, "test").take(record)] == RUNS[:2]
+    assert queue.waiting() == RUNS[2:]
+    queue.start(["other"], {})  # exists already
+    assert queue.take(record) == RUNS[2]
+    assert queue.take(record) is None
+    assert queue.records() == {run: record(run) for run in RUNS}
+    assert queue.plan() == {"k": 1}
+
+
+def test_a_failure_is_kept_and_the_rest_goes_on(url: str) -> None:
+    def train(run: str) -> dict[str, Any]:
+        if run == "a/seed0":
+            raise FloatingPointError("loss is nan")
+        return record(run)
+
+    queue = started(url)
+    while queue.take(train):
+        pass
+    assert queue.failures() == {"a/seed0": "FloatingPointError: loss is nan"}
+    assert list(queue.records()) == RUNS[1:]
+    queue.retry_failures()
+    assert queue.take(record) == "a/seed0"
+    assert not queue.failures()
+    assert sorted(queue.records()) == sorted(RUNS)
+
+
+@pytest.mark.parametrize(("error", "code"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_an_interrupted_run_is_the_next(url: str, error: BaseException, code: int) -> None:
+    def train(run: str) -> dict[str, Any]:
+        raise error
+
+    queue = started(url)
+    with pytest.raises(SystemExit) as caught:
+        queue.take(train)
+    assert caught.value.code == code
+    assert queue.waiting() == RUNS
+    assert queue.take(record) == RUNS[0]
+
+
+def test_a_worker_needs_a_started_study(url: str) -> None:
+    with pytest.raises(RequestError, match="start it without --worker first"):
+        Queue(url, "test").plan()
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://user:secret@127.0.0.1:1/none", "nonsense", "sqlite:////no/such/folder/queue.db"]
+)
+def test_a_wrong_address_is_one_clear_error_without_the_password(url: str) -> None:
+    with pytest.raises(RequestError, match=r"cannot use the storage|needs its driver") as caught:
+        Queue(url, "test")
+    assert "secret" not in str(caught.value)
+
+
+def _hang(url: str, taken: Any) -> None:
+    def train(run: str) -> dict[str, Any]:
+        taken.put(run)
+        time.sleep(60)
+        return record(run)
+
+    Queue(url, "test", 1).take(train)
+
+
+def _killed_worker(url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    taken = context.Queue()
+    worker = context.Process(target=_hang, args=(url, taken))
+    worker.start()
+    assert taken.get(timeout=60) == RUNS[0]
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+
+
+def test_a_worker_killed_on_this_machine_is_noticed_at_once(url: str) -> None:
+    queue = started(url, 15)
+    _killed_worker(url)
+    assert queue.running() == RUNS[:1]
+    queue.recover()
+    assert queue.running() == []
+    assert queue.waiting() == RUNS
+
+
+def test_a_worker_killed_elsewhere_is_noticed_by_its_heartbeat(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = started(url, 1)
+    _killed_worker(url)
+    monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
+    queue.recover()
+    assert queue.running() == RUNS[:1]  # silent, but not yet for long
+    monkeypatch.setattr("convmixer.studies.queue.GRACE_BEATS", 2)
+    late = Queue(url, "test", 1)
+    deadline = time.monotonic() + 30
+    while late.running() and time.monotonic() < deadline:
+        time.sleep(0.5)
+        late.recover()
+    assert late.running() == []
+    assert sorted(late.waiting()) == sorted(RUNS)
+    while late.take(record):
+        pass
+    assert sorted(late.records()) == sorted(RUNS)
