@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
     _add_convert(add("convert", _convert, "write weights in our format, with other sizes or classes"))
     _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
+    _add_compare(add("compare", _compare, "run a study: train its arms alike and write a report with verdicts"))
+    _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
     return parser
@@ -287,6 +289,59 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
         answer_seconds=args.timeout,
     )
     return serve(args.weights, args.host, args.port, args.precision, read_token(args.token_file), limits)
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("study", nargs="?", help="a shipped study (see --list) or the path of a study file")
+    sub.add_argument("data", nargs="?", help="data set (default: the study's own)")
+    sub.add_argument("--list", action="store_true", help="list the shipped studies")
+    sub.add_argument("--out", type=Path, help="study folder (default: studies/<study>)")
+    sub.add_argument("--resume", action="store_true", help="go on with the study in that folder")
+    sub.add_argument("--budget", metavar="TIME", help="start no run that would not end within this time, such as 2h")
+    sub.add_argument("--dry-run", action="store_true", help="probe every arm, print the plan, train nothing")
+    sub.add_argument("--worker", action="store_true", help="help with a study that was started elsewhere")
+    sub.add_argument(
+        "--storage", metavar="URL", help="queue for many machines, postgresql://... (default: SQLite in the folder)"
+    )
+    sub.add_argument(
+        "--heartbeat", type=int, default=15, metavar="SECONDS", help="a worker silent 8 times as long is dead"
+    )
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    if args.list:
+        from convmixer.studies.schema import list_titles
+
+        titles = list_titles()
+        print("\n".join(f"{name:<12} {title}" for name, title in titles.items()))
+        return {"studies": titles}
+    if not args.study:
+        raise RequestError("name a study: one of `convmixer compare --list`, or a study file")
+    from convmixer.studies.run import compare
+
+    return compare(
+        args.study,
+        args.data,
+        args.out,
+        resume=args.resume,
+        budget=args.budget,
+        dry_run=args.dry_run,
+        worker=args.worker,
+        storage=args.storage,
+        heartbeat_seconds=args.heartbeat,
+    )
+
+
+def _add_verify(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("record", type=Path, help="record.jsonl of a run, or records.jsonl of a study")
+    sub.add_argument("--data", help="where the data are now (default: as recorded)")
+    sub.add_argument("--run", help="verify only the record of this name")
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.studies.verify import verify
+
+    return verify(args.record, args.data, args.run)
 
 
 def _add_models(sub: argparse.ArgumentParser) -> None:

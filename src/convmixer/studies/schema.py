@@ -113,6 +113,11 @@ def list_studies() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
+def list_titles() -> dict[str, str]:
+    """Return name -> title of the shipped studies."""
+    return {name: load_study(name).title for name in list_studies()}
+
+
 def find_study(study: str) -> Path:
     """Return the file of a study given by its shipped name or by path.
 

@@ -1,0 +1,294 @@
+"""A study's report: one HTML file that needs nothing beside it, and the same as Markdown. Files in, files out."""
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convmixer.records import write_atomic
+from convmixer.results.statistics import CONTRADICTED, SUPPORTED
+from convmixer.results.study import ArmRow, StudyResults
+from convmixer.results.study_plots import UNITS, figures, standalone
+
+SIGNS = {SUPPORTED: "✔", CONTRADICTED: "✘"}
+RELATIONS = {
+    "better": "at least {m} more",
+    "at-least": "less than {m} worse",
+    "same": "less than {m} apart",
+}
+HEADS = ("arm", "parameters", "MACs", "test top-1 %", "n", "train images/s", "infer images/s", "time", "memory")
+HOW = (
+    "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds; "
+    "it is supported where the whole 95% interval agrees with it, contradicted where the whole interval disagrees, "
+    "else not decided with this many seeds. Claims, directions and the smallest differences that matter stood in the "
+    "study file before it ran; the intervals are not corrected for the number of claims. Speeds are medians over the "
+    "runs, with whatever else the machine did; memory is what a probe of a few training steps took beyond libraries "
+    "and data."
+)
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write report.html, report.md and the pictures of a study folder from its plan and records.
+
+    Args:
+        folder: Holds study.json and records.jsonl.
+
+    Returns:
+        `report` (the HTML file), `verdicts`, `missing` (run names), and `lines` to print.
+
+    Raises:
+        ValueError: The folder holds no study.
+    """
+    results = StudyResults(folder)
+    pictures = figures(results)
+    for name, (_, svg) in pictures.items():
+        write_atomic(folder / "pictures" / f"{name}.svg", standalone(svg).encode())
+    write_atomic(folder / "report.md", markdown(results, pictures).encode())
+    path = folder / "report.html"
+    write_atomic(path, page(results, pictures).encode())
+    return {"report": path, "verdicts": results.verdicts(), "missing": results.missing, "lines": _lines(results)}
+
+
+def _lines(results: StudyResults) -> list[str]:
+    """Return what the terminal shows: arms from the best to the worst, then the verdicts."""
+    rows = sorted((row for row in results.rows() if row.test), key=lambda row: -row.test.mean if row.test else 0)
+    arms = [
+        f"arm      {row.label:<32} {_accuracy(row):>15} % test top-1, n = {row.test.n}" for row in rows if row.test
+    ]
+    claims = [f"claim    {c['says']}: {c['verdict']}, {_difference(c)}, n = {c['n']}" for c in results.verdicts()]
+    missing = [f"missing  {', '.join(results.missing)}"] if results.missing else []
+    return arms + claims + missing
+
+
+def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
+    """Return the report as Markdown; pictures are links into `pictures/`."""
+    plan, parts = results.plan, []
+    parts += [f"# {plan['title']}", plan["question"]]
+    parts += [f"> **{line}**" for line in _warnings(results)]
+    parts += ["## Claims and verdicts", _table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
+    parts += ["## Arms", _table(HEADS, [_cells(row) for row in results.rows()]), HOW]
+    parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
+    parts += ["## What was done", plan["notes"], _sizes_sentence(results), "```\n" + plan["command"] + "\n```"]
+    parts += [_table(("", ""), _facts(results)), "### Shared recipe", _table(("setting", "value"), _recipe(plan))]
+    drawn = [(title, path) for title, path in _weight_pictures(results)]
+    parts += ["## Filters and kernels"] if drawn else []
+    parts += [f"![{title}](pictures/{path.name})" for title, path in drawn]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
+    """Return the report as one HTML page; style and pictures are inside it."""
+    plan = results.plan
+    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in _warnings(results))
+    charts = "".join(_figure(title, svg) for title, svg in pictures.values())
+    weights = "".join(_figure(title, _embedded(path, title)) for title, path in _weight_pictures(results))
+    body = f"""
+<header><h1>{html.escape(plan["title"])}</h1><p class="lead">{html.escape(plan["question"])}</p>{warnings}</header>
+<section><h2>Claims and verdicts</h2>{_html_table(CLAIM_HEADS, _claim_cells(results), "claims")}
+{_paper_html(results)}</section>
+<section><h2>Arms</h2>{_html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
+<p class="small">{html.escape(HOW)}</p></section>
+<section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
+{f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
+<section><h2>What was done</h2><p>{html.escape(plan["notes"])}</p><p>{html.escape(_sizes_sentence(results))}</p>
+<pre>{html.escape(plan["command"])}</pre>{_html_table(("", ""), _facts(results), "facts")}
+<details><summary>Shared recipe, every setting</summary>{_html_table(("setting", "value"), _recipe(plan), "facts")}
+</details></section>"""
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    return template.replace("<!-- title -->", html.escape(plan["title"])).replace("<!-- body -->", body)
+
+
+CLAIM_HEADS = ("claim", "counts if", "difference (95% interval)", "pairs", "verdict", "paper")
+
+
+def _warnings(results: StudyResults) -> list[str]:
+    plan, lines = results.plan, []
+    if plan["unequal"]:
+        arms = plan["arms"].values()
+        own = [f"{a['label']} ({_changes(a['recipe'])})" for a in arms if a["recipe"]]
+        lines.append(f"Unequal: not all arms share one recipe. Different: {'; '.join(own) or 'none after all'}.")
+    if results.missing:
+        done, total = len(results.records), len(plan["runs"])
+        lines.append(f"Incomplete: {done} of {total} runs are done. Missing: {', '.join(results.missing)}.")
+    lines += [f"Failed: {run}: {error}" for run, error in results.failures.items()]
+    return lines
+
+
+def _changes(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(c['here'])} instead of {_short(c['shared'])}" for key, c in recipe.items())
+
+
+def _claim_cells(results: StudyResults) -> list[Sequence[str]]:
+    return [
+        (
+            claim["says"],
+            _rule(results, claim),
+            _difference(claim),
+            str(claim["n"]),
+            f"{SIGNS.get(claim['verdict'], '–')} {claim['verdict']}",
+            _paper_number(claim),
+        )
+        for claim in results.verdicts()
+    ]
+
+
+def _rule(results: StudyResults, claim: dict[str, Any]) -> str:
+    arms, unit = results.plan["arms"], UNITS[claim["measure"]]
+    rule = RELATIONS[claim["relation"]].format(m=f"{claim['matters']:g}")
+    return f"{arms[claim['first']]['label']} − {arms[claim['second']]['label']}: {rule} ({unit})"
+
+
+def _difference(claim: dict[str, Any]) -> str:
+    if claim["difference"] is None:
+        return "not measured"
+    digits = 2 if claim["measure"] == "test_top1" else 0
+    text = f"{claim['difference']:+.{digits}f}"
+    if claim["low"] is None:
+        return f"{text} (no interval from one pair)"
+    return f"{text} ({claim['low']:+.{digits}f} to {claim['high']:+.{digits}f})"
+
+
+def _paper_number(claim: dict[str, Any]) -> str:
+    paper = claim["paper"]
+    if not paper:
+        return "–"
+    return f"{paper['difference']:+.2f}" if "difference" in paper else "see below"
+
+
+def _paper_notes(results: StudyResults) -> list[tuple[str, str]]:
+    notes = []
+    for claim in results.plan["claims"]:
+        if claim["paper"]:
+            paper = claim["paper"]
+            text = f"{paper['says']} ({paper['source']}). {claim['settings'].strip()}"
+            notes.append((claim["says"], text.strip()))
+    return notes
+
+
+def _paper_list(results: StudyResults) -> str:
+    lines = [f"- {claim}: {text}" for claim, text in _paper_notes(results)]
+    return "\n".join(["The paper's own numbers, and how its settings differ:", "", *lines]) if lines else ""
+
+
+def _paper_html(results: StudyResults) -> str:
+    items = "".join(f"<li><b>{html.escape(c)}</b>: {html.escape(t)}</li>" for c, t in _paper_notes(results))
+    return f"<h3>The paper's own numbers, and how its settings differ</h3><ul>{items}</ul>" if items else ""
+
+
+def _cells(row: ArmRow) -> Sequence[str]:
+    return (
+        row.label,
+        f"{row.parameters:,}",
+        f"{row.macs / 1e6:,.1f} M",
+        _accuracy(row),
+        str(row.test.n if row.test else 0),
+        _number(row.train_speed, "{:,.0f}"),
+        _number(row.infer_speed, "{:,.0f}"),
+        _number(row.seconds, "{:,.0f} s"),
+        _number(row.memory and row.memory / 2**20, "{:,.0f} MiB"),
+    )
+
+
+def _accuracy(row: ArmRow) -> str:
+    if row.test is None:
+        return "–"
+    return f"{row.test.mean:.2f}" + (f" ± {row.test.half_width:.2f}" if row.test.n > 1 else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _sizes_sentence(results: StudyResults) -> str:
+    match, arms = results.plan["match"], results.plan["arms"]
+    sizes = "; ".join(f"{arm['label']}: {_size(arm['sizes'])}" for arm in arms.values())
+    if not match:
+        return f"Sizes are as written in the study, nothing was matched. {sizes}."
+    how = f"Arms have the {match['by']} of {arms[match['like']]['label']}, by solving for {match['solve']}"
+    fixed = [a["label"] for n, a in arms.items() if not a["solved"] and n != match["like"]]
+    return f"{how}{' (not: ' + ', '.join(fixed) + ')' if fixed else ''}. {sizes}."
+
+
+def _size(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sizes.items())
+
+
+def _facts(results: StudyResults) -> list[Sequence[str]]:
+    plan = results.plan
+    data = plan["data"]
+    selection = "none: the last epoch of each run" if not data["val"] else "the best epoch on the validation split"
+    done = next(iter(results.records.values()), None)
+    environment = done.environment if done else plan["environment"]
+    dates = sorted(record.date for record in results.records.values())
+    facts: list[Sequence[str]] = [
+        ("data", f"{data['name']}, {data['train']} train, {data['val']} val, {data['test']} test images"),
+        ("data checksum", str(data["checksum"])),
+        ("selection", f"{selection}; the test split was read once per run"),
+        ("seeds", ", ".join(map(str, plan["seeds"]))),
+        ("runs", f"{len(results.records)} of {len(plan['runs'])}"),
+        ("machine", f"{environment['processor']}, {environment['cores']} cores, {environment['system']}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
+        ("commit", str(environment["commit"])),
+    ]
+    if done:
+        kept = ("precision", "device", "threads", "kernels")
+        facts.append(("computed with", "; ".join(sorted({_how(r.results, kept) for r in results.records.values()}))))
+        facts.append(("dates", f"{dates[0]} to {dates[-1]}"))
+    return facts
+
+
+def _how(values: dict[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {values[key]}" for key in keys if key in values)
+
+
+def _recipe(plan: dict[str, Any]) -> list[Sequence[str]]:
+    skip = ("seed", "model", "act")
+    return [(key, _short(value)) for key, value in plan["recipe"].items() if key not in skip]
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else json.dumps(value).strip('"')
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads) if any(heads) else ""
+    lines = "".join("<tr>" + "".join(_cell(cell, heads[i]) for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _cell(text: str, head: str) -> str:
+    kind = ""
+    if head == "verdict":
+        kind = f' class="{text[2:].replace(" ", "-")}"'
+    return f"<td{kind}>{html.escape(text)}</td>"
+
+
+def _figure(title: str, picture: str) -> str:
+    if picture.startswith("<svg "):
+        picture = picture.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    return f"<figure>{picture}<figcaption>{html.escape(title)}</figcaption></figure>"
+
+
+def _embedded(path: Path, title: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:
+    kinds = {"filters": "filters of the first convolution", "kernels": "depthwise kernels by layer"}
+    seed = results.plan["seeds"][0]
+    return [
+        (f"{arm['label']}, seed {seed}: {what}", path)
+        for name, arm in results.plan["arms"].items()
+        for kind, what in kinds.items()
+        if (path := results.folder / "pictures" / f"{name}-{kind}.png").exists()
+    ]

@@ -1,0 +1,118 @@
+"""What a study folder says: arms, values per seed, intervals, verdicts; from study.json and records.jsonl alone."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convmixer import records
+from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One line of the table of arms; None where nothing is measured yet.
+
+    Args:
+        name, label: Of the arm.
+        parameters, macs: Of the model, per image.
+        test: Interval of test top-1 in percent over the seeds.
+        train_speed, infer_speed: Images per second, median over the seeds.
+        seconds: Of one run, median over the seeds.
+        memory: Bytes that training takes beyond libraries and data.
+    """
+
+    name: str
+    label: str
+    parameters: int
+    macs: int
+    test: Interval | None
+    train_speed: float | None
+    infer_speed: float | None
+    seconds: float | None
+    memory: int | None
+
+
+class StudyResults:
+    """A study as far as it has come.
+
+    Args:
+        folder: The study folder.
+
+    Raises:
+        ValueError: The folder holds no study, or a record cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.plan: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no readable study.json: {error}") from error
+        self.folder = folder
+        path = folder / "records.jsonl"
+        self.records = {record.name: record for record in records.read(path)} if path.exists() else {}
+        failures = folder / "failures.json"
+        self.failures: dict[str, str] = json.loads(failures.read_text("utf-8")) if failures.exists() else {}
+
+    @property
+    def missing(self) -> list[str]:
+        """Runs of the plan without a record."""
+        return [run for run in self.plan["runs"] if run not in self.records]
+
+    def of_arm(self, arm: str) -> list[records.RunRecord]:
+        """Return the records of an arm in the order of their seeds."""
+        found = [record for record in self.records.values() if record.results["arm"] == arm]
+        return sorted(found, key=lambda record: record.seed or 0)
+
+    def values(self, arm: str, measure: str) -> dict[int, float]:
+        """Return seed -> value of a measure of an arm."""
+        return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
+
+    def rows(self) -> list[ArmRow]:
+        """Return the table of arms, in the study's order."""
+        return [self._row(name, arm) for name, arm in self.plan["arms"].items()]
+
+    def _row(self, name: str, arm: dict[str, Any]) -> ArmRow:
+        test = list(self.values(name, "test_top1").values())
+        return ArmRow(
+            name,
+            arm["label"],
+            arm["parameters"],
+            arm["macs"],
+            mean_interval(test) if test else None,
+            self._median(name, "train_images_per_second"),
+            self._median(name, "infer_images_per_second"),
+            self._median(name, "seconds"),
+            self.plan.get("probes", {}).get(name, {}).get("peak_memory_bytes"),
+        )
+
+    def _median(self, arm: str, measure: str) -> float | None:
+        values = self.values(arm, measure).values()
+        return statistics.median(values) if values else None
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Return every claim with its difference (first - second), interval, number of pairs and verdict."""
+        return [self._judge(claim) for claim in self.plan["claims"]]
+
+    def _judge(self, claim: dict[str, Any]) -> dict[str, Any]:
+        measure = claim["measure"]
+        difference = paired_difference(self.values(claim["first"], measure), self.values(claim["second"], measure))
+        finite = difference is not None and difference.n > 1
+        return claim | {
+            "difference": difference.mean if difference else None,
+            "low": difference.low if difference and finite else None,
+            "high": difference.high if difference and finite else None,
+            "n": difference.n if difference else 0,
+            "verdict": verdict(difference, claim["relation"], claim["matters"]),
+        }
+
+    def curve(self, arm: str, key: str) -> tuple[list[float], list[list[float]]]:
+        """Return epochs and, for each, the values of all seeds; empty where the key was not measured."""
+        by_epoch: dict[float, list[float]] = {}
+        for record in self.of_arm(arm):
+            for row in record.results["history"]:
+                if key in row:
+                    by_epoch.setdefault(row["epoch"], []).append(row[key])
+        epochs = sorted(by_epoch)
+        return epochs, [by_epoch[epoch] for epoch in epochs]

@@ -1,0 +1,225 @@
+"""Pictures of a study as SVG: readable on light and dark pages, in print, and without telling colours apart.
+
+Ink and grid are CSS variables of the page; `standalone` puts fixed ones in, on white, for files that stand alone.
+Colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm has a marker and a line style of its own too.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from convmixer.results.plots import depthwise_kernels, patch_filters
+from convmixer.results.study import StudyResults
+
+INK, GRID = "#0a0b0c", "#d0d1d2"  # stand for the page's own colours, see `_themed`
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+MARKERS, LINES = "osD^vPX*<>", ("-", "--", "-.", ":")
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "path",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+UNITS = {
+    "test_top1": "test top-1, percentage points",
+    "train_images_per_second": "training, images/s",
+    "infer_images_per_second": "inference, images/s",
+}
+
+
+def style_of(index: int) -> dict[str, Any]:
+    """Return colour, marker and line style of the arm at that place in the study."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[(index // len(COLOURS)) % len(LINES)],
+    }
+
+
+def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
+    """Return name -> (what it shows, themed SVG) of every picture that the records allow."""
+    drawn: dict[str, tuple[str, str]] = {}
+
+    def add(name: str, title: str, draw: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
+        with plt.rc_context({**_STYLE, "svg.hashsalt": name}):  # unique ids: all pictures share one page
+            figure, axes = plt.subplots(figsize=(6.2, height), layout="constrained")
+            if draw(results, axes):
+                drawn[name] = (title, _themed(figure))
+            plt.close(figure)
+
+    arms, claims = len(results.plan["arms"]), len(results.plan["claims"])
+    tall = 3.6 + 0.2 * ((arms + 1) // 2)  # with room for the legend
+    add("accuracy", "Test accuracy of every arm, with the 95% interval over seeds", _accuracy, 1.2 + 0.34 * arms)
+    add("verdicts", "Difference of every claim, with the 95% interval", _claims, 1.3 + 0.5 * claims)
+    add("parameters", "Accuracy against parameters", _against("parameters", "parameters, millions", 1e6), tall)
+    add(
+        "macs",
+        "Accuracy against multiply-accumulates",
+        _against("macs", "MACs per image, millions", 1e6),
+        tall,
+    )
+    add("time", "Accuracy against measured training time", _against("seconds", "minutes of a run", 60), tall)
+    add("train-loss", "Training loss", _curves("train_loss", "training loss"), tall)
+    add("val-top1", "Validation accuracy", _curves("top1", "validation top-1, %"), tall)
+    return drawn
+
+
+def standalone(svg: str) -> str:
+    """Return a themed SVG with fixed colours on white, for a file of its own."""
+    fixed = svg.replace("var(--ink)", "#222222").replace("var(--grid)", "#dddddd")
+    return re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', fixed, count=1)
+
+
+def draw_weights(weights: Path, folder: Path, arm: str) -> None:
+    """Draw the first convolution and the depthwise kernels of saved weights, where there are such.
+
+    Args:
+        weights: A .safetensors file.
+        folder: Where `<arm>-filters.png` and `<arm>-kernels.png` go; an existing one is kept.
+        arm: The arm's name.
+    """
+    from safetensors.numpy import load_file
+
+    if (folder / f"{arm}-filters.png").exists():
+        return
+    tensors = load_file(str(weights))
+    first = next(
+        (
+            t
+            for name, t in tensors.items()
+            if t.ndim == 4 and t.shape[2] > 1 and not name.startswith(("blocks.", "layer"))
+        ),
+        None,
+    )
+    depthwise = {
+        name.removesuffix(".weight"): t[:, 0].astype(np.float32)
+        for name, t in sorted(tensors.items(), key=lambda item: _natural(item[0]))
+        if t.ndim == 4 and t.shape[1] == 1 and t.shape[2] > 1 and name.startswith("blocks.")
+    }
+    if first is not None:
+        patch_filters(first.astype(np.float32), folder / f"{arm}-filters.png")
+    if depthwise:
+        shown = {f"block {name.split('.')[1]}": kernels for name, kernels in depthwise.items()}
+        depthwise_kernels(shown, folder / f"{arm}-kernels.png")
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _themed(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # holds web addresses; nothing needs it
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+
+
+def _accuracy(results: StudyResults, axes: Axes) -> bool:
+    rows = [(i, row) for i, row in enumerate(results.rows()) if row.test]
+    rows.sort(key=lambda item: item[1].test.mean if item[1].test else 0)
+    for place, (i, row) in enumerate(rows):
+        style = style_of(i) | {"linestyle": "none"}
+        values = list(results.values(row.name, "test_top1").values())
+        axes.plot(values, [place] * len(values), marker="|", color=style["color"], linestyle="none", ms=9, alpha=0.7)
+        assert row.test
+        spread = row.test.half_width if row.test.n > 1 else 0
+        axes.errorbar(row.test.mean, place, xerr=spread, capsize=3, ms=6, **style)
+    axes.set_yticks(range(len(rows)), [row.label for _, row in rows])
+    axes.set(xlabel="test top-1, %", ylim=(-0.6, len(rows) - 0.4))
+    axes.grid(axis="y", visible=False)
+    return bool(rows)
+
+
+def _claims(results: StudyResults, axes: Axes) -> bool:
+    claims = [c for c in results.verdicts() if c["measure"] == "test_top1" and c["n"]]
+    labels = {name: arm["label"] for name, arm in results.plan["arms"].items()}
+    look = {"supported": ("o", "#0072B2"), "contradicted": ("X", "#D55E00"), "not decided": ("s", INK)}
+    for place, claim in enumerate(reversed(claims)):
+        marker, colour = look[claim["verdict"]]
+        spread = claim["high"] - claim["difference"] if claim["high"] is not None else 0
+        axes.errorbar(claim["difference"], place, xerr=spread, fmt=marker, color=colour, capsize=3, ms=7)
+        edge = claim["matters"]
+        marks = {"better": [edge], "at-least": [-edge], "same": [-edge, edge]}[claim["relation"]]
+        axes.plot(marks, [place] * len(marks), "|", color=INK, ms=16, mew=1.5)
+    pairs = [f"{labels[c['first']]}\n− {labels[c['second']]}" for c in reversed(claims)]
+    axes.set_yticks(range(len(claims)), pairs, fontsize=8)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="difference in test top-1, points; bar | : what matters", ylim=(-0.7, len(claims) - 0.3))
+    axes.grid(axis="y", visible=False)
+    handles = [axes.plot([], [], m, color=c, label=name)[0] for name, (m, c) in look.items()]
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.35 / max(1, len(claims)) - 0.12), ncols=3
+    )
+    return bool(claims)
+
+
+def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes], bool]:
+    def draw(results: StudyResults, axes: Axes) -> bool:
+        points = 0
+        for i, row in enumerate(results.rows()):
+            x = getattr(row, key)
+            if row.test and x is not None:
+                spread = row.test.half_width if row.test.n > 1 else 0
+                style = style_of(i) | {"linestyle": "none"}
+                axes.errorbar(x / unit, row.test.mean, yerr=spread, capsize=3, ms=8, label=row.label, **style)
+                points += 1
+        axes.set(xlabel=label, ylabel="test top-1, %")
+        axes.set_xlim(left=0)
+        return _legend(axes, points)
+
+    return draw
+
+
+def _curves(key: str, label: str) -> Callable[[StudyResults, Axes], bool]:
+    def draw(results: StudyResults, axes: Axes) -> bool:
+        lines = 0
+        for i, (name, arm) in enumerate(results.plan["arms"].items()):
+            epochs, values = results.curve(name, key)
+            if not epochs:
+                continue
+            style = style_of(i)
+            axes.plot(epochs, [np.mean(v) for v in values], label=arm["label"], ms=4, **style)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            lines += 1
+        axes.set(xlabel="epoch (line: mean, band: all seeds)", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _legend(axes, lines)
+
+    return draw
+
+
+def _legend(axes: Axes, entries: int) -> bool:
+    if entries:
+        handles: Sequence[Any] = axes.get_legend_handles_labels()[0]
+        figure = axes.figure
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+    return bool(entries)

@@ -1,0 +1,155 @@
+"""A study made ready to run: data looked at, sizes solved, models counted, costs probed. Plain JSON from here on.
+
+The plan goes into the study folder and into the queue, so every worker trains the same sizes, and a report can be
+made from the plan and the records alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from convmixer import records
+from convmixer.config import difference, override, to_dict
+from convmixer.data.datasets import DataSplits, load_data
+from convmixer.errors import RequestError
+from convmixer.studies.arms import Build, build_args, macs, parameters
+from convmixer.studies.match import Cost, count, solve
+from convmixer.studies.probe import probe, step_cost
+from convmixer.studies.schema import Study
+
+Plan = dict[str, Any]
+
+
+def make_plan(study: Study, data: str) -> Plan:
+    """Return the plan of a study: everything decided, nothing trained.
+
+    Args:
+        study: The study.
+        data: The data argument; it replaces the study's own.
+
+    Raises:
+        RequestError: The data cannot be read, a match is impossible, or an arm does not take these images.
+    """
+    found = load_splits(study, data)
+    if not found.train or not found.test:
+        raise RequestError(f"{data}: a study needs training and test images")
+    sizes = _solve_all(study, data, found)
+    arms = {name: _arm(study, name, sizes[name], found) for name in study.arms}
+    return {
+        "name": study.name,
+        "identity": identity(study),
+        "title": study.title,
+        "question": study.question,
+        "notes": study.notes,
+        "unequal": study.unequal,
+        "match": dataclasses.asdict(study.match) if study.match else None,
+        "recipe": to_dict(study.recipe),
+        "seeds": list(study.seeds),
+        "arms": arms,
+        "claims": [dataclasses.asdict(claim) for claim in study.claims],
+        "runs": [run_name(arm, seed) for arm, seed in study.runs()],
+        "data": _describe(data, found),
+        "command": records.command_line(),
+        "environment": records.environment(),
+    }
+
+
+def identity(study: Study) -> str:
+    """Return the study's name with a short fingerprint of all that stands in its file."""
+    parts = json.dumps(dataclasses.asdict(study), sort_keys=True, default=str)
+    return f"{study.name}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Return the name of a run: its folder below `runs/`."""
+    return f"{arm}-seed{seed}"
+
+
+def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
+    """Return arm -> what `probe` measured, saying each as it is measured."""
+    probes = {}
+    for name, arm in plan["arms"].items():
+        cost = probe(plan["data"]["spec"], study.config(name, study.seeds[0]), (arm["build"][0], arm["build"][1]))
+        probes[name] = cost
+        report(
+            f"{name:<16} {arm['parameters']:>11,} parameters {arm['macs'] / 1e6:>9,.1f} M MACs "
+            f"{cost['peak_memory_bytes'] / 2**20:>7,.0f} MiB {cost['train_images_per_second']:>7,.0f} images/s "
+            f"{duration(cost['seconds']):>9} a run"
+        )
+    return probes
+
+
+def load_splits(study: Study, data: str) -> DataSplits:
+    """Return the data as the study's runs see them, but for the seed of a validation split."""
+    c = study.recipe
+    return load_data(
+        data, val_fraction=c.val_fraction, seed=0, max_bad_fraction=c.max_bad_fraction, img_size=c.img_size
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, e.g. "1 h 05 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _describe(spec: str, data: DataSplits) -> dict[str, Any]:
+    sizes = {name: len(split) if (split := getattr(data, name)) else 0 for name in ("train", "val", "test")}
+    return {
+        "spec": spec,
+        "name": data.name,
+        "checksum": data.checksum,
+        "img_size": data.img_size,
+        "in_chans": data.in_chans,
+        "classes": list(data.classes),
+        **sizes,
+    }
+
+
+def _solve_all(study: Study, data: str, found: DataSplits) -> dict[str, dict[str, Any]]:
+    sizes = {name: dict(arm.sizes) for name, arm in study.arms.items()}
+    match = study.match
+    if match is None:
+        return sizes
+    cost = _cost(study, data, found, match.by)
+    like = study.arms[match.like]
+    target = cost(like.family, like.sizes)
+    for name, arm in study.arms.items():
+        if name != match.like and not arm.fixed:
+            try:
+                sizes[name] = solve(arm.family, arm.sizes, match.solve, target, match.tolerance, cost)
+            except RequestError as error:
+                raise RequestError(f"arm {name}: {error}") from None
+    return sizes
+
+
+def _cost(study: Study, data: str, found: DataSplits, by: str) -> Cost:
+    if by == "seconds":
+        config = study.config(next(iter(study.arms)), study.seeds[0])
+        return step_cost(data, config, lambda family, sizes: build_args(family, sizes, found.img_size))
+    return count(by, found.img_size, found.in_chans, len(found.classes))
+
+
+def _arm(study: Study, name: str, sizes: dict[str, Any], data: DataSplits) -> dict[str, Any]:
+    arm = study.arms[name]
+    try:
+        build: Build = build_args(arm.family, sizes, data.img_size)
+        shape = (data.img_size, data.in_chans, len(data.classes))
+        counts = {"parameters": parameters(build, *shape), "macs": macs(build, *shape)}
+    except RequestError as error:
+        raise RequestError(f"arm {name}: {error}") from None
+    changed = difference(study.recipe, override(study.recipe, arm.recipe))
+    changes = {key: {"shared": old, "here": new} for key, (old, new) in changed.items()}
+    solved = bool(study.match) and name != study.match.like and not arm.fixed if study.match else False
+    return {
+        "label": arm.label,
+        "family": arm.family,
+        "sizes": sizes,
+        "solved": study.match.solve if study.match and solved else None,
+        "build": list(build),
+        "recipe": changes,
+        **counts,
+    }

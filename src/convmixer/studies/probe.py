@@ -1,0 +1,125 @@
+"""What an arm costs on this machine: a few real steps in a process of its own, so that memory is the arm's alone.
+
+Run as `python -m convmixer.studies.probe` with a JSON request on standard input; `probe` does that.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convmixer.config import Config, override, to_dict
+from convmixer.errors import RequestError
+from convmixer.studies.arms import Build
+
+INFER_BATCH, INFER_BATCHES = 128, 8
+
+
+def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
+    """Return what training and inference of one arm take here.
+
+    Args:
+        data: The data argument.
+        config: The settings of a run.
+        build: Registry name and arguments of the model.
+
+    Returns:
+        `train_images_per_second`, `infer_images_per_second`, `peak_memory_bytes` (of training, beyond the libraries
+        and the data) and `seconds` (estimated, of a whole run).
+
+    Raises:
+        RequestError: The arm cannot be trained with these settings.
+    """
+    request = json.dumps({"data": data, "config": to_dict(config), "build": build})
+    command = [sys.executable, "-m", "convmixer.studies.probe"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"it ended with status {done.returncode}").splitlines()[-1]
+        raise RequestError(f"a few steps of {build[0]} could not be run: {reason}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
+    """Return what `probe` returns, measured in this process."""
+    from convmixer.train.engine import measure_speed
+    from convmixer.train.setup import prepare
+
+    started = time.perf_counter()
+    job = prepare(data, config, build)
+    set_up = time.perf_counter() - started
+    before = _memory_now()
+    step = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
+    peak = max(0, _memory_peak() - before)
+    infer = infer_speed(job.model, job.preprocessing, job.config.precision)
+    splits = (job.data.val, job.data.test)
+    val, test = (len(split) if split else 0 for split in splits)
+    images = config.epochs * job.steps_per_epoch * job.batch_size
+    return {
+        "train_images_per_second": job.batch_size / step,
+        "infer_images_per_second": infer,
+        "peak_memory_bytes": peak,
+        "seconds": set_up + images * step / job.batch_size + (val * config.epochs + test) / infer,
+    }
+
+
+def infer_speed(model: Any, preprocessing: Any, precision: str) -> float:
+    """Return images per second of a model on batches of 128, as `predict` computes them: the median of a few."""
+    import numpy as np
+
+    from convmixer.inference import torch_logits
+
+    logits = torch_logits(model.eval(), next(model.parameters()).device, precision)
+    side = preprocessing.img_size
+    batch = np.random.default_rng(0).standard_normal((INFER_BATCH, preprocessing.in_chans, side, side))
+    images = batch.astype(np.float32)
+    times = [_seconds(lambda: logits(images)) for _ in range(INFER_BATCHES + 2)]
+    return INFER_BATCH / statistics.median(times[2:])
+
+
+def step_cost(data: str, config: Config, make: Callable[[str, dict[str, Any]], Build]) -> Callable[..., float]:
+    """Return the function (family, sizes) -> seconds per training step, each size measured once."""
+    known: dict[str, float] = {}
+
+    def cost(family: str, sizes: dict[str, Any]) -> float:
+        from convmixer.train.engine import measure_speed
+        from convmixer.train.setup import prepare
+
+        build = make(family, sizes)
+        key = json.dumps(build)
+        if key not in known:
+            job = prepare(data, config, build)
+            known[key] = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
+        return known[key]
+
+    return cost
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _memory_now() -> int:
+    statm = Path("/proc/self/statm")  # Linux; elsewhere the peak so far, so that the difference is a lower bound
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _memory_peak()
+
+
+def _memory_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _main() -> None:
+    request = json.loads(sys.stdin.read())
+    name, args = request["build"]
+    print(json.dumps(measure(request["data"], override(Config(), request["config"]), (name, args))))
+
+
+if __name__ == "__main__":
+    _main()

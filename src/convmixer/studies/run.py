@@ -1,0 +1,262 @@
+"""Run a study: plan, queue, train every arm and seed, keep the records, write the report."""
+
+import csv
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from convmixer import records
+from convmixer.config import parse_seconds
+from convmixer.errors import RequestError
+from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
+from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
+from convmixer.studies.schema import Study, load_study
+
+REPORT_SEED_PICTURES = 0  # index of the seed whose filters and kernels the report shows
+
+
+def compare(
+    name: str,
+    data: str | None = None,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    budget: str | None = None,
+    dry_run: bool = False,
+    worker: bool = False,
+    storage: str | None = None,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+) -> dict[str, Any]:
+    """Train what a study still lacks and write its report.
+
+    Args:
+        name: A shipped study, or the path of a study file.
+        data: The data argument; None: the study's own.
+        out: Study folder; None: `studies/<name>`.
+        resume: Go on with the study in that folder.
+        budget: Start no run that would not end within this time, such as "2h"; None: the study's own, or no limit.
+        dry_run: Probe and print the plan; train nothing.
+        worker: Take runs from a queue that was started elsewhere.
+        storage: SQLAlchemy URL of the queue; None: SQLite in the study folder.
+        heartbeat_seconds: Time between the signs of life of this worker.
+
+    Returns:
+        `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); of a dry
+        run `arms` and `seconds_total`.
+
+    Raises:
+        RequestError: The study, the data or the folder do not allow it; nothing was trained.
+    """
+    study = load_study(name)
+    spec, out = data or study.data, out or Path("studies") / study.name
+    if dry_run:
+        return _dry_run(study, spec)
+    _check_folder(out, study, spec, resume or worker)
+    limit = budget or study.budget
+    allowed = parse_seconds(limit) if limit else math.inf
+    out.mkdir(parents=True, exist_ok=True)
+    queue = Queue(storage or f"sqlite:///{out.resolve()}/queue.db", identity(study), heartbeat_seconds)
+    if not worker and not queue.exists():
+        plan = make_plan(study, spec)
+        _say_plan(plan)
+        plan["probes"] = probe_all(plan, study)
+        queue.start(plan["runs"], plan)
+    runner = Runner(study, spec, queue, out, time.monotonic() + allowed)
+    if worker:
+        runner.check_data()
+    if resume:
+        queue.retry_failures()
+    runner.work()
+    return runner.report()
+
+
+class Runner:
+    """One worker of a study.
+
+    Args:
+        study: The study.
+        spec: The data argument; workers on other machines may have the same data elsewhere.
+        queue: Its queue, started.
+        out: The study folder.
+        deadline: Start nothing that would end after this (`time.monotonic`).
+    """
+
+    def __init__(self, study: Study, spec: str, queue: Queue, out: Path, deadline: float) -> None:
+        self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
+        self.plan: Plan = queue.plan()
+        self.of_run = {run_name(arm, seed): (arm, seed) for arm, seed in study.runs()}
+        self._write("study.json", json.dumps(self.plan, indent=2))
+
+    def check_data(self) -> None:
+        """Check that the data here are those of the plan.
+
+        Raises:
+            RequestError: They are not.
+        """
+        if load_splits(self.study, self.spec).checksum != self.plan["data"]["checksum"]:
+            raise RequestError(f"{self.spec} holds other data than the study was started with")
+
+    def work(self) -> None:
+        """Take runs until none is left, or none fits the budget; wait for those of other workers."""
+        said = ""
+        while True:
+            self.queue.recover()
+            waiting, running = self.queue.waiting(), self.queue.running()
+            if waiting and time.monotonic() + self._estimate(waiting[0]) > self.deadline:
+                print(f"budget   {waiting[0]} would take {duration(self._estimate(waiting[0]))}: not started")
+                return
+            if waiting:
+                self._say_next(waiting[0])
+                self.queue.take(self.train)
+                self._write_records()
+            elif running and time.monotonic() < self.deadline:
+                said = self._wait(running, said)
+            else:
+                return
+
+    def train(self, run: str) -> dict[str, Any]:
+        """Return the record of a run, trained from its beginning or its last checkpoint."""
+        from convmixer.train.run import resume, train
+
+        arm, seed = self.of_run[run]
+        folder, build = self.out / "runs" / run, self.plan["arms"][arm]["build"]
+        if (folder / "config.yaml").exists():
+            resume(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # killed before its first file
+            config = self.study.config(arm, seed)
+            recipe_name = f"study {self.study.name}"
+            train(self.spec, config, folder, self.study.recipe, recipe_name, (build[0], build[1]))
+        return self._record(run, arm, folder)
+
+    def report(self) -> dict[str, Any]:
+        """Write the records and the report of what there is, and return what the command returns."""
+        from convmixer.results.report import write_report
+
+        self._write_records()
+        failed = self.queue.failures()
+        self._write("failures.json", json.dumps(failed, indent=2))
+        found = write_report(self.out)
+        for line in found["lines"]:
+            print(line)
+        for run, error in failed.items():
+            print(f"failed   {run}: {error}")
+        print(f"report   {found['report']}")
+        return {
+            "report": str(found["report"]),
+            "records": str(self.out / "records.jsonl"),
+            "verdicts": found["verdicts"],
+            "missing": found["missing"],
+            "failed": sorted(failed),
+        }
+
+    # Records
+
+    def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
+        from convmixer.models.weights import load_model
+        from convmixer.studies.probe import infer_speed
+
+        record = records.read(folder / "record.jsonl")[-1]
+        if record.data["checksum"] != self.plan["data"]["checksum"]:
+            raise RequestError(f"{run} was trained on other data than the study was planned with")
+        loaded = load_model(folder / "weights" / "best")
+        planned = self.plan["arms"][arm]
+        results = record.results | {
+            "arm": arm,
+            "macs": planned["macs"],
+            "train_images_per_second": record.results["images_per_second"],
+            "infer_images_per_second": infer_speed(loaded.model, loaded.preprocessing, record.config["precision"]),
+            "peak_memory_bytes": self.plan["probes"][arm]["peak_memory_bytes"],
+            "weights": f"runs/{run}/weights/best",
+            "history": _history(folder / "metrics.csv"),
+        }
+        full = dataclasses.replace(record, name=run, results=results)
+        return dataclasses.asdict(full)
+
+    def _write_records(self) -> None:
+        done = self.queue.records()
+        lines = [json.dumps(done[run]) + "\n" for run in self.plan["runs"] if run in done]
+        self._write("records.jsonl", "".join(lines))
+        self._draw(done)
+
+    def _draw(self, done: dict[str, Any]) -> None:
+        """Draw filters and kernels of every arm's first seed, once, while the weights are at hand."""
+        from convmixer.results.study_plots import draw_weights
+
+        for arm in self.plan["arms"]:
+            run = run_name(arm, self.plan["seeds"][REPORT_SEED_PICTURES])
+            weights = self.out / "runs" / run / "weights" / "best" / "model.safetensors"
+            if run in done and weights.exists():
+                draw_weights(weights, self.out / "pictures", arm)
+
+    def _write(self, name: str, text: str) -> None:
+        records.write_atomic(self.out / name, text.encode())
+
+    # Time
+
+    def _estimate(self, run: str) -> float:
+        """Return the seconds a run will take: as its arm's finished ones, else as the probe says."""
+        arm = self.of_run[run][0]
+        done = [r["results"]["seconds"] for r in self.queue.records().values() if r["results"]["arm"] == arm]
+        return statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
+
+    def _say_next(self, run: str) -> None:
+        done, total = len(self.queue.records()), len(self.plan["runs"])
+        left = sum(self._estimate(other) for other in self.queue.waiting())
+        own = duration(self._estimate(run))
+        print(f"\nstudy    run {done + 1} of {total}: {run}, about {own}; about {duration(left)} left in the queue")
+
+    def _wait(self, running: list[str], said: str) -> str:
+        text = f"study    waiting for other workers: {', '.join(running)}"
+        if text != said:
+            print(text)
+        time.sleep(min(self.queue.heartbeat_seconds, max(0.1, self.deadline - time.monotonic())))
+        return text
+
+
+def _dry_run(study: Study, spec: str) -> dict[str, Any]:
+    plan = make_plan(study, spec)
+    _say_plan(plan)
+    probes = probe_all(plan, study)
+    total = sum(probes[arm]["seconds"] for arm, _ in study.runs())
+    print(f"{len(plan['runs'])} runs, about {duration(total)} on this machine with one worker; nothing was trained")
+    keys = ("parameters", "macs")
+    arms = {name: {key: arm[key] for key in keys} | probes[name] for name, arm in plan["arms"].items()}
+    return {"arms": arms, "seconds_total": total, "runs": plan["runs"]}
+
+
+def _say_plan(plan: Plan) -> None:
+    data = plan["data"]
+    print(f"study    {plan['title']}")
+    print(f"data     {data['name']}: {data['train']} train, {data['val']} val, {data['test']} test")
+    if plan["unequal"]:
+        changed = [name for name, arm in plan["arms"].items() if arm["recipe"]]
+        print(f"unequal  these arms have a recipe of their own: {', '.join(changed) or 'none'}")
+
+
+def _check_folder(out: Path, study: Study, spec: str, goes_on: bool) -> None:
+    """Refuse to mix two studies in one folder, and to go on by accident."""
+    known = out / "study.json"
+    if not known.exists():
+        if out.exists() and any(out.iterdir()) and not goes_on:
+            raise RequestError(f"{out} is not empty: choose another --out")
+        return
+    if not goes_on:
+        raise RequestError(f"{out} holds a study already: continue it with --resume, or choose another --out")
+    plan = json.loads(known.read_text(encoding="utf-8"))
+    if plan["name"] != study.name or Path(plan["data"]["spec"]).name != Path(spec).name:
+        raise RequestError(f"{out} holds the study {plan['name']} on {plan['data']['spec']}: choose another --out")
+    if plan["identity"] != identity(study):
+        raise RequestError(f"the study {study.name} has changed since {out} was started: choose another --out")
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = ("epoch", "train_loss", "val_loss", "top1", "seconds")
+    return [{key: float(row[key]) for key in keys if row.get(key)} for row in rows]

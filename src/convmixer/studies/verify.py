@@ -1,0 +1,79 @@
+"""Does a recorded number still hold? Weights and data are looked up, checked, and measured again."""
+
+from pathlib import Path
+from typing import Any
+
+from convmixer import records
+from convmixer.config import Config, override
+from convmixer.data.datasets import load_data
+from convmixer.data.loader import eval_loader
+from convmixer.data.transforms import eval_transform
+from convmixer.device import choose_device, choose_precision
+from convmixer.errors import RequestError
+from convmixer.models.weights import load_model
+from convmixer.train.evaluate import evaluate
+
+# percentage points: other processors and kernels round differently, and flip images that lie on the border
+TOLERANCE = 0.1
+
+
+def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[str, Any]:
+    """Re-evaluate recorded test accuracies and return whether each still holds.
+
+    Args:
+        path: A run's record.jsonl or a study's records.jsonl; the weights lie beside it.
+        data: Where the data are now; None: where they were.
+        run: Verify only the record of this name.
+
+    Returns:
+        `holds` (all of them) and `records`: name, recorded, measured, difference, holds.
+
+    Raises:
+        RequestError: There is no such record, its weights are gone, or the data are not those recorded.
+        RuntimeError: A number does not hold.
+    """
+    try:
+        found = [record for record in records.read(path) if run in (None, record.name)]
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+    if not found:
+        raise RequestError(f"{path} has no record{f' named {run}' if run else ''}")
+    results = [_verify(path.parent, record, data) for record in found]
+    for r in results:
+        sign = "holds" if r["holds"] else "DOES NOT HOLD"
+        print(f"{r['name']}: recorded {r['recorded']:.2f}%, measured {r['measured']:.2f}%: {sign}")
+    wrong = [r["name"] for r in results if not r["holds"]]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {len(results)} recorded numbers do not hold: {', '.join(wrong)}")
+    return {"holds": True, "records": results}
+
+
+def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[str, Any]:
+    recorded = record.results.get("test_top1")
+    if recorded is None:
+        raise RequestError(f"{record.name} records no test accuracy")
+    weights = folder / record.results.get("weights", "weights/best")
+    if not weights.exists():
+        raise RequestError(f"the weights of {record.name} are not at {weights}: they are needed to verify it")
+    config = override(Config(), record.config)
+    splits = load_data(
+        data or record.data["spec"],
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        max_bad_fraction=config.max_bad_fraction,
+        img_size=config.img_size,
+    )
+    if splits.checksum != record.data["checksum"] or not splits.test:
+        raise RequestError(f"{data or record.data['spec']} holds other data than {record.name} was measured on")
+    loaded, device = load_model(weights), choose_device("auto")
+    loader = eval_loader(splits.test, eval_transform(loaded.preprocessing), 128, 0)
+    precision = choose_precision(config.precision, device)
+    measured = evaluate(loaded.model.to(device), loader, device, precision)["top1"]
+    difference = measured - recorded
+    return {
+        "name": record.name,
+        "recorded": recorded,
+        "measured": measured,
+        "difference": difference,
+        "holds": abs(difference) <= TOLERANCE + 1e-9,
+    }
