@@ -445,11 +445,14 @@ def _download(spec: str, repo: str) -> Path:
     try:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet", "**/*.parquet"]))
     except Exception as error:  # the hub raises many kinds: no network, no such name, not allowed
-        places = ", ".join(str(place) for place in _places(spec)) if spec in HUB_NAMES else "a folder"
+        places = ", ".join(str(place) for place in _places(spec)) if spec in HUB_NAMES else "a folder and give that"
+        or_set = (
+            f", or in $CONVMIXER_DATA/{spec}" if spec in HUB_NAMES and not os.environ.get("CONVMIXER_DATA") else ""
+        )
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(
             f"data {spec!r} are not here and cannot be downloaded from the hub ({repo}): {reason}. "
-            f"Put the parquet files in {places}"
+            f"Put the parquet files in {places}{or_set}"
         ) from error
 
 
