@@ -15,7 +15,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## train, evaluate and predict on the bundled real data
-	$(BIN)/python -m convmixer demo
+	@set -e; run=runs/demo-$$(date +%Y%m%d-%H%M%S); \
+	$(BIN)/convmixer train digits --recipe digits --out $$run; \
+	$(BIN)/convmixer val $$run; \
+	$(BIN)/convmixer predict $$run $$run/samples; \
+	echo "Run folder: $$run"; echo "Pictures:   $$run/pictures"
 
 check: install  ## lint and types
 	$(BIN)/ruff check .
