@@ -37,6 +37,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def uses_kernels(model: nn.Module) -> bool:
+    """Return whether `accelerate` found a ConvMixer in the model and the kernels for it."""
+    return any(isinstance(module, FastConvMixer) for module in model.modules())
+
+
 @functools.cache
 def _say_once(reason: str) -> None:
     print(f"convmixer: plain PyTorch instead of the CPU kernels: {reason}", file=sys.stderr, flush=True)
