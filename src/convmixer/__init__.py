@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convmixer.config import Config
+    from convmixer.fast_inference import optimize_for_inference
     from convmixer.models.convmixer import ConvMixer
     from convmixer.models.registry import create_model, list_models
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "ConvMixer", "create_model", "list_models"]
+__all__ = ["Config", "ConvMixer", "create_model", "list_models", "optimize_for_inference"]
 
 _HOMES = {
     "Config": "convmixer.config",
     "ConvMixer": "convmixer.models.convmixer",
     "create_model": "convmixer.models.registry",
     "list_models": "convmixer.models.registry",
+    "optimize_for_inference": "convmixer.fast_inference",
 }
 
 

@@ -5,14 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from convmixer import records
+from convmixer import kernels, records
 from convmixer.benchmark import measure
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.contenders import Contender, Step, ours, peers
@@ -71,7 +70,7 @@ def benchmark(
 
 
 def _need_kernels() -> None:
-    reason = import_module("convmixer.kernels").why_not()
+    reason = kernels.why_not()
     if reason:
         raise RequestError(f"the benchmark needs the kernels, and they are not built: {reason}")
 

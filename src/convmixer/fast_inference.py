@@ -1,0 +1,169 @@
+"""Make a trained ConvMixer fast to use: the whole network as one kernel, in fp32, bf16 or int8.
+
+Between two matrix products nothing goes through memory twice: activation, BatchNorm (as a scale and a shift) and the
+residual sum are what ends the depthwise convolution and the product. Training is `fast.accelerate`'s part.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmixer import kernels
+from convmixer.errors import RequestError
+from convmixer.fast import _ACTS, _say_once, _unusual
+from convmixer.kernels.network import PRECISIONS, VECTORS, pack, run
+from convmixer.models.convmixer import ConvMixer
+
+LARGEST_KERNEL = 15
+
+
+def optimize_for_inference(
+    model: nn.Module, precision: str = "fp32", calibration: Tensor | Iterable[Tensor] | None = None
+) -> nn.Module:
+    """Return a module that computes a trained model's logits as fast as this machine can; the model stays as it is.
+
+    fp32 and bf16 are exact but for rounding, and safe as a default. int8 has its weights rounded for each output and
+    the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
+    int8`. The weights are copied: train the model, then optimise it. Where the kernels cannot serve (see
+    `kernels.why_not`, or a model that is no plain ConvMixer on the CPU) the model itself computes, in eval mode and
+    the precision asked for, and the reason is said once.
+
+    Args:
+        model: Left untouched, but that it is put into eval mode.
+        precision: "fp32", "bf16" (storage and products; sums are fp32; where the processor has no bf16 products, fp32
+            takes its place) or "int8".
+        calibration: For int8, typical preprocessed images, (B, C, H, W) or several such batches; 64 are enough.
+
+    Returns:
+        (B, in_chans, H, W) -> (B, num_classes), fp32, without gradients. It needs no autocast and ignores it.
+
+    Raises:
+        RequestError: The precision is not known, int8 has no calibration images, or no kernels.
+    """
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    reason = kernels.why_not() or _unfit(model)
+    if reason is None:
+        return _optimized(model, precision, calibration)
+    if precision == "int8":
+        raise RequestError(f"int8 needs the CPU kernels: {reason}")
+    _say_once(reason)
+    return PlainInference(model, precision)
+
+
+class PlainInference(nn.Module):
+    """A model in eval mode, without gradients, in fp32 or bf16."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model.eval(), precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        bf16 = self.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits: Tensor = self.model(images).float()
+        return logits
+
+
+class FastInference(nn.Module):
+    """A ConvMixer as one op. Made by `optimize_for_inference`; it has no parameters and is not saved."""
+
+    weights: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+
+    def __init__(self, model: ConvMixer, weights: Tensor, precision: str) -> None:
+        super().__init__()
+        self.sizes = (model.dim, model.depth, model.kernel_size, model.patch_size)
+        self.in_chans, self.act, self.precision = model.in_chans, _ACTS[type(model.stem[1])], precision
+        self.num_classes = model.num_classes
+        head = [p.detach().float().clone() for p in model.head.parameters()] or [torch.eye(model.dim), torch.zeros(1)]
+        for name, value in zip(("weights", "head_weight", "head_bias"), (weights, *head), strict=True):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
+            return F.linear(pooled, self.head_weight, self.head_bias)
+
+
+def _unfit(model: Any) -> str | None:
+    """Return why the kernel cannot run this model, or None."""
+    if not isinstance(model, ConvMixer):
+        return f"the model is a {type(model).__name__}"
+    if model.stem[0].weight.device.type != "cpu":
+        return f"the model is on {model.stem[0].weight.device}"
+    if model.kernel_size > LARGEST_KERNEL:
+        return f"kernels go up to {LARGEST_KERNEL}, not {model.kernel_size}"
+    if not isinstance(model.head, (nn.Linear, nn.Identity)):
+        return f"the classifier is a {type(model.head).__name__}"
+    return _unusual(model.eval())
+
+
+@torch.no_grad()
+def _optimized(model: Any, precision: str, calibration: Tensor | Iterable[Tensor] | None) -> FastInference:
+    blocks = list(model.blocks)
+    point = torch.stack([block[1].weight[:, :, 0, 0].float() for block in blocks])
+    spatial_vectors = torch.stack([_vectors(block[0].fn[0], block[0].fn[2]) for block in blocks])
+    point_vectors = torch.stack([_vectors(block[1], block[3]) for block in blocks])
+    if precision == "int8":
+        low, high, mean = _input_ranges(model, calibration)
+        steps = 255 / (high - low).clamp_min(1e-6)
+        exact, (point, scales) = point, _quantized(point / steps[:, None])
+        rounded_off = exact - point * scales[:, :, None] * steps[:, None]
+        bias = rounded_off @ mean[:, :, None] + (point * scales[:, :, None]) @ (low * steps)[:, :, None]
+        spatial_vectors[:, VECTORS.index("steps")], spatial_vectors[:, VECTORS.index("zero")] = steps, -low * steps
+        point_vectors[:, VECTORS.index("multiply")] = scales
+        point_vectors[:, VECTORS.index("bias")] += bias[:, :, 0]  # what rounding the weights does to the mean, undone
+    spatial = torch.stack([block[0].fn[0].weight[:, 0] for block in blocks])
+    stem = (model.stem[0].weight, _vectors(model.stem[0], model.stem[2]))
+    packed = pack(*stem, spatial, spatial_vectors, point, point_vectors, precision)
+    return FastInference(model, packed, precision)
+
+
+def _vectors(conv: Any, norm: Any) -> Tensor:
+    """Return (6, dim): the rows of `VECTORS` for a convolution that a BatchNorm follows after the activation."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.double() - norm.running_mean.double() * scale
+    one = torch.ones_like(scale)
+    return torch.stack((one, conv.bias.double(), scale, shift, one, 0 * one)).float()
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(depth, dim, dim) -> whole numbers from -127 to 127, and the scale of each output, (depth, dim)."""
+    scales = (weight.abs().amax(2) / 127).clamp_min(1e-12)
+    return (weight / scales[:, :, None]).round(), scales
+
+
+def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the least, the greatest and the mean input of each channel of the products, (depth, dim) each."""
+    if calibration is None:
+        raise RequestError("int8 is calibrated on images: give some")
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    low = torch.full((model.depth, model.dim), float("inf"))
+    high, total = -low, torch.zeros_like(low)
+
+    def watch(i: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            low[i] = torch.minimum(low[i], inputs[0].amin((0, 2, 3)))
+            high[i] = torch.maximum(high[i], inputs[0].amax((0, 2, 3)))
+            total[i] += inputs[0].mean((0, 2, 3))
+
+        return hook
+
+    hooks = [block[1].register_forward_pre_hook(watch(i)) for i, block in enumerate(model.blocks)]
+    try:
+        for images in batches:
+            model(images.float())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return low, high, total / len(batches)

@@ -1,0 +1,78 @@
+"""A whole ConvMixer at inference as one op, and the packing of its weights for it.
+
+Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
+"""
+
+import torch
+from torch import Tensor
+
+from convmixer.kernels.ops import LIBRARY
+
+PRECISIONS = ("fp32", "bf16", "int8")  # the op's `precision` is the index
+VECTORS = ("multiply", "bias", "scale", "shift", "steps", "zero")  # the rows that follow each sum, see `network.h`
+
+LIBRARY.define(
+    "pack_network(Tensor stem, Tensor stem_vectors, Tensor depthwise, Tensor depthwise_vectors, Tensor point, "
+    "Tensor point_vectors, int precision) -> Tensor"
+)
+LIBRARY.define(
+    "run_network(Tensor images, Tensor weights, int dim, int depth, int k, int patch, int act, int precision)"
+    " -> Tensor"
+)
+
+
+def pack(
+    stem: Tensor,
+    stem_vectors: Tensor,
+    depthwise: Tensor,
+    depthwise_vectors: Tensor,
+    point: Tensor,
+    point_vectors: Tensor,
+    precision: str,
+) -> Tensor:
+    """Return the weights of a network in the order that this machine's kernel reads them.
+
+    Every sum becomes act(sum * multiply + bias) * scale + shift, row by row of `VECTORS`; with int8, a depthwise
+    output z then goes into the product as round(z * steps + zero), 0 to 255, and only products have `multiply`.
+
+    Args:
+        stem: (dim, in_chans, patch, patch), fp32 like all of them.
+        stem_vectors: (6, dim).
+        depthwise: (depth, dim, k, k).
+        depthwise_vectors: (depth, 6, dim).
+        point: (depth, dim, dim); for int8 whole numbers from -127 to 127.
+        point_vectors: (depth, 6, dim).
+        precision: One of `PRECISIONS`.
+
+    Returns:
+        int32, for `run` on this machine alone.
+    """
+    parts = (stem, stem_vectors, depthwise, depthwise_vectors, point, point_vectors)
+    floats = [part.detach().float().contiguous() for part in parts]
+    packed: Tensor = torch.ops.convmixer.pack_network(*floats, PRECISIONS.index(precision))
+    return packed
+
+
+def run(
+    images: Tensor, weights: Tensor, dim: int, depth: int, k: int, patch: int, act: int, precision: str
+) -> Tensor:
+    """Return the pooled features of images, (B, dim) fp32.
+
+    As many images are computed at once as there are threads, each on one of them from the stem to the pool; what is
+    left over is shared out by rows.
+
+    Args:
+        images: (B, in_chans, H, W), fp32.
+        weights: From `pack`.
+        dim, depth, k, patch: The network's sizes.
+        act: 0 for GELU, 1 for ReLU.
+        precision: What the weights were packed for.
+    """
+    code = PRECISIONS.index(precision)
+    pooled: Tensor = torch.ops.convmixer.run_network(images.contiguous(), weights, dim, depth, k, patch, act, code)
+    return pooled
+
+
+@torch.library.register_fake("convmixer::run_network")
+def _(images: Tensor, weights: Tensor, dim: int, depth: int, k: int, patch: int, act: int, precision: int) -> Tensor:
+    return images.new_empty((images.shape[0], dim))
