@@ -28,6 +28,7 @@ ALLOWED = {
     "info": {"kernels"},
     "train": {"data", "models", "fast", "results", "recipes", "inference"},
     "inference": {"models", "fast", "fast_inference", "backends"},
+    "estimator": {"train", "inference", "recipes"},
     "backends": {"inference"},
     "export": {"models", "fast", "inference", "backends", "data"},
     "serve": {"inference", "backends"},

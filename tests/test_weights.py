@@ -236,6 +236,21 @@ def test_imagenet_sizes_need_only_stock_timm(ours: str, theirs: str) -> None:
     assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
+def test_subclasses_keep_their_meaning(tmp_path: Path) -> None:
+    class Faster(ConvMixer):
+        """The same model computed in another way, as `fast.accelerate` makes it."""
+
+    config = weights.hub_config(Faster(8, 1, 3, 2, num_classes=2), "convmixer_8_1_p2_k3", {}, "ab", RGB, {})
+    assert config["architecture"] == "convmixer"
+    assert config["model_args"]["dim"] == 8
+    args = {"dim": 8, "depth": 1, "patch_size": 2, "img_size": 12, "norm": "layer"}
+    model = create_model("isotropic", num_classes=2, **args).eval()
+    save_model(tmp_path, model, architecture="isotropic", model_args=args, classes="ab", preprocessing=RGB)
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path).model(x), model(x))
+
+
 def test_class_names_must_fit() -> None:
     with pytest.raises(ValueError, match="2 class names for 3 outputs"):
         weights.hub_config(ConvMixer(4, 1, num_classes=3), "m", {}, ["a", "b"], RGB, {})
@@ -360,8 +375,9 @@ def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load_model(tmp_path)
     with pytest.raises(RequestError, match="unknown weights 'convmixer_768_23': did you mean 'convmixer_768_32'"):
         load_model("convmixer_768_23")
-    with pytest.raises(RequestError, match="unknown weights"):
-        load_model(tmp_path / "none.pth")
+    for path in (tmp_path / "none.pth", tmp_path / "none", "./none", "runs/a/b"):
+        with pytest.raises(RequestError, match="does not exist"):
+            load_model(path)
     with pytest.raises(RequestError, match=r"cannot get timm/convmixer_1024_20_ks9_p14\.in1k from .* Go online"):
         create_model("convmixer_1024_20", pretrained=True)
 

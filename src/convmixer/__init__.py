@@ -8,19 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convmixer.config import Config
+    from convmixer.estimator import ConvMixerClassifier
     from convmixer.fast_inference import optimize_for_inference
+    from convmixer.inference import load_classifier
     from convmixer.models.convmixer import ConvMixer
     from convmixer.models.registry import create_model, list_models
+    from convmixer.models.weights import load_model, save_model
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "ConvMixer", "create_model", "list_models", "optimize_for_inference"]
+__all__ = [
+    "Config",
+    "ConvMixer",
+    "ConvMixerClassifier",
+    "create_model",
+    "list_models",
+    "load_classifier",
+    "load_model",
+    "optimize_for_inference",
+    "save_model",
+]
 
 _HOMES = {
     "Config": "convmixer.config",
     "ConvMixer": "convmixer.models.convmixer",
+    "ConvMixerClassifier": "convmixer.estimator",
     "create_model": "convmixer.models.registry",
     "list_models": "convmixer.models.registry",
+    "load_classifier": "convmixer.inference",
+    "load_model": "convmixer.models.weights",
+    "save_model": "convmixer.models.weights",
     "optimize_for_inference": "convmixer.fast_inference",
 }
 

@@ -102,7 +102,9 @@ def export(
     path = out or default_path(weights, loaded.source, format, precision)
     if out is not None and format != "web" and out.suffix != SUFFIX[format]:
         raise RequestError(f"--out {out} must end in {SUFFIX[format]} for {format}")
-    about = {"architecture": loaded.metadata.get("name"), "model_args": loaded.metadata.get("model_args")}
+    about = {"architecture": loaded.metadata.get("name")} | {
+        key: loaded.metadata.get(key) for key in ("model_args", "data")
+    }
     samples = sample_images(loaded.source, images, p)
     result = export_model(loaded.model, loaded.classes, p, images, path, format, precision, about, samples)
     _print(result)

@@ -105,11 +105,11 @@ def hub_config(
     outputs = getattr(model, "num_classes", len(classes))
     if outputs and outputs != len(classes):
         raise ValueError(f"{len(classes)} class names for {outputs} outputs")
-    args = dict(model_args)
-    if type(model) is ConvMixer:  # a subclass may differ in ways that the sizes do not tell
-        args = {name: getattr(model, name) for name in _ARGS}
-    stock = _timm_name(args) if type(model) is ConvMixer else None
-    ours = "convmixer" if type(model) is ConvMixer else architecture
+    # `isotropic` makes subclasses that differ in ways the sizes do not tell; `fast` makes ones that do not
+    plain = isinstance(model, ConvMixer) and (type(model) is ConvMixer or architecture.startswith("convmixer"))
+    args = {name: getattr(model, name) for name in _ARGS} if plain else dict(model_args)
+    stock = _timm_name(args) if plain else None
+    ours = "convmixer" if plain else architecture
     p, theirs = preprocessing, getattr(model, "pretrained_cfg", None) or {}
     pretrained_cfg = {
         "input_size": [p.in_chans, p.img_size, p.img_size],
@@ -308,9 +308,11 @@ def _hub_id(name: str) -> str:
         RequestError: No weights of that name are known.
     """
     plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    base = plain.removesuffix(".in1k")
-    if "/" in plain and not plain.startswith((".", "/", "~")) and plain.count("/") == 1:
+    if _is_path(plain):
+        raise RequestError(f"{name} does not exist")
+    if "/" in plain:
         return plain
+    base = plain.removesuffix(".in1k")
     if base in TIMM_NAMES or base in TIMM_NAMES.values():
         return f"timm/{TIMM_NAMES.get(base, base)}.in1k"
     import timm
@@ -322,16 +324,35 @@ def _hub_id(name: str) -> str:
     return str(config and config.hf_hub_id)
 
 
+def _is_path(name: str) -> bool:
+    """Return whether a name that does not exist was meant as a path and not as OWNER/NAME on the hub."""
+    beside = Path(name).parent
+    known = Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
+    return known or name.startswith((".", "/", "~")) or name.count("/") > 1 or (beside != Path() and beside.is_dir())
+
+
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    """Return the folder in the hub's cache that holds a repository's config and weights, downloaded where missing."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.utils import LocalEntryNotFoundError, get_session
+
+    def fetch(offline: bool) -> Path:
+        hf_hub_download(hub_id, "config.json", local_files_only=offline)
+        return Path(hf_hub_download(hub_id, "model.safetensors", local_files_only=offline)).parent
 
     try:
-        hf_hub_download(hub_id, "config.json")
-        return Path(hf_hub_download(hub_id, "model.safetensors")).parent
+        return fetch(offline=True)
+    except LocalEntryNotFoundError:
+        pass
+    except ValueError as error:
+        raise RequestError(f"{hub_id} is not a name on the Hugging Face hub: {error}") from error
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)  # without it the client retries for half a minute
+        return fetch(offline=False)
     except Exception as error:  # the hub's client and its transport raise many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RequestError(
-            f"cannot get {hub_id} from the Hugging Face hub: {reason} Go online, check the name, or give a local "
+            f"cannot get {hub_id} from the Hugging Face hub ({reason}). Go online, check the name, or give a local "
             f"file; shipped with the package: {', '.join(shipped()) or 'none'}"
         ) from error
 

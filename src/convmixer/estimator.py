@@ -1,0 +1,123 @@
+"""A classifier of images with scikit-learn's interface: `fit`, `predict`, `predict_proba`, `score`.
+
+    from convmixer import ConvMixerClassifier
+    model = ConvMixerClassifier(epochs=10).fit(images, labels)
+    model.predict(new_images)
+
+It trains and predicts by the same code as the command line. The images are not flattened, so scikit-learn's checks
+for tables of numbers do not apply; `clone`, `get_params` and cross-validation over indices do.
+"""
+
+import csv
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.base import BaseEstimator, ClassifierMixin
+
+from convmixer.config import override
+from convmixer.errors import RequestError
+from convmixer.inference import Classifier, load_classifier
+from convmixer.preprocess import load_image
+from convmixer.recipes import load_recipe
+
+Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
+BATCH = 64
+
+
+class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
+    """An image classifier.
+
+    Args:
+        recipe: Name of the recipe whose settings are the start.
+        out: Folder for the run; None: a temporary one, gone with the process.
+        **settings: Any setting of `Config`, over the recipe, e.g. epochs=10, weights="convmixer_256_8.cifar10".
+
+    Attributes:
+        classes_: The labels seen in `fit`, sorted.
+        run_: The run folder with weights, curves and record; None where it was temporary.
+        classifier_: The trained `inference.Classifier`.
+    """
+
+    def __init__(self, recipe: str = "finetune", out: str | Path | None = None, **settings: Any) -> None:
+        self.recipe, self.out, self.settings = recipe, out, settings
+
+    def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> "ConvMixerClassifier":
+        """Train on labelled images; a tenth is held out to choose the best epoch.
+
+        Args:
+            X: uint8 (N, H, W) grey or (N, H, W, 3) colour, or a sequence of PIL images, arrays or files.
+            y: N labels of any type that sorts.
+
+        Raises:
+            RequestError: Images, labels and settings do not go together.
+        """
+        from convmixer.train.run import train
+
+        labels = np.asarray(y)
+        if len(X) != len(labels):
+            raise RequestError(f"{len(X)} images but {len(labels)} labels")
+        self.classes_ = np.unique(labels)
+        recipe = load_recipe(self.recipe)
+        config = override(recipe, self.settings)
+        with tempfile.TemporaryDirectory(prefix="convmixer-") as folder:
+            table = _write(X, labels, Path(folder))
+            out = Path(self.out) if self.out is not None else Path(folder) / "run"
+            result = train(str(table), config, out=out, recipe=recipe, recipe_name=self.recipe)
+            self.classifier_: Classifier = load_classifier(result["run"])
+        self.run_ = self.out and Path(self.out)
+        return self
+
+    def predict_proba(self, X: Images) -> np.ndarray:
+        """Return the probability of each class, (N, classes) in the order of `classes_`."""
+        names = {str(label): i for i, label in enumerate(self.classes_)}
+        found = np.zeros((len(X), len(names)))
+        for start in range(0, len(X), BATCH):
+            images = [_image(image) for image in X[start : start + BATCH]]
+            for row, best in zip(found[start:], self.classifier_.predict(images, len(names)), strict=False):
+                for name, probability in best:
+                    row[names[name]] = probability
+        return found
+
+    def predict(self, X: Images) -> np.ndarray:
+        """Return the likeliest label of each image, (N,)."""
+        labels: np.ndarray = self.classes_[self.predict_proba(X).argmax(axis=1)]
+        return labels
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return what the estimator was made with."""
+        return {"recipe": self.recipe, "out": self.out, **self.settings}
+
+    def set_params(self, **params: Any) -> "ConvMixerClassifier":
+        """Change the recipe, the folder or settings."""
+        self.recipe, self.out = params.pop("recipe", self.recipe), params.pop("out", self.out)
+        self.settings = self.settings | params
+        return self
+
+
+def _write(X: Images, labels: np.ndarray, folder: Path) -> Path:
+    """Write images as lossless files and a table of path and label; return the table."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", "label"])
+    for number, (image, label) in enumerate(zip(X, labels, strict=True)):
+        path = folder / f"{number:07d}.png"
+        _image(image).save(path, compress_level=1)
+        writer.writerow([path.name, str(label)])
+    table = folder / "images.csv"
+    table.write_text(text.getvalue(), encoding="utf-8")
+    return table
+
+
+def _image(image: Image.Image | np.ndarray | Path | str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (Path, str)):
+        return load_image(Path(image))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise RequestError(f"images must be uint8 (H, W) or (H, W, 3), not {image.dtype} {image.shape}")
+    return Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
