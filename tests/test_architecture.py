@@ -32,7 +32,7 @@ ALLOWED = {
     "backends": {"inference"},
     "export": {"models", "fast", "inference", "backends", "data"},
     "serve": {"inference", "backends"},
-    "explain": {"inference", "models", "results"},
+    "explain": {"inference", "models", "results", "backends"},
     "studies": {"data", "models", "train", "results", "recipes", "fast", "inference"},
     "benchmark": {"models", "fast", "fast_inference", "kernels", "export", "inference"},
 }

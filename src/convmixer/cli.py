@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
     _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
     _add_convert(add("convert", _convert, "write weights in our format, with other sizes or classes"))
+    _add_explain(add("explain", _explain, "draw what a model looks at in an image"))
+    _add_plot(add("plot", _plot, "draw what a model has learned"))
     _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
     _add_compare(add("compare", _compare, "run a study: train its arms alike and write a report with verdicts"))
     _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
@@ -259,6 +261,33 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {key: getattr(args, key) for key in ("patch_size", "kernel_size", "num_classes", "in_chans", "img_size")}
     classes = args.classes.split(",") if args.classes else None
     return convert(args.weights, args.out, classes=classes, **sizes)
+
+
+def _add_explain(sub: argparse.ArgumentParser) -> None:
+    # one positional list, because the weights may be left out and the image may not
+    sub.add_argument("paths", nargs="+", metavar="[WEIGHTS] IMAGE", help=f"default weights: {SHIPPED}")
+    sub.add_argument("--out", type=Path, help="PNG to write (default: IMAGE-explained.png here)")
+    sub.add_argument("--topk", type=int, default=5)
+
+
+def _explain(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.explain import explain
+
+    if len(args.paths) > 2:
+        raise RequestError(f"explain takes one image, not {len(args.paths) - 1}")
+    weights = args.paths[0] if len(args.paths) == 2 else SHIPPED
+    return explain(weights, Path(args.paths[-1]), args.out, args.topk)
+
+
+def _add_plot(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("weights", nargs="?", default=SHIPPED, help=f"run folder, weights or name (default: {SHIPPED})")
+    sub.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
+
+
+def _plot(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.explain import plot
+
+    return plot(args.weights, args.out)
 
 
 def _add_serve(sub: argparse.ArgumentParser) -> None:

@@ -135,6 +135,107 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
         _save(figure, path)
 
 
+def kernel_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how the depthwise kernels of each layer grow over training, from the first layer (pale) to the last.
+
+    Args:
+        rows: One mapping per epoch with "epoch" and "layers": name -> {"norm", "radius" in patches}.
+        path: The PNG to write.
+    """
+    epochs = [row["epoch"] for row in rows]
+    names = list(rows[0]["layers"])
+    colours = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(names)))
+    titles = {"norm": "Norm of a kernel", "radius": "Radius of its weight, patches"}
+    with plt.rc_context(_STYLE):
+        figure, both = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        for axes, key in zip(both, titles, strict=True):
+            for name, colour in zip(names, colours, strict=True):
+                values = [row["layers"][name][key] for row in rows]
+                axes.plot(epochs, values, color=colour, label=name, marker="o" if len(rows) < 30 else None, ms=3)
+            axes.set(title=titles[key], xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        figure.suptitle("Depthwise kernels over training", fontsize=11)
+        _save(figure, path)
+
+
+def receptive_field(fields: Mapping[str, np.ndarray], path: Path) -> None:
+    """Draw how strongly each pixel acts on the features in the middle, on a logarithmic scale.
+
+    Args:
+        fields: Name -> (H, W), with a maximum of 1.
+        path: The PNG to write.
+    """
+    with plt.rc_context(_STYLE):
+        size = (3.1 * len(fields) + 0.8, 3.5)
+        figure, row = plt.subplots(1, len(fields), figsize=size, layout="constrained", squeeze=False)
+        for axes, (name, field) in zip(row[0], fields.items(), strict=True):
+            shown = axes.imshow(np.log10(np.maximum(field, 1e-4)), cmap="magma", vmin=-4, vmax=0)
+            axes.set(title=name, xticks=[], yticks=[])
+            axes.grid(False)
+        bar = figure.colorbar(shown, ax=row[0].tolist(), ticks=[-4, -3, -2, -1, 0], shrink=0.85)
+        bar.ax.set_yticklabels(["≤ 0.0001", "0.001", "0.01", "0.1", "1"])
+        figure.suptitle("Effective receptive field of the middle patch (gradient, share of its largest)", fontsize=11)
+        _save(figure, path)
+
+
+def explanation(
+    seen: np.ndarray,
+    evidence: np.ndarray | None,
+    patch: int,
+    classes: Sequence[str],
+    shares: Sequence[float],
+    path: Path,
+) -> None:
+    """Draw what the network saw, the class-activation map of its first class over it, and its top classes.
+
+    Args:
+        seen: (S, S) grey or (S, S, 3), 0 to 1.
+        evidence: (h, w), what each patch adds to the logit of the first class; None leaves the map out.
+        patch: Side of a patch, pixels; 0 leaves the grid out.
+        classes: Names in falling order of probability.
+        shares: Their probabilities.
+        path: The PNG to write.
+    """
+    panels = 3 if evidence is not None else 2
+    with plt.rc_context(_STYLE):
+        figure, row = plt.subplots(1, panels, figsize=(3.7 * panels, 3.9), layout="constrained")
+        side = seen.shape[0]
+        row[0].imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        row[0].set_title("What the network saw")
+        if patch > 1:
+            lines = np.arange(0, side + 1, patch) - 0.5
+            row[0].set(xticks=lines, yticks=lines)
+            row[0].set_axisbelow(False)
+            row[0].grid(color="white", alpha=0.35, linewidth=0.5)
+        if evidence is not None:
+            _overlay(figure, row[1], seen, evidence, patch, classes[0])
+        for axes in row[:-1]:
+            axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+        bars = row[-1]
+        bars.barh(range(len(classes)), [100 * share for share in shares], color=BLUE)
+        bars.set(title="Probability, %", xlim=(0, 112), yticks=range(len(classes)))
+        bars.set_yticklabels([_short(name, 22) for name in classes])
+        bars.invert_yaxis()
+        bars.grid(False, axis="y")
+        for number, share in enumerate(shares):
+            bars.text(100 * share + 1.5, number, f"{100 * share:.1f}", va="center", fontsize=9)
+        _save(figure, path)
+
+
+def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray, patch: int, name: str) -> None:
+    grey = seen if seen.ndim == 2 else seen @ np.array([0.299, 0.587, 0.114])
+    axes.imshow(grey, cmap="gray", vmin=-0.2, vmax=1.2, interpolation="nearest")
+    axes.grid(False)
+    right, bottom = ((length * patch or seen.shape[0]) - 0.5 for length in evidence.shape[::-1])
+    bound = float(np.abs(evidence).max()) or 1.0
+    shown = axes.imshow(
+        evidence, cmap="RdBu_r", vmin=-bound, vmax=bound, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
+    )
+    axes.set_title(f"Evidence for {_short(name, 22)}")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="score of each patch; mean + bias = logit")
+
+
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Draw which classes are taken for which: rows are the true class, each scaled to its own number of images.
 

@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from convmixer.data.datasets import DataSplits
 from convmixer.data.transforms import mix
+from convmixer.models import inspection
 from convmixer.results import plots
 from convmixer.train.scores import Scores
 from convmixer.train.setup import Job
@@ -49,24 +50,13 @@ def results(
 ) -> None:
     """Draw the curves, the confusion matrix, the patch filters and the depthwise kernels."""
     plots.curves(rows, folder / "curves.png")
-    if found and hasattr(plots, "confusion_matrix"):
+    if found:
         plots.confusion_matrix(found.confusion, list(classes), folder / "confusion_matrix.png")
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    weights = {name: m.weight.detach().float().cpu().numpy() for name, m in convs.items()}
-    if weights:
-        plots.patch_filters(next(iter(weights.values())), folder / "patch_embedding.png")
-    depthwise = {
-        name: weights[name][:, 0]
-        for name, m in convs.items()
-        if m.groups == m.in_channels == m.out_channels > 1 and m.kernel_size[0] > 1
-    }
-    if depthwise:
-        plots.depthwise_kernels({_short(name): w for name, w in depthwise.items()}, folder / "depthwise_kernels.png")
-
-
-def _short(name: str) -> str:
-    match = re.fullmatch(r"blocks\.(\d+)\..*", name)
-    return f"block {int(match[1]) + 1}" if match else name
+    filters, kernels = inspection.patch_filters(model), inspection.depthwise_kernels(model)
+    if filters is not None:
+        plots.patch_filters(filters, folder / "patch_embedding.png")
+    if kernels:
+        plots.depthwise_kernels(kernels, folder / "depthwise_kernels.png")
 
 
 def _title(target: torch.Tensor, classes: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from convmixer import records
 from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.errors import RequestError
+from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
 from convmixer.train import gallery
 from convmixer.train.checkpoint import load_checkpoint, save_checkpoint
@@ -237,6 +238,8 @@ class Run:
                 self._save_weights("best", row)
             self.folder.write_metrics(self.rows)
             self.folder.log("epoch", self.module.steps_done, row)
+            kernels = {"epoch": row["epoch"], "layers": kernel_growth(self.module.evaluated)}
+            self.folder.log("kernels", self.module.steps_done, kernels)
             self._board.add_row(row)
 
     def _measure_epoch(self) -> dict[str, Any]:

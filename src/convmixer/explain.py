@@ -1,0 +1,115 @@
+"""Pictures of what a model looks at in an image, and of what it has learned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convmixer.errors import RequestError
+from convmixer.inference import load_classifier, softmax
+from convmixer.preprocess import load_image, normalise, resize_and_crop
+from convmixer.results import plots
+
+
+def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
+    """Draw the class-activation map of an image with the likeliest classes beside it, and return them.
+
+    Args:
+        weights: Whatever `load_classifier` takes.
+        image: An image file.
+        out: The PNG to write; default: `<image>-explained.png` in the current folder.
+        topk: Classes to show, at least 1.
+
+    Returns:
+        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the first class,
+        or None for a model without exact maps.
+
+    Raises:
+        RequestError: The weights or the image cannot be read.
+    """
+    if topk < 1:
+        raise RequestError(f"--topk must be at least 1, not {topk}")
+    if not image.is_file():
+        raise RequestError(f"{image} is not a file")
+    classifier = load_classifier(weights)
+    p = classifier.preprocessing
+    try:
+        seen = resize_and_crop(load_image(image, p.in_chans), p)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    logits, maps = classifier.explained(normalise(seen, p)[None])
+    probabilities = softmax(logits)[0]
+    order = np.argsort(-probabilities, kind="stable")[:topk]
+    classes, shares = [classifier.classes[i] for i in order], [float(probabilities[i]) for i in order]
+    evidence = None if maps is None else maps[0, 0]
+    patch = 0 if evidence is None else p.img_size // evidence.shape[1]
+    path = out or Path(f"{image.stem}-explained.png")
+    plots.explanation(np.asarray(seen) / 255, evidence, patch, classes, shares, path)
+    print("\n".join(f"{100 * share:5.1f}%  {name}" for name, share in zip(classes, shares, strict=True)))
+    print(f"picture: {path}")
+    rows = None if evidence is None else evidence.round(5).tolist()
+    return {"picture": str(path), "classes": classes, "probabilities": shares, "map": rows}
+
+
+def plot(weights: str, out: Path | None = None) -> dict[str, Any]:
+    """Draw what a model has learned: patch filters, depthwise kernels, their growth, the effective receptive field.
+
+    Args:
+        weights: A run folder, or anything else that `load_model` takes; growth over training needs a run.
+        out: Folder for the pictures; default: the run's `pictures`, else `pictures` in the current folder.
+
+    Returns:
+        "pictures": the files written.
+
+    Raises:
+        RequestError: The weights cannot be loaded, or there is nothing in them to draw.
+    """
+    from convmixer.models import inspection
+    from convmixer.models.weights import load_model
+
+    loaded = load_model(weights)
+    is_run = (Path(weights) / "weights").is_dir()
+    folder = out or (Path(weights) / "pictures" if is_run else Path("pictures"))
+    written: list[Path] = []
+
+    def target(name: str) -> Path:
+        written.append(folder / f"{name}.png")
+        return written[-1]
+
+    filters, kernels = inspection.patch_filters(loaded.model), inspection.depthwise_kernels(loaded.model)
+    if filters is not None:
+        plots.patch_filters(filters, target("patch_embedding"))
+    if kernels:
+        plots.depthwise_kernels(kernels, target("depthwise_kernels"))
+    rows = read_growth(Path(weights) / "log.jsonl")
+    if rows:
+        plots.kernel_growth(rows, target("kernel_growth"))
+    if isinstance(loaded.model, inspection.ConvMixer):
+        fields = inspection.receptive_field(loaded.model, _probe(weights, loaded.preprocessing))
+        plots.receptive_field(fields, target("receptive_field"))
+    if not written:
+        raise RequestError(f"{weights}: {type(loaded.model).__name__} has no convolutions to draw")
+    print("\n".join(map(str, written)))
+    return {"pictures": [str(path) for path in written]}
+
+
+def read_growth(log: Path) -> list[dict[str, Any]]:
+    """Return the "kernels" events of a run's log, one per epoch; none where there is no log."""
+    if not log.is_file():
+        return []
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [event for event in events if event["event"] == "kernels" and event["layers"]]
+
+
+def _probe(weights: str, p: Any) -> Any:
+    """Return images to take gradients at: the samples beside the weights, else noise of the data's own spread."""
+    import torch
+
+    from convmixer.backends import sample_files
+    from convmixer.preprocess import preprocess
+
+    files = sample_files(weights)
+    if files:
+        return torch.from_numpy(np.stack([preprocess(load_image(file, p.in_chans), p) for file in files]))
+    return torch.randn(8, p.in_chans, p.img_size, p.img_size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,97 @@
+"""Pictures of what a model looks at and has learned say what is in the weights, and come out as files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convmixer.cli import main
+from convmixer.models import inspection
+from convmixer.models.registry import create_model
+from convmixer.models.weights import save_model
+from convmixer.preprocess import Preprocessing
+
+P = Preprocessing(img_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def width(picture: Path) -> int:
+    with Image.open(picture) as image:
+        return image.width
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Weights whose answer is known: class "red" scores the red channel of each patch, and nothing else."""
+    model = create_model("convmixer_4_1_p4_k3", num_classes=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.stem[0].weight[0, 0] = 1 / 16  # channel 0 is the mean of red
+        model.stem[2].weight.fill_(1)
+        model.blocks[0][1].weight[0, 0, 0, 0] = 1
+        model.blocks[0][3].weight.fill_(1)
+        model.head.weight[0, 0] = 1
+    args = {"architecture": "convmixer_4_1_p4_k3", "model_args": {}, "classes": ("red", "other"), "preprocessing": P}
+    save_model(tmp_path / "run" / "weights" / "best", model.eval(), **args)
+    return tmp_path / "run"
+
+
+def test_the_map_lies_where_the_evidence_is(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[4:8, 8:12, 0] = 255  # one red patch: row 1, column 2
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    picture = tmp_path / "explained.png"
+    assert main(["explain", str(weights), str(tmp_path / "photo.png"), "--out", str(picture), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["classes"][0] == "red"
+    evidence = np.array(answer["map"])
+    assert evidence.shape == (4, 4)
+    assert np.unravel_index(evidence.argmax(), (4, 4)) == (1, 2)
+    assert width(picture) > 500
+
+
+def test_explain_names_an_image_that_cannot_be_read(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    assert main(["explain", str(weights), str(tmp_path / "text.png")]) == 2
+    assert "text.png" in capsys.readouterr().err
+    assert main(["explain", str(weights), str(tmp_path / "none.png")]) == 2
+
+
+def test_plot_draws_weights_growth_and_receptive_field(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = create_model("convmixer_4_1_p4_k3", num_classes=2)
+    events = [{"event": "kernels", "step": e, "epoch": e, "layers": inspection.kernel_growth(model)} for e in (1, 2)]
+    (weights / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert main(["plot", str(weights), "--json"]) == 0
+    pictures = [Path(path) for path in json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]]
+    names = ["patch_embedding", "depthwise_kernels", "kernel_growth", "receptive_field"]
+    assert [path.stem for path in pictures] == names
+    assert all(width(path) > 300 for path in pictures)
+
+
+def test_kernel_growth_measures_norm_and_radius() -> None:
+    model = create_model("convmixer_4_2_p4_k3", num_classes=2)
+    with torch.no_grad():
+        conv = model.blocks[1][0].fn[0]
+        conv.weight.zero_()
+        conv.weight[:, 0, 1, 1] = 3.0
+        conv.weight[:, 0, 0, 1] = 4.0
+    growth = inspection.kernel_growth(model)
+    assert list(growth) == ["block 1", "block 2"]
+    assert growth["block 2"] == pytest.approx({"norm": 5.0, "radius": (16 / 25) ** 0.5})
+
+
+def test_receptive_field_is_the_kernel_after_one_block_and_grows() -> None:
+    torch.manual_seed(0)
+    model = create_model("convmixer_8_3_p2_k3", num_classes=2).eval()
+    fields = inspection.receptive_field(model, torch.randn(2, 3, 32, 32))
+    first, last = fields["after block 1"] > 0, fields["after block 3"] > 0
+    assert first.sum() == 6 * 6  # 3 x 3 patches of 2 x 2 pixels
+    assert last.sum() == 14 * 14
+    assert first[16:18, 16:18].all()
