@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,12 +23,31 @@ OnStep = Callable[[], bool]  # called after each step; True ends the run
 
 
 class _AfterStep(pl.Callback):
+    """Calls a function after each step, and keeps SIGTERM for its owner.
+
+    Lightning puts its own handler over ours, which ends with exit status 0 and broadcasts from inside the handler.
+    """
+
     def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
+        self.on_step, self._sigterm = on_step, signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, *_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._sigterm)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.on_step():
             trainer.should_stop = True
+
+
+class _Stream:
+    """What a loader yields, and nothing else of it: Lightning treats lists and DataLoaders in ways of its own."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
 
 
 def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep) -> None:
@@ -59,7 +78,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             use_distributed_sampler=False,
         )
         module.model.train()
-        trainer.fit(module, loader)
+        trainer.fit(module, _Stream(loader))
 
 
 def measure_speed(

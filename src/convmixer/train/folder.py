@@ -142,6 +142,7 @@ class Board:
 
 def describe(
     config: Config,
+    asked: Config,
     recipe: Config | None,
     recipe_name: str | None,
     spec: str,
@@ -150,8 +151,11 @@ def describe(
     build: tuple[str, dict[str, Any]] | None,
     schedule: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the contents of config.yaml: all that it takes to repeat, continue or judge the run."""
-    changed = difference(recipe or Config(), config)
+    """Return the contents of config.yaml: all that it takes to repeat, continue or judge the run.
+
+    `config` has what `asked` left to the data and the machine; only what was asked for counts as a difference.
+    """
+    changed = difference(recipe or Config(), asked)
     sizes = {split: len(images) if (images := getattr(data, split)) else 0 for split in ("train", "val", "test")}
     return {
         "command": records.command_line(),

@@ -70,7 +70,9 @@ def train(
         job = prepare(data, config, build)
         epochs, steps = _length(job, started)
         schedule = {"epochs": epochs, "steps": steps, "steps_per_epoch": job.steps_per_epoch}
-        contents = describe(job.config, recipe, recipe_name, data, job.data, job.preprocessing, job.build, schedule)
+        contents = describe(
+            job.config, config, recipe, recipe_name, data, job.data, job.preprocessing, job.build, schedule
+        )
         run = Run(job, folder, contents, started)
         run.begin()
         return run.to_the_end()
