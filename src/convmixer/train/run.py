@@ -125,7 +125,7 @@ class Run:
         self.seconds_before = 0.0  # of earlier sessions
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
-        self.budget = parse_seconds(self.config.max_time) if self.config.max_time else math.inf
+        self.budget = parse_seconds(self.config.max_time) - FINISH_SECONDS if self.config.max_time else math.inf
         self._val_loader = job.eval_loader("val")
         self._saved_at = time.monotonic()
         self._out_of_time = False
