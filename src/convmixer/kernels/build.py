@@ -86,7 +86,9 @@ def flags() -> list[str]:
     march = ["-march=x86-64", "-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-march={target()}"]
     if platform.machine() in ("aarch64", "arm64"):
         march = ["-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-mcpu={target()}"]
-    return ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *march]
+    # predictive commoning turns the unrolled sums of a convolution into register moves and spills
+    shape = ["-fno-math-errno", "-fno-trapping-math", "-fno-predictive-commoning"]
+    return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]
 
 
 def processor() -> str:

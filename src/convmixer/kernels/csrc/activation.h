@@ -9,9 +9,6 @@
 
 enum Activation : int { GELU = 0, RELU = 1 };
 
-INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
-INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
-
 template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   vf sum = splat(c[N - 1]);
 #pragma GCC unroll 16
@@ -54,6 +51,6 @@ template <class T, int ACT> INLINE vf slope(vf x) {
     return normal_cdf(x) + x * (exp_negative(-0.5f * x * x) * 0.398942280f);
   const float c[] = {7.96721863e-01f, -2.62030237e-01f, 5.59150458e-02f, -7.68749666e-03f,
                      6.87652549e-04f, -3.84600693e-05f, 1.21382413e-06f, -1.64200491e-08f};
-  const vf near = x > 4.0f ? splat(4.0f) : x < -4.0f ? splat(-4.0f) : x;  // NaN stays NaN
+  const vf near = larger(splat(-4.0f), smaller(splat(4.0f), x));  // this order keeps NaN
   return near * polynomial(near * near, c) + 0.5f;
 }

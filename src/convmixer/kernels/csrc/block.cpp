@@ -32,11 +32,12 @@ class Coefficients {
     for (int64_t i = 0; i < t.size(0); i++)
       std::memcpy(&values_[i * C_], t.const_data_ptr<float>() + i * C, C * sizeof(float));
   }
-  vf at(int row, int64_t c) const { return load(&values_[row * C_ + c]); }
+  vf at(int row, int64_t c) const { return load(data_ + row * C_ + c); }
 
  private:
   int64_t C_;
   std::vector<float> values_;
+  const float* data_ = values_.data();
 };
 
 // Per-channel sums in double, gathered in slots that one thread at a time writes, then added in order.
@@ -47,7 +48,7 @@ class Sums {
   }
   void add(int64_t slot, int which, int64_t c, vf sum) {
     double* to = &values_[(slot * count_ + which) * padded_ + c];
-    for (int i = 0; i < L; i++) to[i] += sum[i];
+    store_vector(to, load_vector<vd>(to) + __builtin_convertvector(sum, vd));
   }
   // (count, C) float64
   Tensor total() const {
@@ -90,50 +91,51 @@ template <class T> INLINE void write(T* p, vf x, int lanes) {
   else store_part(p, x, lanes);
 }
 
-constexpr int SLOTS = 32;      // shares of the rows, whatever the number of threads, so that sums do not depend on it
-constexpr int64_t ROWS = 32;   // rows whose sums are added in float before they go to double
+constexpr int SLOTS = 32;     // shares of the rows, whatever the number of threads, so that sums do not depend on it
+constexpr int64_t ROWS = 32;  // rows whose sums are added in float before they go to double
 
-// body(slot, first row, last row, channel, lanes) over all rows and vectors of channels, in parallel.
-template <class Body> void over_rows(int64_t rows, int64_t C, const Body& body) {
+// element(i, c, lanes, sums) for every vector, i its offset and c its channel, in parallel and in the order of the
+// memory. sums points at this vector's `Count` running sums, L floats each; they are added up in `gathered`.
+template <int Count, class Element>
+void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
+  const int64_t padded = whole_vectors(C);
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
+    float* sums = scratch(Count * padded);
     for (int64_t slot = begin; slot < end; slot++) {
       const int64_t last = (slot + 1) * rows / SLOTS;
-      for (int64_t r = slot * rows / SLOTS; r < last; r += ROWS)
-        for (int64_t c = 0; c < C; c += L)
-          body(slot, r, std::min(r + ROWS, last), c, (int)std::min<int64_t>(L, C - c));
+      for (int64_t first = slot * rows / SLOTS; first < last; first += ROWS) {
+        std::memset(sums, 0, Count * padded * sizeof(float));
+        for (int64_t r = first; r < std::min(first + ROWS, last); r++) {
+          int64_t c = 0;
+          for (; c + L <= C; c += L) element(r * C + c, c, L, sums + Count * c);
+          if (c < C) element(r * C + c, c, (int)(C - c), sums + Count * c);
+        }
+        for (int64_t c = 0; c < C && gathered; c += L)
+          for (int which = 0; which < Count; which++) gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
+      }
     }
   });
 }
 
+INLINE void add_to(float* sum, vf x) { put(sum, aligned(sum) + x); }
+
 template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
-    vf sum{}, squares{};
-    for (; r < end; r++) {
-      const vf a = activate<T, ACT>(read(v + r * C + c, lanes));
-      sum += a;
-      squares += a * a;
-    }
-    sums.add(slot, 0, c, sum);
-    sums.add(slot, 1, c, squares);
+  over_rows<2>(rows, C, &sums, [=](int64_t i, int64_t, int lanes, float* sum) {
+    const vf a = activate<T, ACT>(read(v + i, lanes));
+    add_to(sum, a);
+    add_to(sum + L, a * a);
   });
 }
 
 // v += bias, which the library's product does not add as cheaply; then the statistics of act(v).
 template <class T, int ACT>
 void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
-  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
-    const vf b = bias.at(0, c);
-    vf sum{}, squares{};
-    for (; r < end; r++) {
-      const vf stored = rounded(read(v + r * C + c, lanes) + b, v);
-      write(v + r * C + c, stored, lanes);
-      const vf a = activate<T, ACT>(stored);
-      sum += a;
-      squares += a * a;
-    }
-    if (!sums) return;
-    sums->add(slot, 0, c, sum);
-    sums->add(slot, 1, c, squares);
+  over_rows<2>(rows, C, sums, [=, &bias](int64_t i, int64_t c, int lanes, float* sum) {
+    const vf stored = rounded(read(v + i, lanes) + bias.at(0, c), v);
+    write(v + i, stored, lanes);
+    const vf a = activate<T, ACT>(stored);
+    add_to(sum, a);
+    add_to(sum + L, a * a);
   });
 }
 
@@ -149,23 +151,17 @@ template <class T> void accumulate(const T* x, float* out, int64_t count, bool f
 
 // Sums of g and of g * act(v).
 template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
-    vf sum{}, products{};
-    for (; r < end; r++) {
-      const vf gradient = read(g + r * C + c, lanes);
-      sum += gradient;
-      products += gradient * activate<T, ACT>(read(v + r * C + c, lanes));
-    }
-    sums.add(slot, 0, c, sum);
-    sums.add(slot, 1, c, products);
+  over_rows<2>(rows, C, &sums, [=](int64_t i, int64_t, int lanes, float* sum) {
+    const vf gradient = read(g + i, lanes);
+    add_to(sum, gradient);
+    add_to(sum + L, gradient * activate<T, ACT>(read(v + i, lanes)));
   });
 }
 
 template <class T, int ACT>
 void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_t C) {
-  over_rows(rows, C, [&](int64_t, int64_t r, int64_t end, int64_t c, int lanes) {
-    const Norm<T, ACT> f(norm, c);
-    for (; r < end; r++) write(y + r * C + c, f(read(v + r * C + c, lanes)), lanes);
+  over_rows<0>(rows, C, nullptr, [=, &norm](int64_t i, int64_t c, int lanes, float*) {
+    write(y + i, Norm<T, ACT>(norm, c)(read(v + i, lanes)), lanes);
   });
 }
 
@@ -173,12 +169,9 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
 template <class T, int ACT>
 void apply_residual(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before, T* h,
                     int64_t rows, int64_t C) {
-  over_rows(rows, C, [&](int64_t, int64_t r, int64_t end, int64_t c, int lanes) {
-    const Norm<T, ACT> f(norm, c), x(norm_before, c);
-    for (; r < end; r++) {
-      const int64_t i = r * C + c;
-      write(h + i, f(read(u + i, lanes)) + x(read(before + i, lanes)), lanes);
-    }
+  over_rows<0>(rows, C, nullptr, [=, &norm, &norm_before](int64_t i, int64_t c, int lanes, float*) {
+    const vf x = Norm<T, ACT>(norm_before, c)(read(before + i, lanes));
+    write(h + i, Norm<T, ACT>(norm, c)(read(u + i, lanes)) + x, lanes);
   });
 }
 
@@ -186,16 +179,10 @@ void apply_residual(const T* u, const Coefficients& norm, const T* before, const
 template <class T, int ACT>
 void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
                          Sums& sums) {
-  over_rows(rows, C, [&](int64_t slot, int64_t r, int64_t end, int64_t c, int lanes) {
-    const NormBackward<T, ACT> f(norm, c);
-    vf sum{};
-    for (; r < end; r++) {
-      const int64_t i = r * C + c;
-      const vf gradient = f(read(g + i, lanes), read(v + i, lanes));
-      sum += gradient;
-      write(out + i, gradient, lanes);
-    }
-    sums.add(slot, 0, c, sum);
+  over_rows<1>(rows, C, &sums, [=, &norm](int64_t i, int64_t c, int lanes, float* sum) {
+    const vf gradient = NormBackward<T, ACT>(norm, c)(read(g + i, lanes), read(v + i, lanes));
+    add_to(sum, gradient);
+    write(out + i, gradient, lanes);
   });
 }
 

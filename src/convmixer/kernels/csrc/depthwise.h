@@ -111,16 +111,12 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
                              const Write& write) {
   vf sum[Columns] = {};
   convolve_row<Pairs, Columns>(t, tile + row * t.row_floats() + column * L, weights, sum);
+  vf copy[Columns];  // only this copy is indexed by a variable, so that the sums themselves stay in registers
+#pragma GCC unroll 16
+  for (int j = 0; j < Columns; j++) copy[j] = sum[j];
   const int64_t valid = std::min<int64_t>(Columns, t.W - column);
-  if (valid == Columns) {
-#pragma GCC unroll 16
-    for (int j = 0; j < Columns; j++) write(row, column + j, sum[j]);
-  } else {
-    vf copy[Columns];  // only this copy is indexed by a variable, so that the sums themselves stay in registers
-#pragma GCC unroll 16
-    for (int j = 0; j < Columns; j++) copy[j] = sum[j];
-    for (int j = 0; j < valid; j++) write(row, column + j, copy[j]);
-  }
+#pragma GCC unroll 1
+  for (int j = 0; j < valid; j++) write(row, column + j, copy[j]);
 }
 
 // write(row, column, value) gets the sum over the k x k taps for every pixel of the plane.

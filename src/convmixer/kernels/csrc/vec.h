@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -37,7 +37,22 @@ template <class V> INLINE V load_vector(const void* p) {
 }
 template <class V> INLINE void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
 
-INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
+// GCC converts half vectors in pieces and does not see that x86 has min and max of just this meaning: intrinsics.
+#if defined(__AVX512F__) && CONVMIXER_LANES == 16
+INLINE vu to_32_bits(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+INLINE vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && CONVMIXER_LANES == 8
+INLINE vu to_32_bits(vh x) { return (vu)_mm256_cvtepu16_epi32((__m128i)x); }
+INLINE vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+INLINE vu to_32_bits(vh x) { return __builtin_convertvector(x, vu); }
+INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }  // a NaN on either side gives b
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+#endif
+
+INLINE vf widen(vh bits) { return (vf)(to_32_bits(bits) << 16); }
 
 // Round to nearest even; a NaN stays one (its payload is cut, so a bit is set to keep it from becoming Inf).
 INLINE vh narrow(vf x) {
