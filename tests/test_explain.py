@@ -66,7 +66,8 @@ def test_explain_names_an_image_that_cannot_be_read(
 
 def test_plot_draws_weights_growth_and_receptive_field(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = create_model("convmixer_4_1_p4_k3", num_classes=2)
-    events = [{"event": "kernels", "step": e, "epoch": e, "layers": inspection.kernel_growth(model)} for e in (1, 2)]
+    growth = inspection.kernel_growth(model)
+    events = [{"event": "epoch", "step": epoch, "epoch": epoch, "kernels": growth} for epoch in (1, 2)]
     (weights / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert main(["plot", str(weights), "--json"]) == 0
     pictures = [Path(path) for path in json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]]

@@ -95,11 +95,13 @@ def plot(weights: str, out: Path | None = None) -> dict[str, Any]:
 
 
 def read_growth(log: Path) -> list[dict[str, Any]]:
-    """Return the "kernels" events of a run's log, one per epoch; none where there is no log."""
+    """Return "epoch" and "layers" (see `inspection.kernel_growth`) of each epoch in a run's log, if there is one."""
     if not log.is_file():
         return []
     events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [event for event in events if event["event"] == "kernels" and event["layers"]]
+    return [
+        {"epoch": e["epoch"], "layers": e["kernels"]} for e in events if e["event"] == "epoch" and e.get("kernels")
+    ]
 
 
 def _probe(weights: str, p: Any) -> Any:

@@ -239,9 +239,8 @@ class Run:
             if better:
                 self._save_weights("best", row)
             self.folder.write_metrics(self.rows)
-            self.folder.log("epoch", self.module.steps_done, row)
-            kernels = {"epoch": row["epoch"], "layers": kernel_growth(self.module.evaluated)}
-            self.folder.log("kernels", self.module.steps_done, kernels)
+            kernels = kernel_growth(self.module.evaluated)
+            self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
             self._board.add_row(row)
 
     def _measure_epoch(self) -> dict[str, Any]:
