@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convmixer import cli
+from convmixer import cli, kernels
 from convmixer.errors import RequestError
+from convmixer.inference import predict_files
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import LoadedModel, load_model, save_model
 from convmixer.train.evaluate import (
@@ -105,6 +106,14 @@ def test_val_on_the_run_s_own_data(digits_weights: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "per_class.csv").read_text().startswith("class,precision,recall,f1,images\n0,")
     with Image.open(tmp_path / "out" / "confusion_matrix.png") as picture:
         assert picture.width > 300
+
+
+def test_val_in_int8_is_calibrated_on_training_images(digits_weights: Path) -> None:
+    if reason := kernels.why_not():
+        pytest.skip(f"no CPU kernels: {reason}")
+    assert abs(val(digits_weights, precision="int8")["top1"] - val(digits_weights, precision="fp32")["top1"]) < 3
+    with pytest.raises(RequestError, match="int8 needs training images"):
+        predict_files(digits_weights, [Path("x.png")], precision="int8")
 
 
 def test_val_maps_the_order_of_classes(digits_weights: Path, tmp_path: Path) -> None:

@@ -78,13 +78,19 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return values / values.sum(axis=1, keepdims=True)
 
 
-def load_classifier(source: str | Path, precision: str = "auto", device: str = "auto") -> Classifier:
+def load_classifier(
+    source: str | Path,
+    precision: str = "auto",
+    device: str = "auto",
+    calibration: "Callable[[Preprocessing], torch.Tensor] | None" = None,
+) -> Classifier:
     """Return a classifier from weights or an exported file.
 
     Args:
         source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
-        precision: "auto" (bf16 where the processor computes it natively), "fp32" or "bf16".
+        precision: "auto" (bf16 where the processor computes it natively), "fp32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
+        calibration: For int8, gives typical images (B, C, H, W) preprocessed as asked.
 
     Raises:
         RequestError: It cannot be loaded or not with this precision.
@@ -95,10 +101,13 @@ def load_classifier(source: str | Path, precision: str = "auto", device: str = "
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
-    how = choose_precision(precision, where)
+    how = precision if precision == "int8" else choose_precision(precision, where)
+    if how == "int8" and (calibration is None or where.type != "cpu"):
+        raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
-    logits, maps = torch_logits(loaded.model, where, how), torch_maps(loaded.model, where, how)
+    maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
+    logits = _fastest(loaded.model, where, how, calibration and calibration(loaded.preprocessing))
     return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps)
 
 
@@ -108,6 +117,17 @@ def _from_exported(path: Path, precision: str) -> Classifier:
     exported = load_exported(path)
     logits, about = (lambda batch: exported.run(batch)[0]), exported.describe
     return Classifier(logits, exported.classes, exported.preprocessing, about, exported.run)
+
+
+def _fastest(
+    model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None"
+) -> Logits:
+    """Return the function that runs a model on the CPU's kernels where they serve, else as it is."""
+    from convmixer.fast_inference import optimize_for_inference
+
+    if device.type == "cpu" and precision in ("fp32", "bf16", "int8"):
+        return torch_logits(optimize_for_inference(model, precision, calibration).eval(), device, "fp32")
+    return torch_logits(model, device, precision)
 
 
 def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> Logits:
@@ -128,7 +148,7 @@ def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> Lo
 
     if not has_maps(model):
         return None
-    run = _torch_run(WithMaps(model), device, precision)
+    run = _torch_run(WithMaps(model).eval(), device, precision)
 
     def both(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         logits, maps = run(batch)
@@ -150,7 +170,8 @@ def _torch_run(
         model.eval()
         with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
             out = model(torch.from_numpy(batch).to(device))
-        model.train(training)
+        if training:  # a model that serves stays in eval mode throughout, whatever other threads run it
+            model.train()
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)
 

@@ -30,6 +30,7 @@ from convmixer.preprocess import Preprocessing
 from convmixer.records import write_atomic
 
 ECE_BINS = 15
+CALIBRATION = 64  # training images for int8
 BN_IMAGES, BN_BATCH = 256, 64  # enough to see bad statistics, few enough to cost little
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -158,7 +159,10 @@ def val(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise RequestError(f"--batch-size and --limit must be at least 1, not {batch_size} and {limit}")
-    classifier = load_classifier(weights, precision)
+    if precision == "int8":
+        classifier = load_classifier(weights, precision, calibration=lambda p: _calibration(weights, data, p))
+    else:
+        classifier = load_classifier(weights, precision)
     splits = find_data(data, classifier.describe, weights)
     images = sample(pick(splits, split), limit)
     index = class_index(splits.classes, classifier.classes)
@@ -184,6 +188,13 @@ def val(
         counts = tm.multiclass_confusion_matrix(logits.argmax(1), labels, len(classifier.classes)).numpy()
         _write(out, result, classes, counts, classifier.classes)
     return result
+
+
+def _calibration(weights: str | Path, data: str | None, p: Preprocessing) -> torch.Tensor:
+    """Return a batch of training images for int8."""
+    train = pick(find_data(data, load_model(weights).metadata, weights), "train")
+    images, _ = next(iter(eval_loader(sample(train, CALIBRATION), eval_transform(p), CALIBRATION)))
+    return images
 
 
 def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -> DataSplits:
