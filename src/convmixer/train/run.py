@@ -403,9 +403,9 @@ def _length(job: Job, started: float) -> tuple[float, int]:
     if config.max_time is None:
         return float(config.epochs), wanted
     module = job.module(config.epochs)
-    step = _median(measure_speed(module, job.train_loader(workers=config.workers)))
+    step = median(measure_speed(module, job.train_loader(workers=config.workers)))
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
-    per_image = _seconds_per_image(module, job) if val or test else 0.0
+    per_image = seconds_per_image(module, job) if val or test else 0.0
     left = parse_seconds(config.max_time) - (time.time() - started) - FINISH_SECONDS - (val + test) * per_image
     epochs = left / (per_epoch * step + val * per_image)
     epochs = float(math.floor(epochs)) if epochs >= 1 else epochs
@@ -417,7 +417,7 @@ def _length(job: Job, started: float) -> tuple[float, int]:
     return steps / per_epoch, steps
 
 
-def _seconds_per_image(module: TrainingModule, job: Job) -> float:
+def seconds_per_image(module: TrainingModule, job: Job) -> float:
     loader = job.eval_loader("val") or job.eval_loader("test")
     batches, count = [], 0
     start = time.perf_counter()
@@ -431,7 +431,7 @@ def _seconds_per_image(module: TrainingModule, job: Job) -> float:
     return (time.perf_counter() - start) / max(count, 1)
 
 
-def _median(values: list[float]) -> float:
+def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 

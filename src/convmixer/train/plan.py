@@ -1,0 +1,175 @@
+"""What a run would take: parameters, MACs, memory and time, from counting and from a probe of a few real steps.
+
+Memory on the CPU is that of a fresh process that takes three steps: its peak resident size less what it held before
+the first, when libraries, data and model were loaded. On a GPU it is CUDA's own peak. Both are measured.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from convmixer.config import Config, override, parse_seconds, to_dict
+from convmixer.errors import RequestError
+from convmixer.models.registry import create_model
+from convmixer.train.engine import fit, measure_speed
+from convmixer.train.run import median, seconds_per_image
+from convmixer.train.setup import Job, prepare
+
+
+def plan(data: str, config: Config) -> dict[str, Any]:
+    """Return and show what training with these settings takes on this machine.
+
+    Args:
+        data: The data argument.
+        config: Resolved settings.
+
+    Returns:
+        `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes`, of training above
+        a process with data and model loaded; `seconds_per_epoch` with validation; `seconds_total`; and how they were
+        measured.
+
+    Raises:
+        RequestError: Settings or data do not allow it.
+    """
+    job = prepare(data, config)
+    module = job.module(config.epochs)
+    loader = job.train_loader()
+    step = median(measure_speed(module, loader))
+    per_image = seconds_per_image(module, job) if job.data.val or job.data.test else 0.0
+    val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
+    per_epoch = job.steps_per_epoch * step + val * per_image
+    result = {
+        "model": job.build[0],
+        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "macs": macs(job),
+        "peak_memory_bytes": _peak_memory(data, config),
+        "seconds_per_epoch": per_epoch,
+        "seconds_total": per_epoch * config.epochs + test * per_image,
+        "seconds_per_step": step,
+        "images_per_second": job.batch_size / step,
+        "batch_size": job.batch_size,
+        "epochs": config.epochs,
+        "steps_per_epoch": job.steps_per_epoch,
+        "kernels": job.kernels,
+        "device": job.device.type,
+        "precision": job.config.precision,
+    }
+    result["advice"] = _advice(result, config)
+    _show(result, data)
+    return result
+
+
+def macs(job: Job) -> int:
+    """Return the multiply-accumulates of one image's forward pass, counted on the meta device."""
+    name, args = job.build
+    p = job.preprocessing
+    with torch.device("meta"):
+        model = create_model(name, num_classes=len(job.data.classes), in_chans=p.in_chans, **args).eval()
+        image = torch.empty(1, p.in_chans, p.img_size, p.img_size)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def _peak_memory(data: str, config: Config) -> int:
+    """Return the peak of a fresh process; its children, the loading workers, are not in it."""
+    request = json.dumps({"data": data, "settings": to_dict(config)})
+    command = [sys.executable, "-m", "convmixer.train.plan"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        text = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
+        raise RequestError(f"the settings do not fit: a few steps in a process of their own failed: {text}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def _measure_memory() -> None:
+    """Take three steps as the request on standard input says and print the bytes they took at their peak."""
+    request = json.load(sys.stdin)
+    settings = override(Config(), request["settings"] | {"workers": 0})
+    job = prepare(request["data"], settings)
+    cuda = job.device.type == "cuda"
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
+    before = 0 if cuda else _resident_bytes()
+    fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)
+    print(torch.cuda.max_memory_allocated() if cuda else _peak_bytes() - before)
+
+
+def _resident_bytes() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the peak so far stands for the present
+        return _peak_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _advice(result: dict[str, Any], config: Config) -> list[str]:
+    """Return what to change where memory or time do not fit."""
+    advice = []
+    if result["device"] == "cpu":
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        if result["peak_memory_bytes"] > 0.8 * free:
+            parts = 2 * config.grad_accum
+            advice.append(
+                f"memory is tight ({free / 2**30:.1f} GiB free): --grad-accum {parts}, or a smaller batch_size"
+            )
+    budget = parse_seconds(config.max_time) if config.max_time else None
+    if budget and result["seconds_total"] > budget:
+        advice.append(
+            f"max_time {config.max_time} will cut it to about {budget / result['seconds_per_epoch']:.1f} epochs"
+        )
+    elif result["seconds_total"] > 12 * 3600:
+        fits = max(1, int(8 * 3600 / result["seconds_per_epoch"]))
+        advice.append(f"over half a day: --epochs {fits} fits into a night, so does --max-time 8h; or larger patches")
+    if result["kernels"] == "plain PyTorch" and result["device"] == "cpu":
+        advice.append("the CPU kernels are not used: `convmixer info` says why")
+    return advice or ["it fits: nothing to change"]
+
+
+def _show(result: dict[str, Any], data: str) -> None:
+    table = Table("", "", show_header=False, title=f"{result['model']} on {data}", title_justify="left")
+    table.add_row("parameters", f"{result['parameters']:,}")
+    table.add_row("MACs per image", f"{result['macs'] / 1e6:,.1f} million")
+    table.add_row(
+        "memory of training", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB at batch {result['batch_size']}"
+    )
+    table.add_row("computed by", f"{result['device']}, {result['precision']}, {result['kernels']}")
+    table.add_row(
+        "speed", f"{result['images_per_second']:,.0f} images/s, {result['seconds_per_step'] * 1e3:.1f} ms/step"
+    )
+    table.add_row("an epoch", f"{_time(result['seconds_per_epoch'])} ({result['steps_per_epoch']} steps)")
+    table.add_row("all", f"{_time(result['seconds_total'])} ({result['epochs']} epochs)")
+    for line in result["advice"]:
+        table.add_row("advice", line)
+    Console().print(table)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    try:
+        _measure_memory()
+    except RequestError as error:
+        sys.exit(str(error))

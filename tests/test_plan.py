@@ -1,0 +1,43 @@
+"""The plan of a run: counts are exact, memory and time are measured and grow with the work."""
+
+import json
+from typing import Any
+
+import pytest
+
+from convmixer.cli import main
+from convmixer.config import Config
+from convmixer.train.plan import plan
+
+
+def _plan(**settings: Any) -> dict[str, Any]:
+    return plan("digits", Config(**{"workers": 0, "precision": "fp32", **settings}))
+
+
+def test_counts_by_hand_and_measurements_that_make_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    small = _plan(model="convmixer_32_2_p1_k3", batch_size=64, epochs=3)
+    # positions x (stem + depth x (depthwise + pointwise)) + classifier
+    assert small["macs"] == 64 * (32 + 2 * (32 * 9 + 32 * 32)) + 32 * 10
+    assert small["parameters"] == 32 * (2 * (9 + 32 + 6) + 1 + 10 + 3) + 10
+    assert small["seconds_per_epoch"] > small["steps_per_epoch"] * small["seconds_per_step"] > 0
+    assert small["seconds_total"] > 2.9 * small["seconds_per_epoch"]
+    large = _plan(model="convmixer_128_4_p1_k3", batch_size=512)
+    # at least the two values per position, channel and layer pair that the backward pass needs, in fp32
+    least = 512 * 64 * 128 * 4 * 2 * 4
+    assert large["peak_memory_bytes"] > least
+    assert large["peak_memory_bytes"] > 3 * small["peak_memory_bytes"]
+    shown = capsys.readouterr().out
+    assert "convmixer_32_2_p1_k3 on digits" in shown
+    assert "images/s" in shown
+
+
+def test_command_prints_json_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "digits", "--model", "convmixer_16_2_p2_k3", "--epochs", "100000000", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"parameters", "macs", "peak_memory_bytes", "seconds_per_epoch", "seconds_total"} <= {*result}
+    assert any("--max-time" in line for line in result["advice"])
+
+
+def test_bad_requests_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "digits", "--batch-size", "5", "--grad-accum", "2"]) == 2
+    assert "multiple of grad_accum" in capsys.readouterr().err
