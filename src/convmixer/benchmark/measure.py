@@ -15,22 +15,27 @@ import torch
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.contenders import Step
 
+LONG_SECONDS = 0.3
+
 
 def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) -> dict[str, list[float]]:
     """Return seconds per step of each contender, one value a round, measured in turns: A B C, A B C, ...
 
     Each turn starts with one step that is not timed: it finds the caches and the thread pool as another left them.
+    Steps longer than `LONG_SECONDS` do not care.
 
     Args:
-        steps: What to time.
+        steps: What to time; each has run before.
         rounds: Values per contender.
         sample_seconds: Least time of a turn; short steps are repeated.
     """
-    counts = {name: _count(step, sample_seconds) for name, step in steps.items()}
+    first = {name: _seconds(step, 1) for name, step in steps.items()}
+    counts = {name: max(1, round(sample_seconds / max(first[name], 1e-6))) for name in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            step()
+            if first[name] < LONG_SECONDS:
+                step()
             times[name].append(_seconds(step, counts[name]))
     return times
 
@@ -40,11 +45,6 @@ def _seconds(step: Step, count: int) -> float:
     for _ in range(count):
         step()
     return (time.perf_counter() - start) / count
-
-
-def _count(step: Step, sample_seconds: float) -> int:
-    step()
-    return max(1, round(sample_seconds / max(_seconds(step, 1), 1e-6)))
 
 
 def summary(case: Case, seconds: list[float]) -> dict[str, float]:

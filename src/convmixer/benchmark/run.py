@@ -50,13 +50,16 @@ def benchmark(
     torch.set_num_threads(case.threads)
     contenders = peers(case.task, case.precision)
     left_out = _left_out(contenders, selected, compile_limit)
-    steps = {"ours": ours(case.task).prepare(case), **measure.gemm_steps(case)}
+    steps = {"ours": _prepared(ours(case.task), case, 0)}
+    for name, step in measure.gemm_steps(case).items():
+        step()
+        steps[name] = step
     missing: dict[str, str] = {}
     for contender in (c for c in contenders if c.name not in left_out):
         try:
             steps[contender.name] = _prepared(contender, case, compile_limit)
-        except (ImportError, TimeoutError) as error:
-            missing[contender.name] = str(error)
+        except Exception as error:  # whatever fails in a peer is no reason to lose the others' figures
+            missing[contender.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     times = measure.interleave(steps, rounds, sample_seconds)
     rates = {name: measure.summary(case, seconds) for name, seconds in times.items()}
     result = _result(case, rates) | {"missing": missing, "left_out": left_out}
