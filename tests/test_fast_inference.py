@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from sklearn.datasets import load_digits
 
 from convmixer import kernels, optimize_for_inference
 from convmixer.errors import RequestError
@@ -83,8 +84,6 @@ def test_threads_do_not_change_the_logits(threads: int) -> None:
 
 @needs_kernels
 def test_int8_on_real_images_of_digits() -> None:
-    from sklearn.datasets import load_digits
-
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     model = trained(64, 3, 3, 1, "gelu", in_chans=1)
     fast = optimize_for_inference(model, "int8", calibration=images[:64])

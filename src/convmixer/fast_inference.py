@@ -30,7 +30,7 @@ def optimize_for_inference(
     the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
     int8`. The weights are copied: train the model, then optimise it. Where the kernels cannot serve (see
     `kernels.why_not`, or a model that is no plain ConvMixer on the CPU) the model itself computes, in eval mode and
-    the precision asked for, and the reason is said once.
+    the precision asked for; of a ConvMixer the reason is said once.
 
     Args:
         model: Left untouched, but that it is put into eval mode.
@@ -51,7 +51,8 @@ def optimize_for_inference(
         return _optimized(model, precision, calibration)
     if precision == "int8":
         raise RequestError(f"int8 needs the CPU kernels: {reason}")
-    _say_once(reason)
+    if isinstance(model, ConvMixer):
+        _say_once(reason)
     return PlainInference(model, precision)
 
 
@@ -146,7 +147,7 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the least, the greatest and the mean input of each channel of the products, (depth, dim) each."""
     if calibration is None:
-        raise RequestError("int8 is calibrated on images: give some")
+        raise RequestError("int8 is calibrated on images: give some, or choose another precision")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     low = torch.full((model.depth, model.dim), float("inf"))
     high, total = -low, torch.zeros_like(low)

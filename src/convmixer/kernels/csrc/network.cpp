@@ -185,9 +185,8 @@ template <class Stem, class K> struct Run {
     const int64_t padded = packed.net.padded();
     const Vectors first{(const float*)w + packed.depthwise(), padded};
     int32_t* a = scratch + (y1 - y0) * grid.W;
-    const auto spatial = packed.net.act == GELU ? &depthwise<K, GELU> : &depthwise<K, RELU>;
     for (int64_t c = 0; c < padded; c += CB)
-      spatial(grid, packed.net.k, x + c / CB * grid.plane(), w + c / CB * depthwise_words<X>(packed.net.k), first, c,
+      depthwise<K>(grid, packed.net.k, packed.net.act, x + c / CB * grid.plane(), w + c / CB * depthwise_words<X>(packed.net.k), first, c,
               y0, y1, a + c / K::GROUP, words());
     const int32_t* panels = w + packed.depthwise() + packed.vectors();
     const Vectors second{(const float*)panels + packed.depth() * padded, padded};

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <utility>
 
 #include "activation.h"
@@ -16,7 +17,8 @@ namespace network {
 constexpr int CB = 32;      // channels of a block; columns of a panel of weights
 constexpr int STEP = 8;     // columns of pixels that the depthwise kernel computes at once
 constexpr int NV = 2;       // vectors of a product's tile
-constexpr int TALL = L >= 16 ? 14 : L >= 4 ? 6 : 2;  // its rows: as many sums as there are registers for
+// Its rows: as many sums as there are registers for, then what is left over.
+constexpr int HEIGHTS[] = {L >= 16 ? 14 : 6, L >= 16 ? 8 : 4, 2, 1};
 
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
 constexpr bool HAVE_BF16 = true;
@@ -170,52 +172,58 @@ INLINE void convolve_pairs(const Grid& g, int k, const bf16* x, const __m512i* w
   }
 }
 
-template <class K, int ACT, int Pairs>
-void depthwise_pairs(const Grid& g, int k, const bf16* x, const void* weights, const Vectors& p, int64_t c,
-                     int64_t y0, int64_t y1, int32_t* a, int64_t words) {
+template <class K, int ACT>
+INLINE void finish_pairs(const Grid& g, const bf16* centre, const __m512 (&sum)[STEP][2], const Vectors& p, int64_t c,
+                         int64_t valid, int32_t* a, int64_t words) {
   const auto vector = [&](int which, int v) { return load(p.row(which, c + v * L)); };
+  const vf scale[2] = {vector(Vectors::SCALE, 0), vector(Vectors::SCALE, 1)};
+  const vf shift[2] = {vector(Vectors::SHIFT, 0), vector(Vectors::SHIFT, 1)};
+  unrolled<STEP>(EACH(j) {
+    if (j >= valid) return;
+    const __m512i x = _mm512_loadu_si512(centre + j * CB);
+    const vf residual[2] = {(vf)_mm512_unpacklo_epi16(_mm512_setzero_si512(), x),
+                            (vf)_mm512_unpackhi_epi16(_mm512_setzero_si512(), x)};
+    vf z[2];
+    unrolled<2>(EACH(v) { z[v] = activate<bf16, ACT>((vf)sum[j][v]) * scale[v] + shift[v] + residual[v]; });
+    int32_t* to = a + j * words;
+    if constexpr (K::INTEGER)
+      unrolled<2>(EACH(v) {
+        put_bytes((uint8_t*)to + v * L, z[v] * vector(Vectors::STEPS, v) + vector(Vectors::ZERO, v));
+      });
+    else
+      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)z[1], (__m512)z[0]));
+  });
+}
+
+template <class K, int Pairs>
+void depthwise_pairs(const Grid& g, int k, int act, const bf16* x, const void* weights, const Vectors& p, int64_t c,
+                     int64_t y0, int64_t y1, int32_t* a, int64_t words) {
+  const vf bias[2] = {load(p.row(Vectors::BIAS, c)), load(p.row(Vectors::BIAS, c + L))};
   for (int64_t y = y0; y < y1; y++)
     for (int64_t x0 = 0; x0 < g.W; x0 += STEP) {
       __m512 sum[STEP][2];
-      const vf bias[2] = {vector(Vectors::BIAS, 0), vector(Vectors::BIAS, 1)};
       unrolled<STEP>(EACH(j) { unrolled<2>(EACH(v) { sum[j][v] = (__m512)bias[v]; }); });
       convolve_pairs<Pairs>(g, k, x + g.at(y, x0), (const __m512i*)weights, sum);
-      const vf scale[2] = {vector(Vectors::SCALE, 0), vector(Vectors::SCALE, 1)};
-      const vf shift[2] = {vector(Vectors::SHIFT, 0), vector(Vectors::SHIFT, 1)};
-      const int64_t valid = g.W - x0;
-      unrolled<STEP>(EACH(j) {
-        if (j >= valid) return;
-        const __m512i centre = _mm512_loadu_si512(x + g.inside(y, x0 + j));
-        const vf residual[2] = {(vf)_mm512_unpacklo_epi16(_mm512_setzero_si512(), centre),
-                                (vf)_mm512_unpackhi_epi16(_mm512_setzero_si512(), centre)};
-        vf z[2];
-        unrolled<2>(EACH(v) {
-          z[v] = activate<bf16, ACT>((vf)sum[j][v]) * scale[v] + shift[v] + residual[v];
-        });
-        int32_t* to = a + ((y - y0) * g.W + x0 + j) * words;
-        if constexpr (K::INTEGER)
-          unrolled<2>(EACH(v) {
-            put_bytes((uint8_t*)to + v * L, z[v] * vector(Vectors::STEPS, v) + vector(Vectors::ZERO, v));
-          });
-        else
-          _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)z[1], (__m512)z[0]));
-      });
+      int32_t* to = a + ((y - y0) * g.W + x0) * words;
+      if (act == GELU) finish_pairs<K, GELU>(g, x + g.inside(y, x0), sum, p, c, g.W - x0, to, words);
+      else finish_pairs<K, RELU>(g, x + g.inside(y, x0), sum, p, c, g.W - x0, to, words);
     }
 }
 #endif
 
 // `weights` of one block of channels, `x` its plane.
-template <class K, int ACT>
-void depthwise(const Grid& g, int k, const typename K::X* x, const void* weights, const Vectors& p, int64_t c,
+template <class K>
+void depthwise(const Grid& g, int k, int act, const typename K::X* x, const void* weights, const Vectors& p, int64_t c,
                int64_t y0, int64_t y1, int32_t* a, int64_t words) {
   if constexpr (sizeof(typename K::X) == 4) {
-    depthwise_plain<K, ACT>(g, k, x, (const float*)weights, p, c, y0, y1, a, words);
+    const auto plain = act == GELU ? &depthwise_plain<K, GELU> : &depthwise_plain<K, RELU>;
+    plain(g, k, x, (const float*)weights, p, c, y0, y1, a, words);
   } else {
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
     static constexpr auto table = []<int... I>(std::integer_sequence<int, I...>) {
-      return std::array{&depthwise_pairs<K, ACT, I + 1>...};
+      return std::array{&depthwise_pairs<K, I + 1>...};
     }(std::make_integer_sequence<int, 8>{});
-    table[(k + 1) / 2 - 1](g, k, x, weights, p, c, y0, y1, a, words);
+    table[(k + 1) / 2 - 1](g, k, act, x, weights, p, c, y0, y1, a, words);
 #endif
   }
 }
@@ -251,7 +259,7 @@ INLINE void finish(const typename K::Sum (&sum)[Tall][NV], const Vectors& p, int
 }
 
 template <class K, int Tall>
-void product_tile(const int32_t* a, int64_t words, const int32_t* panel, int64_t depth, int act, const Vectors& p,
+__attribute__((noinline)) void product_tile(const int32_t* a, int64_t words, const int32_t* panel, int64_t depth, int act, const Vectors& p,
                   int64_t c, typename K::X* out, const int32_t* offsets) {
   for (int column = 0; column < CB; column += NV * L) {
     typename K::Sum sum[Tall][NV] = {};
@@ -267,20 +275,19 @@ void product_tile(const int32_t* a, int64_t words, const int32_t* panel, int64_t
   }
 }
 
-// offsets: where each row lies inside a block of channels. Heights of tiles are as even as they can be.
+// offsets: where each row lies inside a block of channels.
 template <class K>
 void product(int64_t rows, const int32_t* a, int64_t words, const int32_t* panels, int64_t depth, int act,
              const Vectors& p, typename K::X* out, int64_t plane, const int32_t* offsets) {
-  static constexpr auto table = []<int... I>(std::integer_sequence<int, I...>) {
-    return std::array{&product_tile<K, I + 1>...};
-  }(std::make_integer_sequence<int, TALL>{});
-  const int64_t tiles = (rows + TALL - 1) / TALL;
-  for (int64_t c = 0; c < p.dim; c += CB)
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-      table[to - from - 1](a + from * words, words, panels + c * depth, depth, act, p, c, out + c / CB * plane,
-                           offsets + from);
-    }
+  for (int64_t c = 0; c < p.dim; c += CB) {
+    int64_t r = 0;
+    unrolled<std::size(HEIGHTS)>(EACH(i) {
+      constexpr int tall = HEIGHTS[i];
+      for (; r + tall <= rows; r += tall)
+        product_tile<K, tall>(a + r * words, words, panels + c * depth, depth, act, p, c, out + c / CB * plane,
+                              offsets + r);
+    });
+  }
 }
 
 }  // namespace network
