@@ -2,7 +2,10 @@
 
     convmixer train digits
 
-Expected: TODO
+Expected: 99.2% test top-1 (seed 0; 360 images, so one image is 0.28 points). 24 s from the command to the prompt on
+2 cores of an AMD EPYC (family 26, AVX-512), of which 12 s train; 27 s and 98.9% without the C++ kernels.
+
+fp32 on every machine: at this size it is as fast as bf16, and results do not depend on the processor's formats.
 """
 
 from convmixer.config import Config
@@ -14,12 +17,13 @@ def config() -> Config:
         model="convmixer_64_6_p1_k5",
         val_fraction=0.1,
         workers=0,
-        epochs=30,
+        epochs=20,
         batch_size=64,
         lr=0.02,
         weight_decay=0.01,
         eps=1e-3,
         clip_norm=1.0,
+        precision="fp32",
         schedule="piecewise",
         smoothing=0.1,
         scale=(0.8, 1.0),
