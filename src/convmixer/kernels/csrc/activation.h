@@ -36,21 +36,40 @@ INLINE vf normal_cdf(vf x) {
   return x < 0.0f ? tail : 1.0f - tail;
 }
 
-template <class T, int ACT> INLINE vf activate(vf x) {
+template <int ACT> INLINE vf activate_exactly(vf x) {
   if constexpr (ACT == RELU) return x < 0.0f ? vf{} : x;
-  if constexpr (std::is_same_v<T, float>) return x * normal_cdf(x);
+  return x * normal_cdf(x);
+}
+
+template <int ACT> INLINE vf slope_exactly(vf x) {
+  if constexpr (ACT == RELU) return x <= 0.0f ? vf{} : splat(1.0f);
+  return normal_cdf(x) + x * (exp_negative(-0.5f * x * x) * 0.398942280f);
+}
+
+template <int N, int M> INLINE vg<N> polynomial(vg<N> x, const float (&c)[M]) {
+  vg<N> sum = x * splat(c[M - 1]) + splat(c[M - 2]);
+#pragma GCC unroll 16
+  for (int i = M - 3; i >= 0; i--) sum = sum * x + splat(c[i]);
+  return sum;
+}
+
+template <class T, int ACT> constexpr bool BY_POLYNOMIAL = ACT == GELU && std::is_same_v<T, bf16>;
+
+template <class T, int ACT, int N> INLINE vg<N> activate(vg<N> x) {
+  if constexpr (!BY_POLYNOMIAL<T, ACT>) return each<N>([&](int j) { return activate_exactly<ACT>(x.v[j]); });
   const float c[] = {3.98085604e-01f,  -6.48694147e-02f, 8.91375299e-03f, -8.44504774e-04f,
                      5.12365445e-05f, -1.77045968e-06f, 2.62708145e-08f};
-  const vf cdf = x * polynomial(x * x, c) + 0.5f;  // leaves [0, 1] for |x| > 3.9 and stays outside
+  const vg<N> cdf = x * polynomial(x * x, c) + splat(0.5f);  // leaves [0, 1] for |x| > 3.9 and stays outside
   return x * smaller(larger(cdf, vf{}), splat(1.0f));
 }
 
-template <class T, int ACT> INLINE vf slope(vf x) {
-  if constexpr (ACT == RELU) return x <= 0.0f ? vf{} : splat(1.0f);
-  if constexpr (std::is_same_v<T, float>)
-    return normal_cdf(x) + x * (exp_negative(-0.5f * x * x) * 0.398942280f);
+template <class T, int ACT, int N> INLINE vg<N> slope(vg<N> x) {
+  if constexpr (!BY_POLYNOMIAL<T, ACT>) return each<N>([&](int j) { return slope_exactly<ACT>(x.v[j]); });
   const float c[] = {7.96721863e-01f, -2.62030237e-01f, 5.59150458e-02f, -7.68749666e-03f,
                      6.87652549e-04f, -3.84600693e-05f, 1.21382413e-06f, -1.64200491e-08f};
-  const vf near = larger(splat(-4.0f), smaller(splat(4.0f), x));  // this order keeps NaN
-  return near * polynomial(near * near, c) + 0.5f;
+  const vg<N> near = larger(splat(-4.0f), smaller(splat(4.0f), x));  // this order keeps NaN
+  return near * polynomial(near * near, c) + splat(0.5f);
 }
+
+// One vector alone.
+template <class T, int ACT> INLINE vf activate(vf x) { return activate<T, ACT>(vg<1>{{x}}).v[0]; }

@@ -33,6 +33,7 @@ class Coefficients {
       std::memcpy(&values_[i * C_], t.const_data_ptr<float>() + i * C, C * sizeof(float));
   }
   vf at(int row, int64_t c) const { return load(data_ + row * C_ + c); }
+  template <int N> vg<N> some(int row, int64_t c) const { return ::read<N>(data_ + row * C_ + c, L, L); }
 
  private:
   int64_t C_;
@@ -69,33 +70,32 @@ class Sums {
   std::vector<double> values_;
 };
 
-// act(v) * scale + shift for one vector of channels.
-template <class T, int ACT> struct Norm {
-  vf scale, shift;
-  Norm(const Coefficients& c, int64_t channel) : scale(c.at(0, channel)), shift(c.at(1, channel)) {}
-  vf operator()(vf v) const { return activate<T, ACT>(v) * scale + shift; }
+// act(v) * scale + shift. V is a vector for one set of channels, or a group of them for neighbouring sets.
+template <class T, int ACT, class V> struct Norm {
+  V scale, shift;
+  template <int N> vg<N> operator()(vg<N> v) const { return activate<T, ACT>(v) * scale + shift; }
 };
+template <class T, int ACT> INLINE Norm<T, ACT, vf> norm_of(const Coefficients& k, int64_t c) {
+  return {k.at(0, c), k.at(1, c)};
+}
+template <class T, int ACT, int N> INLINE Norm<T, ACT, vg<N>> norms_of(Size<N>, const Coefficients& k, int64_t c) {
+  return {k.some<N>(0, c), k.some<N>(1, c)};
+}
 
 // The gradient before act, from the gradient g after norm: (a * g + b * act(v) + c) * act'(v). The coefficients hold
 // the batch's sums; Source: arXiv 1502.03167, Sec. 3.
-template <class T, int ACT> struct NormBackward {
-  vf a, b, c;
-  NormBackward(const Coefficients& k, int64_t channel)
-      : a(k.at(0, channel)), b(k.at(1, channel)), c(k.at(2, channel)) {}
-  vf operator()(vf g, vf v) const { return (a * g + (b * activate<T, ACT>(v) + c)) * slope<T, ACT>(v); }
+template <class T, int ACT, class V> struct NormBackward {
+  V a, b, c;
+  template <int N> vg<N> operator()(vg<N> g, vg<N> v) const {
+    return (g * a + (activate<T, ACT>(v) * b + c)) * slope<T, ACT>(v);
+  }
 };
-
-template <class T> INLINE vf read(const T* p, int lanes) { return lanes == L ? load(p) : load_part(p, lanes); }
-template <class T> INLINE void write(T* p, vf x, int lanes) {
-  if (lanes == L) store(p, x);
-  else store_part(p, x, lanes);
-}
 
 constexpr int SLOTS = 32;     // shares of the rows, whatever the number of threads, so that sums do not depend on it
 constexpr int64_t ROWS = 32;  // rows whose sums are added in float before they go to double
 
-// element(i, c, lanes, sums) for every vector, i its offset and c its channel, in parallel and in the order of the
-// memory. sums points at this vector's `Count` running sums, L floats each; they are added up in `gathered`.
+// element(count, i, c, lanes, sums) for every vector or few vectors, i their offset and c their channel, in parallel
+// and in the order of the memory. sums points at their `Sums` running sums, side by side, which end in `gathered`.
 template <int Count, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);
@@ -107,35 +107,41 @@ void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) 
         std::memset(sums, 0, Count * padded * sizeof(float));
         for (int64_t r = first; r < std::min(first + ROWS, last); r++) {
           int64_t c = 0;
-          for (; c + L <= C; c += L) element(r * C + c, c, L, sums + Count * c);
-          if (c < C) element(r * C + c, c, (int)(C - c), sums + Count * c);
+          for (; c + MANY * L <= C; c += MANY * L) element(many, r * C + c, c, L, sums + Count * c);
+          for (; c + L <= C; c += L) element(one, r * C + c, c, L, sums + Count * c);
+          if (c < C) element(one, r * C + c, c, (int)(C - c), sums + Count * c);
         }
         for (int64_t c = 0; c < C && gathered; c += L)
-          for (int which = 0; which < Count; which++) gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
+          for (int which = 0; which < Count; which++)
+            gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
       }
     }
   });
 }
 
-INLINE void add_to(float* sum, vf x) { put(sum, aligned(sum) + x); }
+// Add to sum number `which` of `Count`.
+template <int Count, int N> INLINE void add_to(float* sums, int which, vg<N> x) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) put(sums + (j * Count + which) * L, aligned(sums + (j * Count + which) * L) + x.v[j]);
+}
 
 template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows<2>(rows, C, &sums, [=](int64_t i, int64_t, int lanes, float* sum) {
-    const vf a = activate<T, ACT>(read(v + i, lanes));
-    add_to(sum, a);
-    add_to(sum + L, a * a);
+  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) {
+    const auto a = activate<T, ACT>(read<count.value>(v + i, L, lanes));
+    add_to<2>(sum, 0, a);
+    add_to<2>(sum, 1, a * a);
   });
 }
 
 // v += bias, which the library's product does not add as cheaply; then the statistics of act(v).
 template <class T, int ACT>
 void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
-  over_rows<2>(rows, C, sums, [=, &bias](int64_t i, int64_t c, int lanes, float* sum) {
-    const vf stored = rounded(read(v + i, lanes) + bias.at(0, c), v);
-    write(v + i, stored, lanes);
-    const vf a = activate<T, ACT>(stored);
-    add_to(sum, a);
-    add_to(sum + L, a * a);
+  over_rows<2>(rows, C, sums, [=, &bias](auto count, int64_t i, int64_t c, int lanes, float* sum) {
+    const auto stored = rounded(read<count.value>(v + i, L, lanes) + bias.some<count.value>(0, c), v);
+    write(v + i, L, stored, lanes);
+    const auto a = activate<T, ACT>(stored);
+    add_to<2>(sum, 0, a);
+    add_to<2>(sum, 1, a * a);
   });
 }
 
@@ -144,24 +150,25 @@ template <class T> void accumulate(const T* x, float* out, int64_t count, bool f
   torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += L) {
       const int lanes = std::min<int64_t>(L, end - i);
-      write(out + i, first ? read(x + i, lanes) : read(out + i, lanes) + read(x + i, lanes), lanes);
+      const auto value = read<1>(x + i, L, lanes);
+      write(out + i, L, first ? value : read<1>(out + i, L, lanes) + value, lanes);
     }
   });
 }
 
 // Sums of g and of g * act(v).
 template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows<2>(rows, C, &sums, [=](int64_t i, int64_t, int lanes, float* sum) {
-    const vf gradient = read(g + i, lanes);
-    add_to(sum, gradient);
-    add_to(sum + L, gradient * activate<T, ACT>(read(v + i, lanes)));
+  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) {
+    const auto gradient = read<count.value>(g + i, L, lanes);
+    add_to<2>(sum, 0, gradient);
+    add_to<2>(sum, 1, gradient * activate<T, ACT>(read<count.value>(v + i, L, lanes)));
   });
 }
 
 template <class T, int ACT>
 void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_t C) {
-  over_rows<0>(rows, C, nullptr, [=, &norm](int64_t i, int64_t c, int lanes, float*) {
-    write(y + i, Norm<T, ACT>(norm, c)(read(v + i, lanes)), lanes);
+  over_rows<0>(rows, C, nullptr, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float*) {
+    write(y + i, L, norms_of<T, ACT>(count, norm, c)(read<count.value>(v + i, L, lanes)), lanes);
   });
 }
 
@@ -169,9 +176,9 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
 template <class T, int ACT>
 void apply_residual(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before, T* h,
                     int64_t rows, int64_t C) {
-  over_rows<0>(rows, C, nullptr, [=, &norm, &norm_before](int64_t i, int64_t c, int lanes, float*) {
-    const vf x = Norm<T, ACT>(norm_before, c)(read(before + i, lanes));
-    write(h + i, Norm<T, ACT>(norm, c)(read(u + i, lanes)) + x, lanes);
+  over_rows<0>(rows, C, nullptr, [=, &norm, &norm_before](auto count, int64_t i, int64_t c, int lanes, float*) {
+    const auto x = norms_of<T, ACT>(count, norm_before, c)(read<count.value>(before + i, L, lanes));
+    write(h + i, L, norms_of<T, ACT>(count, norm, c)(read<count.value>(u + i, L, lanes)) + x, lanes);
   });
 }
 
@@ -179,11 +186,20 @@ void apply_residual(const T* u, const Coefficients& norm, const T* before, const
 template <class T, int ACT>
 void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
                          Sums& sums) {
-  over_rows<1>(rows, C, &sums, [=, &norm](int64_t i, int64_t c, int lanes, float* sum) {
-    const vf gradient = NormBackward<T, ACT>(norm, c)(read(g + i, lanes), read(v + i, lanes));
-    add_to(sum, gradient);
-    write(out + i, gradient, lanes);
+  over_rows<1>(rows, C, &sums, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float* sum) {
+    constexpr int N = count.value;
+    const NormBackward<T, ACT, vg<N>> back{norm.some<N>(0, c), norm.some<N>(1, c), norm.some<N>(2, c)};
+    const auto gradient = back(read<N>(g + i, L, lanes), read<N>(v + i, L, lanes));
+    add_to<1>(sum, 0, gradient);
+    write(out + i, L, gradient, lanes);
   });
+}
+
+template <int N> INLINE vf total(vg<N> x) {
+  vf sum = x.v[0];
+#pragma GCC unroll 8
+  for (int j = 1; j < N; j++) sum += x.v[j];
+  return sum;
 }
 
 template <class T, int ACT>
@@ -194,9 +210,9 @@ void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) 
         const int lanes = std::min<int64_t>(L, s.C - c);
         const T* image = v + n * s.pixels() * s.C + c;
         vf sum{};
-        for (int64_t p = 0; p < s.pixels(); p++) sum += activate<T, ACT>(read(image + p * s.C, lanes));
+        for (int64_t p = 0; p < s.pixels(); p++) sum += total(activate<T, ACT>(read<1>(image + p * s.C, s.C, lanes)));
         const vf mean = sum / (float)s.pixels();
-        write(out + n * s.C + c, mean * norm.at(0, c) + norm.at(1, c), lanes);
+        write(out + n * s.C + c, s.C, vg<1>{{mean * norm.at(0, c) + norm.at(1, c)}}, lanes);
       }
   });
 }
@@ -204,15 +220,15 @@ void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) 
 // Each pixel's share of the pooled gradient, and its sums with act(v).
 template <class T, int ACT> void spread(const Image& s, const float* grad, const T* v, T* out, Sums& sums) {
   for_planes(s, 0, [&](int64_t group, int64_t n, int64_t c, int lanes, float*) {
-    const vf g = rounded(read(grad + n * s.C + c, lanes) / (float)s.pixels(), out);
+    const vg<1> g = rounded(read<1>(grad + n * s.C + c, s.C, lanes) * splat(1.0f / s.pixels()), out);
     vf sum{};
     for (int64_t p = 0; p < s.pixels(); p++) {
       const int64_t i = (n * s.pixels() + p) * s.C + c;
-      sum += activate<T, ACT>(read(v + i, lanes));
-      write(out + i, g, lanes);
+      sum += total(activate<T, ACT>(read<1>(v + i, s.C, lanes)));
+      write(out + i, s.C, g, lanes);
     }
-    sums.add(group, 0, c, g * (float)s.pixels());
-    sums.add(group, 1, c, g * sum);
+    sums.add(group, 0, c, g.v[0] * (float)s.pixels());
+    sums.add(group, 1, c, g.v[0] * sum);
   });
 }
 
@@ -223,30 +239,27 @@ void spatial_forward_all(const Image& s, int K, const T* before, const Coefficie
   for_planes(s, t.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* tile) {
     const int64_t base = n * s.pixels() * s.C + c;
     const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
-    const Norm<T, ACT> x(norm, c);
-    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column) {
-      return rounded(x(read(before + at(row, column), lanes)), before);
+    const auto x = norm_of<T, ACT>(norm, c);
+    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column, auto count) {
+      return rounded(x(read<count.value>(before + at(row, column), s.C, lanes)), before);
     });
     const vf b = bias.at(0, c);
     vf sum{}, squares{};
     const auto end_row = [&] {
-      if (sums) {
-        sums->add(group, 0, c, sum);
-        sums->add(group, 1, c, squares);
-      }
+      sums->add(group, 0, c, sum);
+      sums->add(group, 1, c, squares);
       sum = squares = vf{};
     };
-    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, vf value) {
-      if (column == 0 && row % 2 == 0) end_row();
-      const vf stored = rounded(value + b, u);
-      write(u + at(row, column), stored, lanes);
-      if (sums) {
-        const vf a = activate<T, ACT>(stored);
-        sum += a;
-        squares += a * a;
-      }
+    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) {
+      if (sums && column == 0 && row % 2 == 0) end_row();
+      const auto stored = rounded(values + b, u);
+      write(u + at(row, column), s.C, stored, lanes);
+      if (!sums) return;
+      const auto a = activate<T, ACT>(stored);
+      sum += total(a);
+      squares += total(a * a);
     });
-    end_row();
+    if (sums) end_row();
   });
 }
 
@@ -259,28 +272,30 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
     const int64_t base = n * s.pixels() * s.C + c;
     const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
     float* grad_tile = x_tile + of_x.floats();
-    const Norm<T, ACT> x(norm_before, c);
-    fill<PAIRS<T>>(of_x, x_tile, [&](int64_t row, int64_t column) {
-      return rounded(x(read(before + at(row, column), lanes)), before);
+    const auto x = norm_of<T, ACT>(norm_before, c);
+    fill<PAIRS<T>>(of_x, x_tile, [&](int64_t row, int64_t column, auto count) {
+      return rounded(x(read<count.value>(before + at(row, column), s.C, lanes)), before);
     });
-    const NormBackward<T, ACT> of_u(norm, c);
+    const NormBackward<T, ACT, vf> back{norm.at(0, c), norm.at(1, c), norm.at(2, c)};
     vf bias_sum{};
-    fill<PAIRS<T>>(of_grad, grad_tile, [&](int64_t row, int64_t column) {
+    fill<PAIRS<T>>(of_grad, grad_tile, [&](int64_t row, int64_t column, auto count) {
+      constexpr int N = count.value;
       const int64_t i = at(row, column);
-      const vf gradient = rounded(of_u(read(grad + i, lanes), read(u + i, lanes)), u);
-      bias_sum += gradient;
+      const auto gradient = rounded(back(read<N>(grad + i, s.C, lanes), read<N>(u + i, s.C, lanes)), u);
+      bias_sum += total(gradient);
       return gradient;
     });
     bias_sums.add(group, 0, c, bias_sum);
     correlate<PAIRS<T>>(of_x, x_tile, grad_tile + of_grad.top * of_grad.row_floats() + of_grad.left * L,
                         weight_sums + group * group_floats + c * K * K);
     vf sum{}, products{};
-    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, [&](int64_t row, int64_t column, vf value) {
+    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, [&](int64_t row, int64_t column, auto count, auto dx) {
+      constexpr int N = count.value;
       const int64_t i = at(row, column);
-      const vf gradient = rounded(value + read(grad + i, lanes), grad);
-      write(grad + i, gradient, lanes);
-      sum += gradient;
-      products += gradient * activate<T, ACT>(read(before + i, lanes));
+      const auto gradient = rounded(dx + read<N>(grad + i, s.C, lanes), grad);
+      write(grad + i, s.C, gradient, lanes);
+      sum += total(gradient);
+      products += total(gradient * activate<T, ACT>(read<N>(before + i, s.C, lanes)));
     });
     sums.add(group, 0, c, sum);
     sums.add(group, 1, c, products);

@@ -21,19 +21,16 @@ struct Convolution {
 template <class T>
 void convolve_all(const Convolution& p, const T* x, const float* weights, const float* bias, T* y) {
   const Tile t{p.s.H, p.s.W, p.K, p.before(), p.before()};
-  const auto plane = [&](auto full, int64_t n, int64_t c, int lanes, float* tile) {
-    constexpr bool Full = decltype(full)::value;
-    const int64_t base = n * p.s.pixels() * p.s.C + c;
-    const auto at = [&](int64_t row, int64_t column) { return base + (row * p.s.W + column) * p.s.C; };
-    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column) { return load_lanes<Full>(x + at(row, column), lanes); });
-    const vf b = bias ? load_lanes<Full>(bias + c, lanes) : vf{};
-    convolve<PAIRS<T>>(t, tile, weights + c * p.K * p.K, [&](int64_t row, int64_t column, vf sum) {
-      store_lanes<Full>(y + at(row, column), sum + b, lanes);
-    });
-  };
   for_planes(p.s, t.floats(), [&](int64_t, int64_t n, int64_t c, int lanes, float* tile) {
-    if (lanes == L) plane(std::true_type{}, n, c, lanes, tile);
-    else plane(std::false_type{}, n, c, lanes, tile);
+    const int64_t C = p.s.C, base = n * p.s.pixels() * C + c;
+    const auto at = [&](int64_t row, int64_t column) { return base + (row * p.s.W + column) * C; };
+    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column, auto count) {
+      return read<count.value>(x + at(row, column), C, lanes);
+    });
+    const vf b = bias ? read<1>(bias + c, L, lanes).v[0] : vf{};
+    convolve<PAIRS<T>>(t, tile, weights + c * p.K * p.K, [&](int64_t row, int64_t column, auto, auto sums) {
+      write(y + at(row, column), C, sums + b, lanes);
+    });
   });
 }
 
@@ -44,9 +41,8 @@ void correlate_all(const Image& s, int K, const T* x, const T* grad, float* out,
   for_planes(s, 2 * t.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* tile) {
     const int64_t base = n * s.pixels() * s.C + c;
     const auto reader = [&](const T* from) {
-      return [=, &s](int64_t row, int64_t column) {
-        const T* p = from + base + (row * s.W + column) * s.C;
-        return lanes == L ? load(p) : load_part(p, lanes);
+      return [=, &s](int64_t row, int64_t column, auto count) {
+        return read<count.value>(from + base + (row * s.W + column) * s.C, s.C, lanes);
       };
     };
     float* grad_tile = tile + t.floats();

@@ -41,22 +41,30 @@ INLINE vf low_half(vf pair) { return (vf)((vu)pair << 16); }
 INLINE vf aligned(const float* p) { return *(const vf*)p; }
 INLINE void put(float* p, vf x) { *(vf*)p = x; }
 
-// Fill the inside of a tile whose border is already zero. read(row, column) gives the value, already rounded.
+// Fill the inside of a tile whose border is already zero. read(row, column, count) gives the values of some columns,
+// already rounded.
 template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, const Read& read) {
   for (int64_t r = 0; r < t.H; r++) {
     float* row = tile + (t.top + r) * t.row_floats() + t.left * L;
-    float* above = row - t.row_floats();
-    for (int64_t c = 0; c < t.W; c++) {
-      const vf value = read(r, c);
-      if constexpr (!Pairs) {
-        put(row + c * L, value);
-      } else {
-        const vu high = (vu)value & 0xffff0000u;
-        put(row + c * L, (vf)(high >> 16));
-        if (r > 0) put(above + c * L, (vf)((vu)aligned(above + c * L) | high));
-        else if (t.top > 0) put(above + c * L, (vf)high);
+    float* above = t.top + r > 0 ? row - t.row_floats() : nullptr;
+    const auto put_some = [&](auto count, int64_t c) {
+      const auto values = read(r, c, count);
+#pragma GCC unroll 8
+      for (int j = 0; j < decltype(count)::value; j++) {
+        const vf value = values.v[j];
+        float* to = row + (c + j) * L;
+        if constexpr (!Pairs) {
+          put(to, value);
+        } else {  // every row writes itself, and itself as the partner of the row above
+          put(to, (vf)((vu)value >> 16));
+          if (above) put(to - t.row_floats(), (vf)((vu)aligned(to - t.row_floats()) | (vu)value));
+        }
       }
-    }
+    };
+    if (Pairs && r == 0 && above) std::memset(above, 0, t.W * L * sizeof(float));
+    int64_t c = 0;
+    for (; c + MANY <= t.W; c += MANY) put_some(many, c);
+    for (; c < t.W; c++) put_some(one, c);
   }
 }
 
@@ -115,11 +123,14 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
 #pragma GCC unroll 16
   for (int j = 0; j < Columns; j++) copy[j] = sum[j];
   const int64_t valid = std::min<int64_t>(Columns, t.W - column);
+  int j = 0;
 #pragma GCC unroll 1
-  for (int j = 0; j < valid; j++) write(row, column + j, copy[j]);
+  for (; j + MANY <= valid; j += MANY) write(row, column + j, many, each<MANY>([&](int i) { return copy[j + i]; }));
+#pragma GCC unroll 1
+  for (; j < valid; j++) write(row, column + j, one, vg<1>{{copy[j]}});
 }
 
-// write(row, column, value) gets the sum over the k x k taps for every pixel of the plane.
+// write(row, column, count, sums) gets the sums over the k x k taps for every pixel of the plane, some at a time.
 template <bool Pairs, class Write>
 INLINE void convolve(const Tile& t, const float* tile, const float* weights, const Write& write) {
   constexpr int WIDE = L == 16 ? 16 : 8;  // as many sums as there are registers for

@@ -77,23 +77,58 @@ INLINE vf rounded(vf x, const float*) { return x; }
 INLINE vf rounded(vf x, const bf16*) { return widen(narrow(x)); }
 
 // The first n < L lanes; the others read as zero and are not written.
-template <class T> INLINE vf load_part(const T* p, int n) {
+template <class T> __attribute__((noinline)) vf load_part(const T* p, int n) {
   T lanes[L] = {};
   for (int i = 0; i < n; i++) lanes[i] = p[i];
   return load(lanes);
 }
-template <class T> INLINE void store_part(T* p, vf x, int n) {
+template <class T> __attribute__((noinline)) void store_part(T* p, vf x, int n) {
   T lanes[L];
   store(lanes, x);
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
-// `Full` is known when the code is compiled, so that whole vectors pay nothing for the last, partial one.
-template <bool Full, class T> INLINE vf load_lanes(const T* p, int n) {
-  if constexpr (Full) return load(p);
-  return load_part(p, n);
+// N vectors that go through the same arithmetic step by step. A polynomial is one long chain of dependent operations;
+// several side by side keep the processor's units busy where its scheduler cannot look far enough ahead.
+template <int N> struct vg {
+  vf v[N];
+};
+template <int N, class F> INLINE vg<N> each(const F& f) {
+  vg<N> out;
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) out.v[j] = f(j);
+  return out;
 }
-template <bool Full, class T> INLINE void store_lanes(T* p, vf x, int n) {
-  if constexpr (Full) store(p, x);
-  else store_part(p, x, n);
+template <int N> INLINE vg<N> operator+(vg<N> a, vg<N> b) { return each<N>([&](int j) { return a.v[j] + b.v[j]; }); }
+template <int N> INLINE vg<N> operator*(vg<N> a, vg<N> b) { return each<N>([&](int j) { return a.v[j] * b.v[j]; }); }
+template <int N> INLINE vg<N> operator+(vg<N> a, vf b) { return each<N>([&](int j) { return a.v[j] + b; }); }
+template <int N> INLINE vg<N> operator*(vg<N> a, vf b) { return each<N>([&](int j) { return a.v[j] * b; }); }
+template <int N> INLINE vg<N> operator*(vf a, vg<N> b) { return b * a; }
+template <int N> INLINE vg<N> smaller(vg<N> a, vf b) { return each<N>([&](int j) { return smaller(a.v[j], b); }); }
+template <int N> INLINE vg<N> larger(vg<N> a, vf b) { return each<N>([&](int j) { return larger(a.v[j], b); }); }
+template <int N> INLINE vg<N> smaller(vf a, vg<N> b) { return each<N>([&](int j) { return smaller(a, b.v[j]); }); }
+template <int N> INLINE vg<N> larger(vf a, vg<N> b) { return each<N>([&](int j) { return larger(a, b.v[j]); }); }
+template <int N, class T> INLINE vg<N> rounded(vg<N> x, const T* type) {
+  return each<N>([&](int j) { return rounded(x.v[j], type); });
 }
+
+// N vectors `stride` elements apart, the first `lanes` <= L lanes of each.
+template <int N, class T> INLINE vg<N> read(const T* p, int64_t stride, int lanes) {
+  if (__builtin_expect(lanes < L, 0)) return each<N>([&](int j) { return load_part(p + j * stride, lanes); });
+  return each<N>([&](int j) { return load(p + j * stride); });
+}
+template <int N, class T> INLINE void write(T* p, int64_t stride, vg<N> x, int lanes) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) {
+    if (__builtin_expect(lanes < L, 0)) store_part(p + j * stride, x.v[j], lanes);
+    else store(p + j * stride, x.v[j]);
+  }
+}
+
+// How many of them: as many as registers allow. `one` and `many` are passed as arguments and read as types.
+template <int N> struct Size {
+  static constexpr int value = N;
+};
+constexpr int MANY = 4;
+constexpr Size<1> one;
+constexpr Size<MANY> many;
