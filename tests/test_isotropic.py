@@ -5,7 +5,7 @@ import torch
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, Isotropic, resnet
+from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, AveragePooling, Isotropic, resnet
 from convmixer.models.registry import SKELETONS, create_model
 
 SIZES = {"dim": 16, "depth": 2, "kernel_size": 3, "patch_size": 4, "img_size": 16, "num_classes": 5}
@@ -73,6 +73,14 @@ def test_attention_tells_positions_apart() -> None:
     x = torch.randn(1, 16, 4, 4)
     moved = mixer(x.flip(-1)).flip(-1)
     assert not torch.allclose(moved, mixer(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 13])
+def test_pooling_equals_torch(window: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    pool = torch.nn.AvgPool2d(window, 1, window // 2, count_include_pad=False)
+    torch.testing.assert_close(AveragePooling(6, window)(x), pool(x))
 
 
 @pytest.mark.parametrize("name", SKELETONS)
