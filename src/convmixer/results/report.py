@@ -269,7 +269,8 @@ def _cell(text: str, head: str) -> str:
     kind = ""
     if head == "verdict":
         kind = f' class="{text[2:].replace(" ", "-")}"'
-    return f"<td{kind}>{html.escape(text)}</td>"
+    label = f' data-head="{html.escape(head)}"' if head else ""
+    return f"<td{kind}{label}>{html.escape(text)}</td>"
 
 
 def _figure(title: str, picture: str) -> str:

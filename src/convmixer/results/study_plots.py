@@ -66,7 +66,7 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
 
     def add(name: str, title: str, draw: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
         with plt.rc_context({**_STYLE, "svg.hashsalt": name}):  # unique ids: all pictures share one page
-            figure, axes = plt.subplots(figsize=(6.2, height), layout="constrained")
+            figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
             if draw(results, axes):
                 drawn[name] = (title, _themed(figure))
             plt.close(figure)
@@ -192,7 +192,7 @@ def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes]
                 axes.errorbar(x / unit, row.test.mean, yerr=spread, capsize=3, ms=8, label=row.label, **style)
                 points += 1
         axes.set(xlabel=label, ylabel="test top-1, %")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.1 * axes.dataLim.x1 if points else 1)
         return _legend(axes, points)
 
     return draw

@@ -1,0 +1,242 @@
+"""Whole studies on real digits: a killed one ends like one never killed, budgets, refusals, verification, report."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from convmixer.errors import RequestError
+from convmixer.studies.run import compare
+from convmixer.studies.schema import find_study
+from convmixer.studies.verify import verify
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    """Write a variant of the smoke study that takes seconds."""
+    raw = yaml.safe_load(find_study("smoke").read_text(encoding="utf-8"))
+    raw["recipe"] |= {"epochs": 2, "precision": "fp32"}
+    for arm in raw["arms"].values():
+        arm["depth"] = 1
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(raw | changes))
+    return path
+
+
+def command(study: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "convmixer", "compare", str(study), "digits", "--out", str(out), *more]
+
+
+def start(study: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CONVMIXER_KERNELS": "0", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command(study, out, *more),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_in_the_middle(worker: "subprocess.Popen[str]", line: str) -> None:
+    """Kill a worker as soon as it says that line."""
+    assert worker.stdout
+    for said in worker.stdout:
+        if re.search(line, said):
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+            worker.stdout.close()
+            return
+    pytest.fail(f"the worker ended before it said {line}")
+
+
+def finish(worker: "subprocess.Popen[str]") -> str:
+    said = worker.communicate(timeout=300)[0]
+    assert worker.returncode == 0, said
+    return str(said)
+
+
+def numbers(out: Path) -> dict[str, tuple[float, float]]:
+    """Return run -> test accuracy and loss, all digits."""
+    lines = (out / "records.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert len(found) == len({r["name"] for r in found})
+    return {r["name"]: (r["results"]["test_top1"], r["results"]["test_loss"]) for r in found}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny study that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(tiny(folder), folder / "out"))
+    return folder / "out"
+
+
+def test_a_study_leaves_records_and_a_report(whole: Path) -> None:
+    assert set(numbers(whole)) == {"depthwise-seed0", "none-seed0", "depthwise-seed1", "none-seed1"}
+    page = (whole / "report.html").read_text()
+    assert page.count("<svg ") >= 5
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    text = (whole / "report.md").read_text()
+    assert "Mixing positions helps" in text
+    for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
+        assert (whole / picture).stat().st_size > 1000
+
+
+def test_a_killed_study_resumes_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    study, out = tiny(tmp_path), tmp_path / "out"
+    kill_in_the_middle(start(study, out), r"run 2 of 4.*none-seed0")
+    said = finish(start(study, out, "--resume"))
+    assert numbers(out) == numbers(whole)
+    assert "run 1 of 4" not in said  # nothing that was done is repeated
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_from_its_checkpoint(whole: Path, tmp_path: Path) -> None:
+    study, out = tiny(tmp_path), tmp_path / "out"
+    kill_in_the_middle(start(study, out), r"epoch 1/2")
+    said = finish(start(study, out, "--resume"))
+    assert re.search(r"resuming .*depthwise-seed0 at step (?!0 )\d+", said)
+    assert numbers(out) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_a_budget_trains_what_fits_and_says_what_is_missing(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    study = tiny(tmp_path)
+    again = compare(str(study), "digits", out, resume=True)
+    assert again["missing"] == []
+    new = tmp_path / "new"
+    found = compare(str(study), "digits", new, budget="1s")
+    assert found["missing"] == ["depthwise-seed0", "none-seed0", "depthwise-seed1", "none-seed1"]
+    assert "Incomplete: 0 of 4 runs are done" in (new / "report.md").read_text()
+    assert found["verdicts"][0]["verdict"] == "not decided"
+
+
+@pytest.mark.slow
+def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare(str(tiny(tmp_path)), "digits", tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert found["arms"]["none"]["peak_memory_bytes"] > 0
+    assert found["seconds_total"] > 0
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_folders_are_not_mixed_up(whole: Path, tmp_path: Path) -> None:
+    study = str(tiny(tmp_path))
+    with pytest.raises(RequestError, match="continue it with --resume"):
+        compare(study, "digits", whole)
+    with pytest.raises(RequestError, match="has changed since"):
+        compare(str(tiny(tmp_path, seeds=[0, 1, 2])), "digits", whole, resume=True)
+    with pytest.raises(RequestError, match="holds the study tiny"):
+        compare("smoke", "digits", whole, resume=True)
+    with pytest.raises(RequestError, match="start it without --worker first"):
+        compare(study, "digits", tmp_path / "new", worker=True)
+
+
+def test_nothing_trains_when_a_match_is_impossible(tmp_path: Path) -> None:
+    match = {"by": "parameters", "like": "depthwise", "tolerance": 0.00001}
+    with pytest.raises(RequestError, match="arm none: impossible match"):
+        compare(str(tiny(tmp_path, match=match)), "digits", tmp_path / "out")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_an_unequal_study_says_so_on_top(tmp_path: Path) -> None:
+    raw = yaml.safe_load(tiny(tmp_path).read_text())
+    raw["arms"]["none"]["recipe"] = {"lr": 0.001}
+    found = compare(str(tiny(tmp_path, unequal=True, arms=raw["arms"])), "digits", tmp_path / "out", budget="1s")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("Unequal: not all arms share one recipe") < text.index("## Claims")
+    assert "no mixing (lr 0.001 instead of 0.02)" in Path(found["report"]).read_text()
+
+
+@pytest.mark.slow
+def test_wall_time_can_be_matched(tmp_path: Path) -> None:
+    match = {"by": "seconds", "like": "depthwise", "tolerance": 0.9}
+    found = compare(str(tiny(tmp_path, match=match)), "digits", tmp_path / "out", dry_run=True)
+    assert found["arms"]["none"]["parameters"] > 0
+
+
+def test_verify_measures_again(whole: Path, tmp_path: Path) -> None:
+    found = verify(whole / "records.jsonl")
+    assert found["holds"]
+    assert len(found["records"]) == 4
+    single = verify(whole / "runs" / "none-seed0" / "record.jsonl")
+    assert single["records"][0]["measured"] == pytest.approx(numbers(whole)["none-seed0"][0], abs=1e-6)
+
+
+def test_verify_names_what_does_not_hold(whole: Path, tmp_path: Path) -> None:
+    record = json.loads((whole / "records.jsonl").read_text().splitlines()[0])
+    shutil.copytree(whole / "runs" / record["name"] / "weights", tmp_path / "runs" / record["name"] / "weights")
+
+    def changed(**parts: Any) -> Path:
+        path = tmp_path / "records.jsonl"
+        path.write_text(json.dumps(record | parts) + "\n")
+        return path
+
+    assert verify(changed())["holds"]
+    with pytest.raises(RuntimeError, match="1 of 1 recorded numbers do not hold: depthwise-seed0"):
+        verify(changed(results=record["results"] | {"test_top1": record["results"]["test_top1"] - 1}))
+    with pytest.raises(RequestError, match="other data"):
+        verify(changed(data=record["data"] | {"checksum": "sha256:0"}))
+    with pytest.raises(RequestError, match="weights of depthwise-seed0 are not at"):
+        verify(changed(results=record["results"] | {"weights": "nowhere"}))
+    with pytest.raises(RequestError, match="no record named x"):
+        verify(changed(), run="x")
+    with pytest.raises(RequestError, match="cannot read"):
+        verify(tmp_path / "none.jsonl")
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL on loopback; it refuses to run as root, so it runs as `postgres` then."""
+    if not POSTGRES:
+        pytest.skip("PostgreSQL is not installed: no /usr/lib/postgresql/*/bin")
+    pytest.importorskip("psycopg2", reason="the extra `postgres` is not installed")
+    binaries, folder = POSTGRES[-1], Path("/tmp") / f"convmixer-postgres-{os.getpid()}"
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    port = 20000 + os.getpid() % 20000
+
+    def run(*words: str) -> None:
+        subprocess.run([*as_user, *words], check=True, cwd="/", stdout=subprocess.DEVNULL, timeout=60)
+
+    options = f"-p {port} -h 127.0.0.1 -k {folder}"
+    try:
+        run(str(binaries / "initdb"), "-D", str(folder), "-U", "study", "-A", "trust", "--no-sync")
+        run(str(binaries / "pg_ctl"), "-D", str(folder), "-o", options, "-l", f"{folder}/log", "-w", "start")
+        yield f"postgresql://study@127.0.0.1:{port}/postgres"
+    finally:
+        run(str(binaries / "pg_ctl"), "-D", str(folder), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_workers_on_postgresql_one_of_them_killed(whole: Path, tmp_path: Path, postgres: str) -> None:
+    study, out = tiny(tmp_path), tmp_path / "out"
+    queue = ("--storage", postgres, "--heartbeat", "1")
+    first = start(study, out, *queue)
+    deadline = time.monotonic() + 120
+    while not (out / "study.json").exists():  # planned and queued
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second = start(study, out, *queue, "--worker")
+    kill_in_the_middle(second, r"epoch 1/2")
+    said = finish(first)
+    assert numbers(out) == numbers(whole)
+    trained = [line for line in said.splitlines() if line.startswith("run  ")]
+    assert len(trained) == len(set(trained))
+    assert "report " in said
