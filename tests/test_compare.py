@@ -229,8 +229,9 @@ def test_two_workers_on_postgresql_one_of_them_killed(whole: Path, tmp_path: Pat
     study, out = tiny(tmp_path), tmp_path / "out"
     queue = ("--storage", postgres, "--heartbeat", "1")
     first = start(study, out, *queue)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (out / "study.json").exists():  # planned and queued
+        assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     second = start(study, out, *queue, "--worker")

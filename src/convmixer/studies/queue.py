@@ -40,6 +40,8 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # experimental by name for years; a later Optuna that changes them fails our tests, not silently
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 disagree on the driver meant
+            url = "postgresql+psycopg2://" + url.partition("://")[2]
         retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
         # SQLite lets one writer in at a time: wait for it instead of failing
         engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
