@@ -103,6 +103,35 @@ def test_a_killed_study_resumes_to_the_same_numbers(whole: Path, tmp_path: Path)
     assert "run 1 of 4" not in said  # nothing that was done is repeated
 
 
+def test_smoke_takes_at_most_three_minutes_and_opens_in_a_browser(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    began = time.monotonic()
+    said = subprocess.run(
+        [sys.executable, "-m", "convmixer", "compare", "smoke", "--out", str(tmp_path / "out"), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    seconds = time.monotonic() - began
+    result = json.loads(said.splitlines()[-1])
+    assert result["missing"] == result["failed"] == []
+    assert seconds < 180 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others may use this machine too
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page, asked = browser.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(Path(result["report"]).resolve().as_uri())
+        assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+        drawn = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert drawn
+        assert page.locator("figure svg").count() == 7
+        assert page.locator("figure img").count() >= 1
+        browser.close()
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues_from_its_checkpoint(whole: Path, tmp_path: Path) -> None:
     study, out = tiny(tmp_path), tmp_path / "out"

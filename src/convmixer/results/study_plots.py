@@ -65,10 +65,10 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
     drawn: dict[str, tuple[str, str]] = {}
 
     def add(name: str, title: str, draw: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
-        with plt.rc_context({**_STYLE, "svg.hashsalt": name}):  # unique ids: all pictures share one page
+        with plt.rc_context({**_STYLE, "svg.hashsalt": name}):  # a fixed salt: equal numbers give equal files
             figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
             if draw(results, axes):
-                drawn[name] = (title, _themed(figure))
+                drawn[name] = (title, _themed(figure, name))
             plt.close(figure)
 
     arms, claims = len(results.plan["arms"]), len(results.plan["claims"])
@@ -131,7 +131,7 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _themed(figure: Figure) -> str:
+def _themed(figure: Figure, name: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
@@ -139,6 +139,8 @@ def _themed(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # holds web addresses; nothing needs it
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for mark in (' id="', "url(#", 'href="#'):  # all pictures share one page, so ids must differ
+        svg = svg.replace(mark, f"{mark}{name}-")
     return svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
 
 
