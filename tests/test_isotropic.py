@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from convmixer.errors import RequestError
+from convmixer.fast import accelerate
+from convmixer.fast_inference import optimize_for_inference
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, AveragePooling, Isotropic, resnet
 from convmixer.models.registry import SKELETONS, create_model
@@ -35,6 +37,19 @@ def test_every_variant_trains_and_is_independent_of_the_batch(options: dict[str,
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mixer": m} for m in MIXERS] + [{"stem": s} for s in STEMS] + [{"residual": r} for r in RESIDUALS],
+    ids=str,
+)
+def test_every_variant_can_be_made_fast_or_stays_as_it_is(options: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model, x = Isotropic(**SIZES, **options).eval(), torch.randn(3, 3, 16, 16)
+    expected = model(x)
+    torch.testing.assert_close(optimize_for_inference(model, "fp32")(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(accelerate(model)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

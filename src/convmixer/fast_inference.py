@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convmixer import kernels
 from convmixer.errors import RequestError
-from convmixer.fast import _ACTS, _say_once, _unusual
+from convmixer.fast import _ACTS, FastConvMixer, _say_once, _unusual
 from convmixer.kernels.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
 
@@ -51,7 +51,7 @@ def optimize_for_inference(
         return _optimized(model, precision, calibration)
     if precision == "int8":
         raise RequestError(f"int8 needs the CPU kernels: {reason}")
-    if isinstance(model, ConvMixer):
+    if type(model) in (ConvMixer, FastConvMixer):
         _say_once(reason)
     return PlainInference(model, precision)
 
@@ -98,7 +98,7 @@ class FastInference(nn.Module):
 
 def _unfit(model: Any) -> str | None:
     """Return why the kernel cannot run this model, or None."""
-    if not isinstance(model, ConvMixer):
+    if type(model) not in (ConvMixer, FastConvMixer):  # a subclass may have another stem
         return f"the model is a {type(model).__name__}"
     if model.stem[0].weight.device.type != "cpu":
         return f"the model is on {model.stem[0].weight.device}"
