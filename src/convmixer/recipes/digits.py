@@ -2,8 +2,9 @@
 
     convmixer train digits
 
-Expected: 99.2% test top-1 (seed 0; 360 images, so one image is 0.28 points). 24 s from the command to the prompt on
-2 cores of an AMD EPYC (family 26, AVX-512), of which 12 s train; 27 s and 98.9% without the C++ kernels.
+Expected: at least 98.5% test top-1, the goal; measured 99.44% (seed 0) and 99.72% (seed 1). The test split has 360
+images, so one image is 0.28 points. 37 to 39 s from the command to the prompt on 2 cores of an AMD EPYC (family 26,
+AVX-512) with the C++ kernels, of which 24 s train.
 
 fp32 on every machine: at this size it is as fast as bf16, and results do not depend on the processor's formats.
 """
@@ -17,7 +18,7 @@ def config() -> Config:
         model="convmixer_64_6_p1_k5",
         val_fraction=0.1,
         workers=0,
-        epochs=20,
+        epochs=40,
         batch_size=64,
         lr=0.02,
         weight_decay=0.01,
