@@ -1,4 +1,4 @@
-"""What this installation runs on: versions, devices, the processor, and whether the CPU kernels are built or why not."""
+"""What this installation runs on: versions, devices, the processor, and the CPU kernels, or why there are none."""
 
 import importlib.metadata
 import os
