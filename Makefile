@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: install demo check format test test-slow clean
+.PHONY: install demo check format test test-slow docs clean
 
 install: $(VENV)/.installed  ## the environment, with the development extras
 
@@ -35,6 +35,9 @@ test: install  ## the whole suite but the slow tests
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+docs: install  ## the API's pages, built from the docstrings, in build/docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs convmixer
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

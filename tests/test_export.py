@@ -141,3 +141,21 @@ def test_running_an_onnx_file_or_web_folder_imports_no_torch(
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout) == [[3, 10], False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "precision"), PAIRS)
+def test_the_shipped_weights_keep_their_accuracy_in_every_format(
+    cifar10: Path, tmp_path: Path, format: str, precision: str
+) -> None:
+    from convmixer.export import export
+    from convmixer.models.registry import shipped
+
+    name = "convmixer_256_8.cifar10"
+    if name not in shipped():
+        pytest.skip(f"the package ships no {name}")
+    report = export(name, format, precision, tmp_path / f"model{SUFFIX[format]}", str(cifar10), 1000)
+    assert report["images"] == 1000
+    assert report["top1_model"] >= 91  # the model card's figure, less the spread of a thousand images
+    assert report["top1_agreement"] >= {"fp32": 99.9, "fp16": 99.5, "int8": 97}[precision]
+    assert report["top1_model"] - report["top1_export"] <= 0.5

@@ -103,15 +103,23 @@ function resize(image, width, height, interpolation) {
 
 function nearest({ width, height, data }, newWidth, newHeight) {
   const channels = data.length / (width * height);
+  const [columns, rows] = [nearestOf(width, newWidth), nearestOf(height, newHeight)];
   const out = new Uint8Array(newWidth * newHeight * channels);
-  for (let y = 0, i = 0; y < newHeight; y++) {
-    const row = Math.floor(((y + 0.5) * height) / newHeight) * width;
-    for (let x = 0; x < newWidth; x++) {
-      const from = (row + Math.floor(((x + 0.5) * width) / newWidth)) * channels;
-      for (let c = 0; c < channels; c++) out[i++] = data[from + c];
+  let i = 0;
+  for (const y of rows) {
+    for (const x of columns) {
+      for (let c = 0; c < channels; c++) out[i++] = data[(y * width + x) * channels + c];
     }
   }
   return { width: newWidth, height: newHeight, data: out };
+}
+
+/** The input position of each output position; summed up as Pillow does, which decides at exact halves. */
+function nearestOf(inSize, outSize) {
+  const scale = inSize / outSize;
+  const positions = [];
+  for (let at = scale * 0.5; positions.length < outSize; at += scale) positions.push(Math.floor(at));
+  return positions;
 }
 
 /** For each output position the first input position and the fixed-point weights; wider when shrinking. */
