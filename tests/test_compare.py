@@ -26,7 +26,7 @@ POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 def tiny(folder: Path, **changes: Any) -> Path:
     """Write a variant of the smoke study that takes seconds."""
     raw = yaml.safe_load(find_study("smoke").read_text(encoding="utf-8"))
-    raw["recipe"] |= {"epochs": 2, "precision": "fp32"}
+    raw["recipe"] |= {"epochs": 2, "precision": "fp32", "checkpoint_seconds": 0.2}
     for arm in raw["arms"].values():
         arm["depth"] = 1
     path = folder / "tiny.yaml"
@@ -135,7 +135,13 @@ def test_smoke_takes_at_most_three_minutes_and_opens_in_a_browser(tmp_path: Path
 @pytest.mark.slow
 def test_a_killed_run_continues_from_its_checkpoint(whole: Path, tmp_path: Path) -> None:
     study, out = tiny(tmp_path), tmp_path / "out"
-    kill_in_the_middle(start(study, out), r"epoch 1/2")
+    worker, deadline = start(study, out), time.monotonic() + 240
+    while not list(out.glob("runs/depthwise-seed0/checkpoints/[!.]*")):
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.communicate()
     said = finish(start(study, out, "--resume"))
     assert re.search(r"resuming .*depthwise-seed0 at step (?!0 )\d+", said)
     assert numbers(out) == numbers(whole)
