@@ -1,0 +1,45 @@
+"""The AVX2 and the scalar build pass the parity tests too; a broken compiler is no crash; builders do not collide."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("march", ["x86-64-v3", "scalar"])
+def test_other_processors(march: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],
+        env=os.environ | {"CONVMIXER_KERNELS_MARCH": march},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "failed")])
+def test_without_a_working_compiler_torch_runs(tmp_path: Path, compiler: str, said: str) -> None:
+    code = (
+        "import torch; from convmixer.fast import accelerate; from convmixer import create_model;"
+        "print(accelerate(create_model('convmixer_128_4_p4_k3'))(torch.randn(2, 3, 8, 8)).shape)"
+    )
+    done = _run(code, CXX=compiler, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout == "torch.Size([2, 10])\n"
+    assert said in done.stderr
+
+
+def test_importing_builds_nothing(tmp_path: Path) -> None:
+    done = _run("import convmixer.fast, convmixer.kernels.blocks", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
