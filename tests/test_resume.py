@@ -52,7 +52,10 @@ def _signal_in_mid_epoch(process: subprocess.Popen[str], run: Path, number: int,
     latest, seen, last = run / "checkpoints" / LATEST, 0, None
     deadline = time.monotonic() + 120
     while seen < checkpoints and time.monotonic() < deadline and process.poll() is None:
-        now = latest.stat().st_mtime_ns if latest.exists() else None
+        try:
+            now = latest.stat().st_mtime_ns
+        except FileNotFoundError:  # not written yet, or just being replaced
+            now = None
         seen, last = seen + (now is not None and now != last), now or last
         time.sleep(0.001)
     process.send_signal(number)

@@ -1,5 +1,9 @@
-"""Where to compute and in which precision: the one place that decides it. torch is imported when asked."""
+"""Where to compute, in which precision, and what memory that takes. torch is imported when asked."""
 
+import contextlib
+import resource
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmixer.errors import RequestError
@@ -59,3 +63,29 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
     if name == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return name
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now; where the system does not tell, the most it has held."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held since it began or since `forget_peak`."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Count the peak anew from here, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        # only where nothing better is: Linux keeps in it the peak of the process that this one was forked from
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -4,12 +4,12 @@ import dataclasses
 import gc
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from convmixer.benchmark import contenders
 from convmixer.benchmark.case import Case
+from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
 from convmixer.models.registry import create_model
 
 
@@ -23,11 +23,11 @@ def main() -> None:
     gc.collect()
     step = prepare(case)
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes()
+    forget_peak()
     for _ in range(3):
         step()
-    print(_status("VmHWM") - before - _kept_bytes(case))
+    print(peak_resident_bytes() - before - _kept_bytes(case))
 
 
 def _smallest(case: Case) -> Case:
@@ -39,11 +39,6 @@ def _kept_bytes(case: Case) -> int:
     with torch.device("meta"):
         weights = sum(p.numel() for p in create_model(case.model, num_classes=case.num_classes).parameters())
     return 3 * 4 * weights if case.task == "train" else 0  # the gradient and AdamW's two means, fp32
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ Run as `python -m convmixer.studies.probe` with a JSON request on standard input
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from convmixer.config import Config, override, to_dict
+from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
 from convmixer.errors import RequestError
 from convmixer.studies.arms import Build
 
@@ -52,9 +51,10 @@ def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
     started = time.perf_counter()
     job = prepare(data, config, build)
     set_up = time.perf_counter() - started
-    before = _memory_now()
+    forget_peak()  # that of loading
+    before = resident_bytes()
     step = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
-    peak = max(0, _memory_peak() - before)
+    peak = max(0, peak_resident_bytes() - before)
     infer = infer_speed(job.model, job.preprocessing, job.config.precision)
     splits = (job.data.val, job.data.test)
     val, test = (len(split) if split else 0 for split in splits)
@@ -103,16 +103,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _memory_now() -> int:
-    statm = Path("/proc/self/statm")  # Linux; elsewhere the peak so far, so that the difference is a lower bound
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _memory_peak()
-
-
-def _memory_peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _main() -> None:

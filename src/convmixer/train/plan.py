@@ -4,10 +4,8 @@ Memory on the CPU is that of a fresh process that takes three steps: its peak re
 the first, when libraries, data and model were loaded. On a GPU it is CUDA's own peak. Both are measured.
 """
 
-import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.config import Config, override, parse_seconds, to_dict
+from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
 from convmixer.errors import RequestError
 from convmixer.models.registry import create_model
 from convmixer.train.engine import fit, measure_speed
@@ -101,24 +100,10 @@ def _measure_memory() -> None:
     settings = override(Config(), request["settings"] | {"workers": 0})
     job = prepare(request["data"], settings)
     cuda = job.device.type == "cuda"
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of loading
-    before = 0 if cuda else _resident_bytes()
+    forget_peak()  # that of loading
+    before = 0 if cuda else resident_bytes()
     fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)
-    print(torch.cuda.max_memory_allocated() if cuda else _peak_bytes() - before)
-
-
-def _resident_bytes() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: the peak so far stands for the present
-        return _peak_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    print(torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes() - before)
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
