@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.weights import LoadedModel, adapt_channels, class_names, load_model, save_model
+from convmixer.models.weights import LoadedModel, adapt_channels, class_names, load_model, save_changed
 from convmixer.preprocess import Preprocessing
 
 State = dict[str, torch.Tensor]
@@ -44,16 +44,8 @@ def convert(
     """
     loaded = load_model(source)
     new, changes = resize(loaded, patch_size, kernel_size, num_classes, classes, in_chans, img_size)
-    kept = {key: value for key, value in loaded.metadata.items() if key not in ("name", "model_args", "version")}
-    save_model(
-        out,
-        new.model,
-        architecture=new.metadata["name"],
-        model_args=new.metadata.get("model_args", {}),
-        classes=new.classes,
-        preprocessing=new.preprocessing,
-        **kept | ({"converted": {"source": str(source), "changes": changes}} if changes else {}),
-    )
+    made = {"converted": {"source": str(source), "changes": changes}} if changes else {}
+    save_changed(out, new, **made)
     print(f"{source}: {loaded.found}")
     for line in changes or ["nothing resized"]:
         print(f"  {line}")

@@ -138,6 +138,26 @@ def _timm_name(args: Mapping[str, Any]) -> str | None:
     return next((theirs for ours, theirs in TIMM_NAMES.items() if VARIANTS[ours] == dict(args)), None)
 
 
+def save_changed(folder: Path, loaded: LoadedModel, **metadata: Any) -> None:
+    """Write a loaded model that was changed since, as `save_model` does, keeping what is known about it.
+
+    Args:
+        folder: Where to write.
+        loaded: The model with its metadata.
+        **metadata: What was done to it, added to its metadata.
+    """
+    kept = {key: value for key, value in loaded.metadata.items() if key not in ("name", "model_args", "version")}
+    save_model(
+        folder,
+        loaded.model,
+        architecture=loaded.metadata["name"],
+        model_args=loaded.metadata.get("model_args", {}),
+        classes=loaded.classes,
+        preprocessing=loaded.preprocessing,
+        **kept | metadata,
+    )
+
+
 def load_model(source: str | Path) -> LoadedModel:
     """Return a model ready to use from wherever its weights are.
 

@@ -25,7 +25,7 @@ from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.inference import Logits, load_classifier, torch_logits
-from convmixer.models.weights import LoadedModel, load_model, save_model
+from convmixer.models.weights import LoadedModel, load_model, save_changed
 from convmixer.preprocess import Preprocessing
 from convmixer.records import write_atomic
 
@@ -359,16 +359,8 @@ def recalibrate(weights: str | Path, data: str | None, out: Path, limit: int = 2
     before = _top1(loaded, splits, judge)
     images = recompute_batchnorm(loaded.model, pick(splits, "train"), loaded.preprocessing, limit)
     after = _top1(loaded, splits, judge)
-    given = {key: value for key, value in loaded.metadata.items() if key not in ("name", "model_args", "version")}
-    save_model(
-        out,
-        loaded.model,
-        architecture=loaded.metadata["name"],
-        model_args=loaded.metadata.get("model_args", {}),
-        classes=loaded.classes,
-        preprocessing=loaded.preprocessing,
-        **given | {"recalibrated": {"data": splits.name, "checksum": splits.checksum, "images": images}},
-    )
+    made = {"data": splits.name, "checksum": splits.checksum, "images": images}
+    save_changed(out, loaded, recalibrated=made)
     print(f"{held_out} top-1 {before:.2f}% -> {after:.2f}% ({len(judge)} images); weights written to {out}")
     return {"weights": str(out), "images": images, "split": held_out, "top1_before": before, "top1_after": after}
 
