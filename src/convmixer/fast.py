@@ -13,9 +13,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from convmixer import kernels
+from convmixer.device import native_bf16
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
+_NATIVE_BF16 = native_bf16()  # elsewhere torch emulates bf16 products, a hundred times slower than fp32
 _ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}
 
 
@@ -159,9 +161,12 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
     h, w = H // p, W // p
-    patches = x[:, :, : h * p, : w * p].to(dtype).reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-    weight, bias = conv.weight.flatten(1).to(dtype), conv.bias
-    v = nn.functional.linear(patches.reshape(B * h * w, -1), weight, None if bias is None else bias.to(dtype))
+    product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
+    with torch.autocast("cpu", enabled=False):
+        patches = x[:, :, : h * p, : w * p].to(product).reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+        weight, bias = conv.weight.flatten(1).to(product), conv.bias
+        bias = None if bias is None else bias.to(product)
+        v = nn.functional.linear(patches.reshape(B * h * w, -1), weight, bias).to(dtype)
     return v.view(B, h, w, -1)
 
 

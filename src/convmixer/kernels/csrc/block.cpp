@@ -6,11 +6,13 @@
 //
 // In each training step a tensor passes through memory as few times as the statistics allow. They are a barrier:
 // spatial_forward    reads v of the block before, writes u, gathers the statistics of act(u)
-// channel_forward    reads u and v before, writes v, gathers the statistics of act(v); by rows that fit the cache
+// channel_forward    reads u and v before, writes v, gathers the statistics of act(v); by rows that fit the cache,
+//                    between which and the product nothing goes to memory where the product is our own
 // channel_backward   turns the gradient of y into that of h; gathers the sums for the first norm
 // spatial_backward   turns the gradient of h into that of x; gathers the sums for the norm of the block before
 #include "activation.h"
 #include "depthwise.h"
+#include "pointwise.h"
 
 #include <array>
 #include <tuple>
@@ -32,8 +34,8 @@ class Coefficients {
     for (int64_t i = 0; i < t.size(0); i++)
       std::memcpy(&values_[i * C_], t.const_data_ptr<float>() + i * C, C * sizeof(float));
   }
-  vf at(int row, int64_t c) const { return load(data_ + row * C_ + c); }
-  template <int N> vg<N> some(int row, int64_t c) const { return ::read<N>(data_ + row * C_ + c, L, L); }
+  INLINE vf at(int row, int64_t c) const { return load(data_ + row * C_ + c); }
+  template <int N> INLINE vg<N> some(int row, int64_t c) const { return ::read<N>(data_ + row * C_ + c, L, L); }
 
  private:
   int64_t C_;
@@ -73,7 +75,7 @@ class Sums {
 // act(v) * scale + shift. V is a vector for one set of channels, or a group of them for neighbouring sets.
 template <class T, int ACT, class V> struct Norm {
   V scale, shift;
-  template <int N> vg<N> operator()(vg<N> v) const { return activate<T, ACT>(v) * scale + shift; }
+  template <int N> INLINE vg<N> operator()(vg<N> v) const { return activate<T, ACT>(v) * scale + shift; }
 };
 template <class T, int ACT> INLINE Norm<T, ACT, vf> norm_of(const Coefficients& k, int64_t c) {
   return {k.at(0, c), k.at(1, c)};
@@ -86,13 +88,21 @@ template <class T, int ACT, int N> INLINE Norm<T, ACT, vg<N>> norms_of(Size<N>, 
 // the batch's sums; Source: arXiv 1502.03167, Sec. 3.
 template <class T, int ACT, class V> struct NormBackward {
   V a, b, c;
-  template <int N> vg<N> operator()(vg<N> g, vg<N> v) const {
+  template <int N> INLINE vg<N> operator()(vg<N> g, vg<N> v) const {
     return (g * a + (activate<T, ACT>(v) * b + c)) * slope<T, ACT>(v);
   }
 };
 
 constexpr int SLOTS = 32;     // shares of the rows, whatever the number of threads, so that sums do not depend on it
 constexpr int64_t ROWS = 32;  // rows whose sums are added in float before they go to double
+
+// element(count, c, lanes) for every vector or few vectors of a row of C channels.
+template <class Element> INLINE void along(int64_t C, const Element& element) {
+  int64_t c = 0;
+  for (; c + MANY * L <= C; c += MANY * L) element(many, c, L);
+  for (; c + L <= C; c += L) element(one, c, L);
+  if (c < C) element(one, c, (int)(C - c));
+}
 
 // element(count, i, c, lanes, sums) for every vector or few vectors, i their offset and c their channel, in parallel
 // and in the order of the memory. sums points at their `Sums` running sums, side by side, which end in `gathered`.
@@ -105,12 +115,8 @@ void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) 
       const int64_t last = (slot + 1) * rows / SLOTS;
       for (int64_t first = slot * rows / SLOTS; first < last; first += ROWS) {
         std::memset(sums, 0, Count * padded * sizeof(float));
-        for (int64_t r = first; r < std::min(first + ROWS, last); r++) {
-          int64_t c = 0;
-          for (; c + MANY * L <= C; c += MANY * L) element(many, r * C + c, c, L, sums + Count * c);
-          for (; c + L <= C; c += L) element(one, r * C + c, c, L, sums + Count * c);
-          if (c < C) element(one, r * C + c, c, (int)(C - c), sums + Count * c);
-        }
+        for (int64_t r = first; r < std::min(first + ROWS, last); r++)
+          along(C, [&](auto count, int64_t c, int lanes) { element(count, r * C + c, c, lanes, sums + Count * c); });
         for (int64_t c = 0; c < C && gathered; c += L)
           for (int which = 0; which < Count; which++)
             gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
@@ -137,8 +143,8 @@ template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int
 template <class T, int ACT>
 void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
   over_rows<2>(rows, C, sums, [=, &bias](auto count, int64_t i, int64_t c, int lanes, float* sum) {
-    const auto stored = rounded(read<count.value>(v + i, L, lanes) + bias.some<count.value>(0, c), v);
-    write(v + i, L, stored, lanes);
+    const auto sum_of_both = read<count.value>(v + i, L, lanes) + bias.some<count.value>(0, c);
+    const auto stored = write_rounded(v + i, L, sum_of_both, lanes);
     const auto a = activate<T, ACT>(stored);
     add_to<2>(sum, 0, a);
     add_to<2>(sum, 1, a * a);
@@ -172,13 +178,24 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
   });
 }
 
-// h = norm(act(u)) + norm(act(v before))
+// h = norm(act(u)) + norm(act(v before)), where rows of h are `step` apart.
+template <class T, int ACT, class H>
+INLINE void residual_rows(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
+                          H* h, int64_t step, int64_t rows, int64_t C) {
+  for (int64_t r = 0; r < rows; r++)
+    along(C, [&](auto count, int64_t c, int lanes) {
+      constexpr int N = decltype(count)::value;
+      const int64_t i = r * C + c;
+      const auto x = norms_of<T, ACT>(count, norm_before, c)(read<N>(before + i, L, lanes));
+      write(h + r * step + c, L, norms_of<T, ACT>(count, norm, c)(read<N>(u + i, L, lanes)) + x, lanes);
+    });
+}
 template <class T, int ACT>
 void apply_residual(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before, T* h,
                     int64_t rows, int64_t C) {
-  over_rows<0>(rows, C, nullptr, [=, &norm, &norm_before](auto count, int64_t i, int64_t c, int lanes, float*) {
-    const auto x = norms_of<T, ACT>(count, norm_before, c)(read<count.value>(before + i, L, lanes));
-    write(h + i, L, norms_of<T, ACT>(count, norm, c)(read<count.value>(u + i, L, lanes)) + x, lanes);
+  torch::stable::parallel_for(0, rows, ROWS, [&](int64_t begin, int64_t end) {
+    const int64_t i = begin * C;
+    residual_rows<T, ACT>(u + i, norm, before + i, norm_before, h + i, C, end - begin, C);
   });
 }
 
@@ -220,7 +237,7 @@ void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) 
 // Each pixel's share of the pooled gradient, and its sums with act(v).
 template <class T, int ACT> void spread(const Image& s, const float* grad, const T* v, T* out, Sums& sums) {
   for_planes(s, 0, [&](int64_t group, int64_t n, int64_t c, int lanes, float*) {
-    const vg<1> g = rounded(read<1>(grad + n * s.C + c, s.C, lanes) * splat(1.0f / s.pixels()), out);
+    const vg<1> g{{rounded(read<1>(grad + n * s.C + c, s.C, lanes).v[0] * (1.0f / s.pixels()), out)}};
     vf sum{};
     for (int64_t p = 0; p < s.pixels(); p++) {
       const int64_t i = (n * s.pixels() + p) * s.C + c;
@@ -241,7 +258,7 @@ void spatial_forward_all(const Image& s, int K, const T* before, const Coefficie
     const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
     const auto x = norm_of<T, ACT>(norm, c);
     fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column, auto count) {
-      return rounded(x(read<count.value>(before + at(row, column), s.C, lanes)), before);
+      return x(read<count.value>(before + at(row, column), s.C, lanes));
     });
     const vf b = bias.at(0, c);
     vf sum{}, squares{};
@@ -252,8 +269,7 @@ void spatial_forward_all(const Image& s, int K, const T* before, const Coefficie
     };
     convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) {
       if (sums && column == 0 && row % 2 == 0) end_row();
-      const auto stored = rounded(values + b, u);
-      write(u + at(row, column), s.C, stored, lanes);
+      const auto stored = write_rounded(u + at(row, column), s.C, values + b, lanes);
       if (!sums) return;
       const auto a = activate<T, ACT>(stored);
       sum += total(a);
@@ -274,14 +290,14 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
     float* grad_tile = x_tile + of_x.floats();
     const auto x = norm_of<T, ACT>(norm_before, c);
     fill<PAIRS<T>>(of_x, x_tile, [&](int64_t row, int64_t column, auto count) {
-      return rounded(x(read<count.value>(before + at(row, column), s.C, lanes)), before);
+      return x(read<count.value>(before + at(row, column), s.C, lanes));
     });
     const NormBackward<T, ACT, vf> back{norm.at(0, c), norm.at(1, c), norm.at(2, c)};
     vf bias_sum{};
     fill<PAIRS<T>>(of_grad, grad_tile, [&](int64_t row, int64_t column, auto count) {
       constexpr int N = count.value;
       const int64_t i = at(row, column);
-      const auto gradient = rounded(back(read<N>(grad + i, s.C, lanes), read<N>(u + i, s.C, lanes)), u);
+      const auto gradient = back(read<N>(grad + i, s.C, lanes), read<N>(u + i, s.C, lanes));
       bias_sum += total(gradient);
       return gradient;
     });
@@ -292,13 +308,123 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
     convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, [&](int64_t row, int64_t column, auto count, auto dx) {
       constexpr int N = count.value;
       const int64_t i = at(row, column);
-      const auto gradient = rounded(dx + read<N>(grad + i, s.C, lanes), grad);
-      write(grad + i, s.C, gradient, lanes);
+      const auto gradient = write_rounded(grad + i, s.C, dx + read<N>(grad + i, s.C, lanes), lanes);
       sum += total(gradient);
       products += total(gradient * activate<T, ACT>(read<N>(before + i, s.C, lanes)));
     });
     sums.add(group, 0, c, sum);
     sums.add(group, 1, c, products);
+  });
+}
+
+// ---- the pointwise half with our own products: a block of rows goes through all steps while it is in the cache ----
+
+// body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
+template <class Body> void over_blocks(int64_t rows, int64_t C, int64_t group, int64_t groups, const Body& body) {
+  const int64_t step = block_rows(C);
+  for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
+    const int64_t last = (slot + 1) * rows / SLOTS;
+    for (int64_t first = slot * rows / SLOTS; first < last; first += step)
+      body(slot, first, std::min(step, last - first));
+  }
+}
+
+// element(row, count, values) for every vector of channels c .. c + lanes of a panel: few rows at a time.
+template <class Element> INLINE void down(int64_t rows, const float* panel, const Element& element) {
+  int64_t r = 0;
+  for (; r + MANY <= rows; r += MANY) element(r, many, read<MANY>(panel + r * PANEL, PANEL, L));
+  for (; r < rows; r++) element(r, one, read<1>(panel + r * PANEL, PANEL, L));
+}
+
+// v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
+template <class T, int ACT>
+void channel_forward_all(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
+                         const float* panels, const Coefficients& bias, T* v, int64_t rows, int64_t C, Sums* sums) {
+  torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
+    const int64_t step = row_step(C), block = block_rows(C);
+    float *h = scratch(block * (step + PANEL)), *out = h + block * step;
+    for (int64_t slot = begin; slot < end; slot++)
+      over_blocks(rows, C, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
+        residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
+        for (int64_t panel = 0; panel < C; panel += PANEL) {
+          product<false, false>(count, h, step, panels + panel * C, PANEL, C, out, PANEL);
+          for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
+            const int lanes = std::min<int64_t>(L, C - c);
+            const vf b = bias.at(0, c);
+            vf sum{}, squares{};
+            down(count, out + c - panel, [&](int64_t r, auto n, auto values) {
+              const auto stored = write_rounded(v + (first + r) * C + c, C, values + b, lanes);
+              if (!sums) return;
+              const auto a = activate<T, ACT>(stored);
+              sum += total(a);
+              squares += total(a * a);
+            });
+            if (!sums) continue;
+            sums->add(slot, 0, c, sum);
+            sums->add(slot, 1, c, squares);
+          }
+        }
+      });
+  });
+}
+
+// The gradient of y becomes that of h; the gradients of the weights, one (C, whole panels) matrix for each group.
+template <class T, int ACT>
+void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const T* u, const Coefficients& norm,
+                          const T* before, const Coefficients& norm_before, const float* panels, float* weight_sums,
+                          int64_t groups, int64_t rows, int64_t C, Sums& sums, Sums& bias_sums) {
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const int64_t step = row_step(C), block = block_rows(C), columns = whole_panels(C);
+    float *h = scratch(block * (2 * step + PANEL) + columns), *dv = h + block * step;
+    float *out = dv + block * step, *bias_rows = out + block * PANEL;
+    for (int64_t group = begin; group < end; group++) {
+      float* weight_sum = weight_sums + group * C * columns;
+      std::memset(weight_sum, 0, C * columns * sizeof(float));
+      over_blocks(rows, C, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
+        std::memset(bias_rows, 0, columns * sizeof(float));
+        for (int64_t r = 0; r < count; r++)
+          along(C, [&](auto n, int64_t c, int lanes) {
+            constexpr int N = decltype(n)::value;
+            const NormBackward<T, ACT, vg<N>> back{norm_v.some<N>(0, c), norm_v.some<N>(1, c), norm_v.some<N>(2, c)};
+            const int64_t i = (first + r) * C + c;
+            const auto gradient = back(read<N>(grad + i, L, lanes), read<N>(v + i, L, lanes));
+            add_to<1>(bias_rows + c, 0, gradient);
+            write(dv + r * step + c, L, gradient, lanes);
+          });
+        for (int64_t c = 0; c < C; c += L) bias_sums.add(slot, 0, c, aligned(bias_rows + c));
+        residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
+        for (int64_t c = 0; c < C; c += PANEL)
+          product<true, true>(C, dv, step, h + c, step, count, weight_sum + c, columns);
+        for (int64_t panel = 0; panel < C; panel += PANEL) {
+          product<false, false>(count, dv, step, panels + panel * C, PANEL, C, out, PANEL);
+          for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
+            const int lanes = std::min<int64_t>(L, C - c);
+            vf sum{}, products{};
+            down(count, out + c - panel, [&](int64_t r, auto n, auto values) {
+              constexpr int N = decltype(n)::value;
+              const int64_t i = (first + r) * C + c;
+              const auto gradient = write_rounded(grad + i, C, values, lanes);
+              sum += total(gradient);
+              products += total(gradient * activate<T, ACT>(read<N>(u + i, C, lanes)));
+            });
+            sums.add(slot, 0, c, sum);
+            sums.add(slot, 1, c, products);
+          }
+        }
+      });
+    }
+  });
+}
+
+// The groups' weight gradients, (groups, C, columns), added in order.
+inline void add_weight_groups(const float* partial, int64_t groups, int64_t C, int64_t columns, float* out) {
+  torch::stable::parallel_for(0, C, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      for (int64_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (int64_t g = 0; g < groups; g++) sum += partial[(g * C + row) * columns + c];
+        out[row * C + c] = sum;
+      }
   });
 }
 
@@ -371,7 +497,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Te
   return {weight_grad, bias_sums.total(), sums.total()};
 }
 
-// ---- the pointwise half: rows that fit the cache, the product in the library that does it best ----
+// ---- the pointwise half with the library's products, in chunks of rows that fit the shared cache ----
 
 void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
@@ -393,27 +519,69 @@ int64_t chunk_rows(int64_t rows, int64_t C) {
   return (rows + chunks - 1) / chunks;
 }
 
+template <class T, int ACT>
+void channel_forward_by_library(const Tensor& u, const Coefficients& norm, const Tensor& before,
+                                const Coefficients& norm_before, const Tensor& weight, const Coefficients& bias,
+                                Tensor& v, int64_t rows, int64_t C, Sums* sums) {
+  const int64_t step = chunk_rows(rows, C);
+  Tensor h = pooled({step, C}, u.scalar_type());
+  const Tensor v_rows = as_matrix(v), transposed = torch::stable::transpose(weight, 0, 1);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin), offset = begin * C;
+    Tensor h_rows = rows_of(h, 0, count), out = rows_of(v_rows, begin, count);
+    apply_residual<T, ACT>(data<T>(u) + offset, norm, data<T>(before) + offset, norm_before, mutable_data<T>(h),
+                           count, C);
+    multiply(h_rows, transposed, out);
+    add_bias<T, ACT>(mutable_data<T>(v) + offset, bias, count, C, sums);
+  }
+}
+
+template <class T, int ACT>
+void channel_backward_by_library(const Tensor& grad, const Tensor& v, const Coefficients& norm_v, const Tensor& u,
+                                 const Coefficients& norm, const Tensor& before, const Coefficients& norm_before,
+                                 const Tensor& weight, Tensor& weight_grad, int64_t rows, int64_t C, Sums& sums,
+                                 Sums& bias_sums) {
+  const int64_t step = chunk_rows(rows, C);
+  Tensor h = pooled({step, C}, u.scalar_type()), dv = pooled({step, C}, u.scalar_type());
+  Tensor product = pooled({C, C}, u.scalar_type());
+  const Tensor grad_rows = as_matrix(grad);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin), offset = begin * C;
+    Tensor dv_rows = rows_of(dv, 0, count), h_rows = rows_of(h, 0, count), dh = rows_of(grad_rows, begin, count);
+    apply_norm_backward<T, ACT>(data<T>(grad) + offset, data<T>(v) + offset, norm_v, mutable_data<T>(dv), count, C,
+                                bias_sums);
+    apply_residual<T, ACT>(data<T>(u) + offset, norm, data<T>(before) + offset, norm_before, mutable_data<T>(h),
+                           count, C);
+    multiply(torch::stable::transpose(dv_rows, 0, 1), h_rows, product);
+    accumulate<T>(data<T>(product), weight_grad.mutable_data_ptr<float>(), C * C, begin == 0);
+    multiply(dv_rows, weight, dh);
+    gather_products<T, ACT>(data<T>(grad) + offset, data<T>(u) + offset, count, C, sums);
+  }
+}
+
+// ---- the pointwise half, whoever multiplies ----
+
 std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, const Tensor& before,
                                            const Tensor& norm_before, const Tensor& weight, const Tensor& bias,
                                            int64_t act, bool statistics) {
   const Image s = image_of(u);
-  const int64_t rows = s.N * s.pixels(), step = chunk_rows(rows, s.C);
-  Tensor v = like(u), h = pooled({step, s.C}, u.scalar_type());
-  const Tensor v_rows = as_matrix(v), transposed = torch::stable::transpose(weight, 0, 1);
+  const int64_t rows = s.N * s.pixels();
+  Tensor v = like(u);
   const Coefficients norms(norm, s.C), norms_before(norm_before, s.C), biases(row_of(bias), s.C);
   Sums sums(SLOTS, 2, s.C);
-  for (int64_t begin = 0; begin < rows; begin += step) {
-    const int64_t count = std::min(step, rows - begin), offset = begin * s.C;
-    Tensor h_rows = rows_of(h, 0, count), out = rows_of(v_rows, begin, count);
-    dispatch(u, act, [&](auto t, auto a) {
-      using T = decltype(t);
-      constexpr int ACT = decltype(a)::value;
-      apply_residual<T, ACT>(data<T>(u) + offset, norms, data<T>(before) + offset, norms_before,
-                             mutable_data<T>(h), count, s.C);
-      multiply(h_rows, transposed, out);
-      add_bias<T, ACT>(mutable_data<T>(v) + offset, biases, count, s.C, statistics ? &sums : nullptr);
-    });
-  }
+  Sums* gathered = statistics ? &sums : nullptr;
+  dispatch(u, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    constexpr int ACT = decltype(a)::value;
+    if constexpr (LIBRARY_PRODUCTS<T>) {
+      channel_forward_by_library<T, ACT>(u, norms, before, norms_before, weight, biases, v, rows, s.C, gathered);
+    } else {
+      Tensor panels = pooled({whole_panels(s.C), s.C}, ScalarType::Float);
+      pack_panels(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
+      channel_forward_all<T, ACT>(data<T>(u), norms, data<T>(before), norms_before, panels.const_data_ptr<float>(),
+                                  biases, mutable_data<T>(v), rows, s.C, gathered);
+    }
+  });
   return {v, sums.total()};
 }
 
@@ -423,28 +591,28 @@ std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Te
                                                     const Tensor& u, const Tensor& norm, const Tensor& before,
                                                     const Tensor& norm_before, const Tensor& weight, int64_t act) {
   const Image s = image_of(grad);
-  const int64_t rows = s.N * s.pixels(), step = chunk_rows(rows, s.C);
-  Tensor h = pooled({step, s.C}, u.scalar_type()), dv = pooled({step, s.C}, u.scalar_type());
-  Tensor product = pooled({s.C, s.C}, u.scalar_type()), weight_grad = pooled({s.C, s.C}, ScalarType::Float);
-  const Tensor grad_rows = as_matrix(grad);
+  const int64_t rows = s.N * s.pixels();
+  Tensor weight_grad = pooled({s.C, s.C}, ScalarType::Float);
   const Coefficients norms_v(norm_v, s.C), norms(norm, s.C), norms_before(norm_before, s.C);
   Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);
-  for (int64_t begin = 0; begin < rows; begin += step) {
-    const int64_t count = std::min(step, rows - begin), offset = begin * s.C;
-    Tensor dv_rows = rows_of(dv, 0, count), h_rows = rows_of(h, 0, count), dh = rows_of(grad_rows, begin, count);
-    dispatch(u, act, [&](auto t, auto a) {
-      using T = decltype(t);
-      constexpr int ACT = decltype(a)::value;
-      apply_norm_backward<T, ACT>(data<T>(grad) + offset, data<T>(v) + offset, norms_v, mutable_data<T>(dv), count,
-                                  s.C, bias_sums);
-      apply_residual<T, ACT>(data<T>(u) + offset, norms, data<T>(before) + offset, norms_before, mutable_data<T>(h),
-                             count, s.C);
-      multiply(torch::stable::transpose(dv_rows, 0, 1), h_rows, product);
-      accumulate<T>(data<T>(product), weight_grad.mutable_data_ptr<float>(), s.C * s.C, begin == 0);
-      multiply(dv_rows, weight, dh);
-      gather_products<T, ACT>(data<T>(grad) + offset, data<T>(u) + offset, count, s.C, sums);
-    });
-  }
+  dispatch(u, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    constexpr int ACT = decltype(a)::value;
+    if constexpr (LIBRARY_PRODUCTS<T>) {
+      channel_backward_by_library<T, ACT>(grad, v, norms_v, u, norms, before, norms_before, weight, weight_grad, rows,
+                                          s.C, sums, bias_sums);
+    } else {
+      const int64_t groups = std::min<int64_t>(SLOTS, torch::stable::get_num_threads()), columns = whole_panels(s.C);
+      Tensor panels = pooled({columns, s.C}, ScalarType::Float);
+      Tensor partial = pooled({groups, s.C, columns}, ScalarType::Float);
+      pack_panels(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
+      channel_backward_all<T, ACT>(mutable_data<T>(grad), data<T>(v), norms_v, data<T>(u), norms, data<T>(before),
+                                   norms_before, panels.const_data_ptr<float>(), partial.mutable_data_ptr<float>(),
+                                   groups, rows, s.C, sums, bias_sums);
+      add_weight_groups(partial.const_data_ptr<float>(), groups, s.C, columns,
+                        weight_grad.mutable_data_ptr<float>());
+    }
+  });
   return {weight_grad, bias_sums.total(), sums.total()};
 }
 

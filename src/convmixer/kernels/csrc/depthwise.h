@@ -41,8 +41,8 @@ INLINE vf low_half(vf pair) { return (vf)((vu)pair << 16); }
 INLINE vf aligned(const float* p) { return *(const vf*)p; }
 INLINE void put(float* p, vf x) { *(vf*)p = x; }
 
-// Fill the inside of a tile whose border is already zero. read(row, column, count) gives the values of some columns,
-// already rounded.
+// Fill the inside of a tile whose border is already zero. read(row, column, count) gives the values of some columns;
+// pairs are rounded to bf16 here.
 template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, const Read& read) {
   for (int64_t r = 0; r < t.H; r++) {
     float* row = tile + (t.top + r) * t.row_floats() + t.left * L;
@@ -56,8 +56,9 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
         if constexpr (!Pairs) {
           put(to, value);
         } else {  // every row writes itself, and itself as the partner of the row above
-          put(to, (vf)((vu)value >> 16));
-          if (above) put(to - t.row_floats(), (vf)((vu)aligned(to - t.row_floats()) | (vu)value));
+          const vu bits = (vu)rounded(value, (const bf16*)nullptr);
+          put(to, (vf)(bits >> 16));
+          if (above) put(to - t.row_floats(), (vf)((vu)aligned(to - t.row_floats()) | bits));
         }
       }
     };

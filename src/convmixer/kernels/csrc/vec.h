@@ -39,14 +39,20 @@ template <class V> INLINE void store_vector(void* p, V v) { std::memcpy(p, &v, s
 
 // GCC converts half vectors in pieces and does not see that x86 has min and max of just this meaning: intrinsics.
 #if defined(__AVX512F__) && CONVMIXER_LANES == 16
+INLINE vh to_16_bits(vu x) { return __builtin_convertvector(x, vh); }
 INLINE vu to_32_bits(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__) && CONVMIXER_LANES == 8
+INLINE vh to_16_bits(vu x) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  return (vh)_mm_packus_epi32(low, high);  // values above 0xffff do not occur
+}
 INLINE vu to_32_bits(vh x) { return (vu)_mm256_cvtepu16_epi32((__m128i)x); }
 INLINE vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
+INLINE vh to_16_bits(vu x) { return __builtin_convertvector(x, vh); }
 INLINE vu to_32_bits(vh x) { return __builtin_convertvector(x, vu); }
 INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }  // a NaN on either side gives b
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
@@ -59,11 +65,9 @@ INLINE vh narrow(vf x) {
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  vu bits = (vu)x;
-  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  vu quiet = (bits >> 16) | 0x40;
-  vu nan = (vu)(x != x);
-  return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+  const vu bits = (vu)x;
+  const vu out = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+  return to_16_bits(out >> 16);
 #endif
 }
 
@@ -108,10 +112,6 @@ template <int N> INLINE vg<N> smaller(vg<N> a, vf b) { return each<N>([&](int j)
 template <int N> INLINE vg<N> larger(vg<N> a, vf b) { return each<N>([&](int j) { return larger(a.v[j], b); }); }
 template <int N> INLINE vg<N> smaller(vf a, vg<N> b) { return each<N>([&](int j) { return smaller(a, b.v[j]); }); }
 template <int N> INLINE vg<N> larger(vf a, vg<N> b) { return each<N>([&](int j) { return larger(a, b.v[j]); }); }
-template <int N, class T> INLINE vg<N> rounded(vg<N> x, const T* type) {
-  return each<N>([&](int j) { return rounded(x.v[j], type); });
-}
-
 // N vectors `stride` elements apart, the first `lanes` <= L lanes of each.
 template <int N, class T> INLINE vg<N> read(const T* p, int64_t stride, int lanes) {
   if (__builtin_expect(lanes < L, 0)) return each<N>([&](int j) { return load_part(p + j * stride, lanes); });
@@ -123,6 +123,20 @@ template <int N, class T> INLINE void write(T* p, int64_t stride, vg<N> x, int l
     if (__builtin_expect(lanes < L, 0)) store_part(p + j * stride, x.v[j], lanes);
     else store(p + j * stride, x.v[j]);
   }
+}
+
+// The same, and the values as they will be read back.
+template <int N> INLINE vg<N> write_rounded(float* p, int64_t stride, vg<N> x, int lanes) {
+  write(p, stride, x, lanes);
+  return x;
+}
+template <int N> INLINE vg<N> write_rounded(bf16* p, int64_t stride, vg<N> x, int lanes) {
+  return each<N>([&](int j) {
+    const vh bits = narrow(x.v[j]);
+    if (__builtin_expect(lanes < L, 0)) store_part(p + j * stride, widen(bits), lanes);
+    else store_vector(p + j * stride, bits);
+    return widen(bits);
+  });
 }
 
 // How many of them: as many as registers allow. `one` and `many` are passed as arguments and read as types.
