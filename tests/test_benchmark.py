@@ -1,5 +1,6 @@
 """The benchmark: what it measures, in which order, and that it says what it could not measure."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_a_wrong_request_is_named(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         case_of(task, model, sizes, precision=precision, threads=1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_bound_is_in_what_the_processor_multiplies(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "native_bf16", lambda: native)
+    bound = measure.gemm_steps(dataclasses.replace(TINY, precision="bf16"))
+    assert set(bound) == ({"gemm-mm"} if native else {"gemm-mm", "gemm-conv"})
 
 
 def test_contenders_take_turns() -> None:

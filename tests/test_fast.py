@@ -21,7 +21,7 @@ def _kernels() -> None:
         pytest.skip(f"no kernels: {reason}")
 
 
-def _model(dim: int = 40, kernel_size: int = 5, act: str = "gelu", depth: int = 2) -> ConvMixer:
+def _model(dim: int = 44, kernel_size: int = 5, act: str = "gelu", depth: int = 2) -> ConvMixer:
     torch.manual_seed(0)
     model = ConvMixer(dim, depth, kernel_size, patch_size=2, num_classes=7, act=act)
     for module in model.modules():

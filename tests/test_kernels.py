@@ -48,3 +48,12 @@ def test_depthwise_is_as_exact_as_torch(k: int, dtype: torch.dtype) -> None:
             # Torch may be exact by luck, so one unit is free.
             allowed = max(8 * _error(other, true), unit)
             assert _error(mine, true) <= allowed, f"{name} {shape} k={k} {dtype}"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it of tensors that are no leaves
+def test_depthwise_ops_are_well_formed() -> None:
+    x, grad = torch.randn(2, 5, 6, 20).requires_grad_(), torch.randn(2, 5, 6, 20)
+    weight, bias = torch.randn(20, 1, 4, 4).requires_grad_(), torch.randn(20).requires_grad_()
+    torch.library.opcheck(torch.ops.convmixer.depthwise, (x, weight, bias))
+    torch.library.opcheck(torch.ops.convmixer.depthwise_input_grad, (grad, weight.detach()))
+    torch.library.opcheck(torch.ops.convmixer.depthwise_weight_grad, (x.detach(), grad, 4))

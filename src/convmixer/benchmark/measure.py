@@ -14,6 +14,7 @@ import torch
 
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.contenders import Step
+from convmixer.device import native_bf16
 
 LONG_SECONDS = 0.3
 
@@ -60,15 +61,20 @@ def gemm_steps(case: Case) -> dict[str, Step]:
     quickest of them bounds what any implementation with these products can reach.
     """
     kinds: dict[str, Callable[[Case], Step]] = {"mm": _mm}
-    if case.precision == "fp32":
+    if _product_dtype(case) is torch.float32:
         kinds["conv"] = _conv  # oneDNN, where `mm` in fp32 goes to MKL or OpenBLAS
     if case.precision == "int8":
         kinds = {"int_mm": _int_mm}
     return {f"gemm-{name}": make(case) for name, make in kinds.items()}
 
 
+def _product_dtype(case: Case) -> torch.dtype:
+    """Return what the processor multiplies quickest in the case's precision: bf16 that is emulated bounds nothing."""
+    return torch.bfloat16 if case.precision == "bf16" and native_bf16() else torch.float32
+
+
 def _mm(case: Case) -> Step:
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    dtype = _product_dtype(case)
     x, y, g = (torch.randn(case.rows, case.dim).to(dtype) for _ in range(3))
     weights = [torch.randn(case.dim, case.dim).to(dtype) for _ in range(case.depth)]
     grad = torch.empty(case.dim, case.dim, dtype=dtype)
