@@ -39,6 +39,8 @@ void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_ste
 template <int Rows, bool Transposed, bool Add>
 __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
                                             int64_t depth, float* out, int64_t out_row) {
+  if constexpr (Add)  // the sums may lie in a farther cache: they come while the tile is computed
+    for (int r = 0; r < Rows; r++) __builtin_prefetch(out + r * out_row, 1);
   vf sum[Rows][2] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k++) {
