@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "memory.h"
 #include "vec.h"
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
@@ -29,10 +30,13 @@ inline int64_t block_rows(int64_t columns) {
 // (rows, columns) with any steps -> [columns / PANEL][rows][PANEL], zeros after the last column.
 template <class T>
 void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* out) {
-  for (int64_t c = 0; c < columns; c += PANEL)
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < PANEL; i++)
-        *out++ = c + i < columns ? load_part(matrix + r * row_step + (c + i) * column_step, 1)[0] : 0.0f;
+  torch::stable::parallel_for(0, whole_panels(columns) / PANEL, 1, [=](int64_t begin, int64_t end) {
+    float* to = out + begin * PANEL * rows;
+    for (int64_t c = begin * PANEL; c < end * PANEL; c += PANEL)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < PANEL; i++)
+          *to++ = c + i < columns ? load_part(matrix + r * row_step + (c + i) * column_step, 1)[0] : 0.0f;
+  });
 }
 
 // One tile of a product. a(r, k) lies at a[r * a_row + k], transposed at a[k * a_row + r]; b has PANEL columns.

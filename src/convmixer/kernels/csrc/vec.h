@@ -112,6 +112,7 @@ template <int N> INLINE vg<N> smaller(vg<N> a, vf b) { return each<N>([&](int j)
 template <int N> INLINE vg<N> larger(vg<N> a, vf b) { return each<N>([&](int j) { return larger(a.v[j], b); }); }
 template <int N> INLINE vg<N> smaller(vf a, vg<N> b) { return each<N>([&](int j) { return smaller(a, b.v[j]); }); }
 template <int N> INLINE vg<N> larger(vf a, vg<N> b) { return each<N>([&](int j) { return larger(a, b.v[j]); }); }
+
 // N vectors `stride` elements apart, the first `lanes` <= L lanes of each.
 template <int N, class T> INLINE vg<N> read(const T* p, int64_t stride, int lanes) {
   if (__builtin_expect(lanes < L, 0)) return each<N>([&](int j) { return load_part(p + j * stride, lanes); });
