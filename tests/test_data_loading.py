@@ -1,5 +1,7 @@
 """Loaders: exact order and augmentation for any number of workers and processes, resume, reading all once."""
 
+import os
+
 import pytest
 import torch
 
@@ -87,3 +89,14 @@ def test_waiting_is_counted(digits: DataSplits) -> None:
     loader = eval_loader(digits.test, eval_transform(preprocessing_of(digits, CONFIG)), 50)
     list(loader)
     assert 0 < loader.waited_seconds < 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the workers do not compete with the training")
+def test_workers_give_way_to_the_training(digits: DataSplits) -> None:
+    def niceness(_: object) -> torch.Tensor:
+        return torch.tensor(os.nice(0))
+
+    assert digits.train is not None
+    images, _ = next(iter(train_loader(digits.train, niceness, batch_size=4, seed=0, workers=1)))
+    assert images.tolist() == [19] * 4
+    assert os.nice(0) == 0

@@ -1,5 +1,6 @@
 """Loaders: batches of transformed images, for training (endless, keyed by the global step) and for evaluation."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,19 @@ def eval_loader(
 def _workers(workers: int) -> dict[str, Any]:
     if workers < 0:
         raise RequestError(f"workers must be 0 or more, not {workers}")
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    cuda = torch.cuda.is_available()
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": cuda,
+        "worker_init_fn": None if cuda else _yield_to_training,
+    }
+
+
+def _yield_to_training(worker: int) -> None:
+    """Give way to the process that trains: one of its threads interrupted is all of them waiting."""
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(19)
 
 
 class TrainImages(Dataset[Any]):

@@ -144,6 +144,10 @@ template <int N> INLINE vg<N> write_rounded(bf16* p, int64_t stride, vg<N> x, in
 template <int N> struct Size {
   static constexpr int value = N;
 };
-constexpr int MANY = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MANY = 4;  // 32 registers
+#else
+constexpr int MANY = 2;  // 16 registers
+#endif
 constexpr Size<1> one;
 constexpr Size<MANY> many;
