@@ -4,15 +4,17 @@ import copy
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convmixer.fast import FastConvMixer, accelerate
+from convmixer.fast import FastConvMixer, FastIsotropic, accelerate, uses_kernels
 from convmixer.kernels import blocks, why_not
 from convmixer.models.convmixer import ConvMixer
+from convmixer.models.isotropic import MIXERS, Isotropic
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,16 @@ def _kernels() -> None:
 
 def _model(dim: int = 44, kernel_size: int = 5, act: str = "gelu", depth: int = 2) -> ConvMixer:
     torch.manual_seed(0)
-    model = ConvMixer(dim, depth, kernel_size, patch_size=2, num_classes=7, act=act)
+    return _with_odd_norms(ConvMixer(dim, depth, kernel_size, patch_size=2, num_classes=7, act=act))
+
+
+def _isotropic(**options: str) -> Isotropic:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"kernel_size": 3, "patch_size": 2, "num_classes": 7, "img_size": 12}
+    return _with_odd_norms(Isotropic(20, 2, **options, **sizes))
+
+
+def _with_odd_norms(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.2)
@@ -31,8 +42,8 @@ def _model(dim: int = 44, kernel_size: int = 5, act: str = "gelu", depth: int = 
     return model
 
 
-def _images(batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, 3, 17, 22, generator=torch.Generator().manual_seed(1))  # 17: one row is left over
+def _images(batch: int = 3, size: tuple[int, int] = (17, 22)) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))  # 17: one row is left over
 
 
 def _pass(model: nn.Module, images: torch.Tensor, bf16: bool) -> list[torch.Tensor]:
@@ -56,11 +67,35 @@ def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("kernel_size", [5, 8])
 def test_gradients_are_as_exact_as_torch(kernel_size: int, act: str, bf16: bool, training: bool) -> None:
     plain = _model(kernel_size=kernel_size, act=act).train(training)
-    fast, double = accelerate(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    fast = accelerate(copy.deepcopy(plain))
     assert type(fast) is FastConvMixer
+    _check_exactness(plain, fast, _images(), bf16)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "option", [*(("mixer", name) for name in MIXERS), ("stem", "overlap"), ("stem", "stack"), ("stem", "stride1")]
+)
+def test_other_mixers_and_stems_are_as_exact(option: tuple[str, str], bf16: bool, training: bool) -> None:
+    plain = _isotropic(**dict([option])).train(training)
+    fast = accelerate(copy.deepcopy(plain))
+    assert type(fast) is FastIsotropic
+    assert uses_kernels(fast)
+    _check_exactness(plain, fast, _images(5, (12, 12)), bf16)
+
+
+@pytest.mark.parametrize("option", [("stem", "stride1-pool"), ("residual", "both"), ("norm", "layer")])
+def test_what_the_kernels_do_not_know_stays_as_it_is(option: tuple[str, str]) -> None:
+    model = accelerate(_isotropic(**dict([option])))
+    assert type(model) is Isotropic
+    assert not uses_kernels(model)
+
+
+def _check_exactness(plain: nn.Module, fast: nn.Module, images: torch.Tensor, bf16: bool) -> None:
     names = ["logits", "images", *dict(plain.named_parameters()), *dict(plain.named_buffers())]
-    exact = _pass(double, _images().double(), False)
-    torchs, ours = _pass(plain, _images(), bf16), _pass(fast, _images(), bf16)
+    exact = _pass(copy.deepcopy(plain).double(), images.double(), False)
+    torchs, ours = _pass(plain, images, bf16), _pass(fast, images, bf16)
     for name, mine, other, true in zip(names, ours, torchs, exact, strict=True):
         # three times torch's own error, in the norm of the whole tensor; below that one unit of the storage dtype
         allowed = max(3 * _error(other, true), 4e-3 if bf16 else 1e-6)

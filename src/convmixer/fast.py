@@ -1,4 +1,4 @@
-"""Make a model fast where it stands: swap its ConvMixers for kernel-backed ones.
+"""Make a model fast where it stands: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
 
 Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. Where the kernels cannot
 serve, the plain model runs and the reason is said once.
@@ -15,6 +15,7 @@ from torch import Tensor
 from convmixer import kernels
 from convmixer.device import native_bf16
 from convmixer.models.convmixer import ConvMixer
+from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
 _NATIVE_BF16 = native_bf16()  # elsewhere torch emulates bf16 products, a hundred times slower than fp32
@@ -27,21 +28,26 @@ def accelerate(model: nn.Module) -> nn.Module:
     The kernels are built on first use. Each forward pass runs on them when it can: on a CPU, in fp32 or bf16 (by the
     parameters, or by autocast), with the paper's own layers; otherwise it runs as before, and says why once.
 
+    An `Isotropic` is swapped where stem and blocks end as those of ConvMixer; its spatial mixer may be any.
+
     Args:
         model: Any module; ConvMixers in it are found at any depth.
     """
     found = [module for module in model.modules() if type(module) is ConvMixer]
-    if found and (reason := kernels.why_not()):
+    varied = [module for module in model.modules() if type(module) is Isotropic and not _unusual(module)]
+    if (found or varied) and (reason := kernels.why_not()):
         _say_once(reason)
         return model
     for module in found:
         module.__class__ = FastConvMixer
+    for other in varied:
+        other.__class__ = FastIsotropic
     return model
 
 
 def uses_kernels(model: nn.Module) -> bool:
-    """Return whether `accelerate` found a ConvMixer in the model and the kernels for it."""
-    return any(isinstance(module, FastConvMixer) for module in model.modules())
+    """Return whether `accelerate` found something in the model that the kernels compute, and the kernels."""
+    return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
 @functools.cache
@@ -49,11 +55,11 @@ def _say_once(reason: str) -> None:
     print(f"convmixer: plain PyTorch instead of the CPU kernels: {reason}", file=sys.stderr, flush=True)
 
 
-class FastConvMixer(ConvMixer):
-    """A ConvMixer whose stem, blocks and pool run on the CPU kernels. Made by `accelerate`."""
+class _OnKernels(ConvMixer):
+    """What both fast models share: stem, blocks and pool on the CPU kernels."""
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size), channels-last."""
+        """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
         if reason := _unfit(self, x):
             return self._plain(reason).forward_features(x)
         return self._fast(x, pool=False).permute(0, 3, 1, 2)
@@ -72,19 +78,34 @@ class FastConvMixer(ConvMixer):
         return super()  # type: ignore[return-value]
 
     def _fast(self, x: Tensor, pool: bool) -> Tensor:
-        from convmixer.kernels.blocks import features
+        from convmixer.kernels import blocks, mixed
 
+        model: Any = self
         norms = _norms(self)
         training = norms[0].training
-        if training and x.shape[0] * (x.shape[2] // self.patch_size) * (x.shape[3] // self.patch_size) == 1:
+        v = _stem(self, x)
+        count = v.numel() // v.shape[3]
+        if training and count == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
-        act = _ACTS[type(self.stem[1])]
-        v = _patch_embedding(self.stem[0], x, _dtype(self))
-        y, statistics = features(v, _parameters(self), running, norms[0].eps, act, training, pool)
+        settings = norms[0].eps, _ACTS[type(model.stem[1])], training
+        mixers = [block[0].fn[0] for block in model.blocks]
+        if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
+            y, statistics = blocks.features(v, _parameters(self), running, *settings, pool)
+        else:
+            y, statistics = mixed.features(v, mixers, _parameters(self, mixer=False), running, *settings)
+            y = y.mean((1, 2), dtype=torch.float32) if pool else y
         if training:
-            _update_running(norms, statistics.detach(), v.numel() // v.shape[3])
+            _update_running(norms, statistics.detach(), count)
         return y
+
+
+class FastConvMixer(_OnKernels):
+    """A ConvMixer on the CPU kernels. Made by `accelerate`."""
+
+
+class FastIsotropic(_OnKernels, Isotropic):
+    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions and the mixers."""
 
 
 _QUIETLY = "another tool needs the plain model"  # nothing that the user should change
@@ -107,14 +128,18 @@ def _unfit(model: Any, x: Tensor) -> str | None:
 def _unusual(model: Any) -> str | None:
     """Return what in the model the kernels do not know, or None."""
     act = type(model.stem[1])
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[0], nn.Conv2d), (model.stem, nn.Sequential)]
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[-3], nn.Conv2d), (model.stem, nn.Sequential)]
     for norm_parts in _act_norms(model):
+        if len(norm_parts) != 2:
+            return "its blocks are built in another way"
         expected += zip(norm_parts, (act, nn.BatchNorm2d), strict=True)
     for block in model.blocks:
         residual, pointwise = block[0], block[1]
         inner: Any = getattr(residual, "fn", [None])
         expected += [(block, nn.Sequential), (residual, Residual), (pointwise, nn.Conv2d)]
-        expected += [(inner, nn.Sequential), (inner[0], DepthwiseConv2d)]
+        expected += [(inner, nn.Sequential)]
+        if not isinstance(model, Isotropic):  # which may have any mixer
+            expected += [(inner[0], DepthwiseConv2d)]
     for module, kind in expected:
         if type(module) is not kind:
             return f"the model has a {type(module).__name__}"
@@ -122,7 +147,7 @@ def _unusual(model: Any) -> str | None:
             return _QUIETLY
     if act not in _ACTS or (act is nn.GELU and model.stem[1].approximate != "none"):
         return f"the activation is {model.stem[1]}"
-    first = model.stem[2]
+    first = model.stem[-1]
     for norm in _norms(model):
         if norm.weight is None or norm.running_mean is None or norm.momentum is None:
             return "a BatchNorm has no weight, no running statistics or no momentum"
@@ -132,7 +157,7 @@ def _unusual(model: Any) -> str | None:
 
 
 def _act_norms(model: Any) -> list[list[Any]]:
-    pairs = [list(model.stem)[1:]]
+    pairs = [list(model.stem)[-2:]]
     for block in model.blocks:
         pairs += [list(getattr(block[0], "fn", block[0]))[1:], list(block)[2:]]
     return pairs
@@ -148,12 +173,21 @@ def _dtype(model: ConvMixer) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _parameters(model: Any) -> list[Tensor]:
-    """Return the parameters in the order of `convmixer.kernels.blocks`, in fp32."""
-    parts = [model.stem[2]]
+def _parameters(model: Any, mixer: bool = True) -> list[Tensor]:
+    """Return the parameters in the order of `convmixer.kernels.blocks` (without `mixer`: of `mixed`), in fp32."""
+    parts = [model.stem[-1]]
     for block in model.blocks:
-        parts += [block[0].fn[0], block[0].fn[2], block[1], block[3]]
+        parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
     return [parameter.float() for part in parts for parameter in (part.weight, part.bias)]
+
+
+def _stem(model: Any, x: Tensor) -> Tensor:
+    """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution of the stem gives."""
+    conv, dtype = model.stem[0], _dtype(model)
+    if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
+        return _patch_embedding(conv, x, dtype)
+    v: Tensor = model.stem[:-2](x)
+    return v.permute(0, 2, 3, 1).to(dtype).contiguous()
 
 
 def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

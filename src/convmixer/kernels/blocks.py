@@ -39,19 +39,19 @@ def features(
     return y, kept[-1]
 
 
-def _scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:
+def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:
     """(C,), (C,), float64 (2, C) -> fp32 (2, C): the norm as a scale and a shift."""
     scale = weight * torch.rsqrt(statistics[1] + eps)
     return torch.stack((scale, bias - statistics[0] * scale)).float()
 
 
-def _statistics(sums: Tensor, count: int) -> Tensor:
+def statistics_of(sums: Tensor, count: int) -> Tensor:
     """Sums and sums of squares, float64 (2, C) -> mean and biased variance."""
     mean, square = sums / count
     return torch.stack((mean, (square - mean * mean).clamp_(min=0)))
 
 
-def _norm_gradients(
+def norm_gradients(
     weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the coefficients (3, C) of NormBackward in block.cpp, and the gradients of the norm's weight and bias.
@@ -83,9 +83,9 @@ def _forward(
 
     def norm(weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
         i = 2 * len(statistics)
-        used = torch.stack(running[i : i + 2]).double() if sums is None else _statistics(sums, count)
+        used = torch.stack(running[i : i + 2]).double() if sums is None else statistics_of(sums, count)
         statistics.append(used)
-        return _scale_shift(weight, bias, used, eps)
+        return scale_shift(weight, bias, used, eps)
 
     kept: list[Tensor] = []
     before, norm_before = v, norm(parameters[0], parameters[1], _kernels.act_statistics(v, act) if training else None)
@@ -125,17 +125,17 @@ def _backward(
         dw, _, weight_1, bias_1, pw, _, weight_2, _ = parameters[i : i + PER_BLOCK]
         weight_0, bias_0 = parameters[i - 2 : i]
         u, before = kept[2 * block], outputs[block]
-        norm_before = _scale_shift(weight_0, bias_0, statistics[2 * block], eps)
-        norm_u = _scale_shift(weight_1, bias_1, statistics[2 * block + 1], eps)
-        back, *norm_2 = _norm_gradients(weight_2, statistics[2 * block + 2], sums, count, eps, training)
+        norm_before = scale_shift(weight_0, bias_0, statistics[2 * block], eps)
+        norm_u = scale_shift(weight_1, bias_1, statistics[2 * block + 1], eps)
+        back, *norm_2 = norm_gradients(weight_2, statistics[2 * block + 2], sums, count, eps, training)
         pw_grad, pw_bias, sums = _kernels.channel_backward(
             grad, outputs[block + 1], back, u, norm_u, before, norm_before, pw.flatten(1).to(v.dtype), act
         )
-        back, *norm_1 = _norm_gradients(weight_1, statistics[2 * block + 1], sums, count, eps, training)
+        back, *norm_1 = norm_gradients(weight_1, statistics[2 * block + 1], sums, count, eps, training)
         dw_grad, dw_bias, sums = _kernels.spatial_backward(grad, u, back, before, norm_before, dw, act)
         pointwise = [pw_grad.view_as(pw), pw_bias[0].float()]
         gradients = [dw_grad, dw_bias[0].float(), *norm_1, *pointwise, *norm_2, *gradients]
-    back, *norm_0 = _norm_gradients(parameters[0], statistics[0], sums, count, eps, training)
+    back, *norm_0 = norm_gradients(parameters[0], statistics[0], sums, count, eps, training)
     _kernels.act_norm_backward(grad, v, back, act)
     return grad, [*norm_0, *gradients]
 

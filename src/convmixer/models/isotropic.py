@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from convmixer.errors import RequestError, unknown
 from convmixer.models.convmixer import ConvMixer
@@ -52,7 +51,9 @@ class Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias[:, cast(torch.Tensor, self.offset)].to(q.dtype)  # (heads, N, N)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))  # (B, heads, N, C // heads)
+        # written out: with a bias that is trained, torch's own takes the same steps and two passes for masked rows
+        scores = q * (C // self.heads) ** -0.5 @ k.transpose(2, 3) + bias  # (B, heads, N, N)
+        out = scores.softmax(3) @ v  # (B, heads, N, C // heads)
         out = self.proj(out.transpose(1, 2).reshape(B, H * W, C))
         return out.transpose(1, 2).reshape(B, C, H, W)
 
@@ -75,8 +76,16 @@ class TokenMixing(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.mix(x.flatten(2)).view_as(x)
-        return y
+        y = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        for layer in self.mix if isinstance(self.mix, nn.Sequential) else [self.mix]:
+            y = _over_positions(layer.weight, y, layer.bias) if isinstance(layer, nn.Linear) else layer(y)
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+def _over_positions(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(M, N), (B, N, C), (M) -> (B, M, C): no copy of x, whichever of N and C is the inner one in memory."""
+    matrices = matrix.expand(len(x), -1, -1)
+    return torch.bmm(matrices, x) if bias is None else torch.baddbmm(bias[:, None], matrices, x)
 
 
 class AveragePooling(nn.Module):
@@ -104,7 +113,8 @@ class AveragePooling(nn.Module):
         self.register_buffer("matrix", torch.kron(rows, rows), persistent=False)  # (N, N)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.flatten(2), cast(torch.Tensor, self.matrix)).view_as(x)
+        y = _over_positions(cast(torch.Tensor, self.matrix), x.flatten(2).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape)
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -1,0 +1,143 @@
+"""Blocks whose spatial mixer is any torch module, with all the rest of the block on the kernels.
+
+Where models differ in the mixer alone, only the mixer should make a difference in time and memory too. The names are
+those of `blocks`: v stands for norm(act(v)), which is x of the next block, u for the mixer's output.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from convmixer.kernels.blocks import norm_gradients, scale_shift, statistics_of
+
+PER_BLOCK = 6  # norm weight and bias, pointwise weight and bias, norm weight and bias
+_kernels = torch.ops.convmixer
+
+
+def features(
+    v: Tensor,
+    mixers: Sequence[Callable[[Tensor], Tensor]],
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the stem's activation and norm, then all blocks.
+
+    Args:
+        v: Output of the stem's last convolution, (N, H, W, C), contiguous, fp32 or bf16.
+        mixers: Of each block, (N, C, H, W) -> (N, C, H, W).
+        parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
+        running: Running mean and variance of each norm, read when not `training`.
+        eps: BatchNorm's.
+        act: 0 for GELU, 1 for ReLU.
+        training: Use the batch's statistics.
+
+    Returns:
+        The features, (N, H, W, C), and the statistics that were used, float64 (norms, 2, C), biased variance.
+
+    Source: arXiv 2201.09792, Sec. 2, Eq. 2 and 3 with another function for the depthwise convolution.
+    """
+    stem_statistics = _used(v.detach(), running[:2], act, training)
+    x = _ActNorm.apply(v, *parameters[:2], stem_statistics, eps, act, training)
+    before, norm_before = v.detach(), scale_shift(parameters[0], parameters[1], stem_statistics, eps).detach()
+    statistics = [stem_statistics]
+    for i, mixer in enumerate(mixers):
+        u = mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(v.dtype).contiguous()
+        own = parameters[2 + PER_BLOCK * i : 2 + PER_BLOCK * (i + 1)]
+        own_running = running[2 + 4 * i : 6 + 4 * i]
+        x, before, norm_before, *used = _Rest.apply(u, x, before, norm_before, *own, own_running, eps, act, training)
+        statistics += used
+    return x, torch.stack(statistics)
+
+
+def _used(v: Tensor, running: list[Tensor], act: int, training: bool) -> Tensor:
+    """Return the statistics of act(v) that the norm uses, float64 (2, C)."""
+    if not training:
+        return torch.stack(running).double()
+    return statistics_of(_kernels.act_statistics(v, act), v.numel() // v.shape[3])
+
+
+class _ActNorm(torch.autograd.Function):
+    """v -> norm(act(v))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float, act: int, training: bool
+    ) -> Tensor:
+        ctx.save_for_backward(v, weight, statistics)
+        ctx.settings = eps, act, training
+        y: Tensor = _kernels.act_norm(v, scale_shift(weight, bias, statistics, eps), act)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (v, weight, statistics), (eps, act, training) = ctx.saved_tensors, ctx.settings
+        grad = grad.to(v.dtype, copy=True).contiguous()  # the kernel writes into it
+        sums = _kernels.act_products(grad, v, act)
+        back, *gradients = norm_gradients(weight, statistics, sums, v.numel() // v.shape[3], eps, training)
+        _kernels.act_norm_backward(grad, v, back, act)
+        return grad, *gradients, None, None, None, None
+
+
+class _Rest(torch.autograd.Function):
+    """All of a block after its mixer: u, x -> norm(act(v)), v = pointwise(norm(act(u)) + x).
+
+    x is only differentiated; its value is computed again from v of the block before, as in `blocks`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        x: Tensor,
+        before: Tensor,
+        norm_before: Tensor,
+        weight_1: Tensor,
+        bias_1: Tensor,
+        pointwise: Tensor,
+        pointwise_bias: Tensor,
+        weight_2: Tensor,
+        bias_2: Tensor,
+        running: list[Tensor],
+        eps: float,
+        act: int,
+        training: bool,
+    ) -> tuple[Tensor, ...]:
+        statistics_1 = _used(u, running[:2], act, training)
+        norm_u = scale_shift(weight_1, bias_1, statistics_1, eps)
+        matrix = pointwise.flatten(1).to(u.dtype)
+        v, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pointwise_bias, act, training)
+        count = v.numel() // v.shape[3]
+        statistics_2 = statistics_of(sums, count) if training else torch.stack(running[2:]).double()
+        norm_v = scale_shift(weight_2, bias_2, statistics_2, eps)
+        ctx.save_for_backward(
+            u, before, norm_before, norm_u, pointwise, weight_1, weight_2, statistics_1, statistics_2, v
+        )
+        ctx.settings = eps, act, training
+        rest = v, norm_v, statistics_1, statistics_2
+        ctx.mark_non_differentiable(*rest)
+        return _kernels.act_norm(v, norm_v, act), *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        eps, act, training = ctx.settings
+        u, before, norm_before, norm_u, pointwise, weight_1, weight_2, *statistics, v = ctx.saved_tensors
+        count = v.numel() // v.shape[3]
+        grad = grad.to(v.dtype, copy=True).contiguous()
+        sums = _kernels.act_products(grad, v, act)
+        back, *norm_2 = norm_gradients(weight_2, statistics[1], sums, count, eps, training)
+        pointwise_grad, bias_grad, sums = _kernels.channel_backward(
+            grad, v, back, u, norm_u, before, norm_before, pointwise.flatten(1).to(v.dtype), act
+        )  # now it is the gradient of the residual sum
+        back, *norm_1 = norm_gradients(weight_1, statistics[0], sums, count, eps, training)
+        u_grad = grad.clone()
+        _kernels.act_norm_backward(u_grad, u, back, act)
+        channel = pointwise_grad.view_as(pointwise), bias_grad[0].float()
+        return u_grad, grad, None, None, *norm_1, *channel, *norm_2, None, None, None, None
