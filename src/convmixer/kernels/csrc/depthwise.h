@@ -64,7 +64,7 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
     };
     if (Pairs && r == 0 && above) std::memset(above, 0, t.W * L * sizeof(float));
     int64_t c = 0;
-    for (; c + MANY <= t.W; c += MANY) put_some(many, c);
+    for (; c + FEW <= t.W; c += FEW) put_some(few, c);
     for (; c < t.W; c++) put_some(one, c);
   }
 }

@@ -20,6 +20,17 @@ namespace {
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
 constexpr size_t SMALL = size_t{64} << 10;  // below this the system's allocator does not return pages
 
+// From `huge` bytes on in whole huge pages: fewer page faults and misses of the TLB. A hint: the system may refuse.
+void* allocate(size_t bytes, size_t huge) {
+  const size_t alignment = bytes >= huge ? HUGE_PAGE : 64, whole = (bytes + alignment - 1) / alignment * alignment;
+  void* block = std::aligned_alloc(alignment, whole);
+  if (!block) throw std::bad_alloc();
+#if defined(__linux__)
+  if (bytes >= huge) madvise(block, whole, MADV_HUGEPAGE);
+#endif
+  return block;
+}
+
 // Free blocks by size. Never holds more than the program needed at its peak.
 class Pool {
  public:
@@ -33,7 +44,7 @@ class Pool {
       free_bytes_ -= bytes;
     } else {
       trim(bytes);
-      block = allocate(bytes);
+      block = allocate(bytes, HUGE_PAGE);
     }
     live_[block] = bytes;
     live_bytes_ += bytes;
@@ -77,16 +88,6 @@ class Pool {
     free_.erase(block);
   }
 
-  static void* allocate(size_t bytes) {
-    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
-    void* block = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-    if (!block) throw std::bad_alloc();
-#if defined(__linux__)
-    if (bytes >= HUGE_PAGE) madvise(block, bytes, MADV_HUGEPAGE);  // a hint: fewer page faults and TLB misses
-#endif
-    return block;
-  }
-
   std::mutex mutex_;
   std::multimap<size_t, void*> free_;
   std::unordered_map<void*, size_t> live_;
@@ -126,8 +127,7 @@ float* scratch(size_t count) {
   if (mine.count < count) {
     std::free(mine.data);
     mine.count = (count + 15) / 16 * 16;
-    mine.data = static_cast<float*>(std::aligned_alloc(64, mine.count * sizeof(float)));
-    if (!mine.data) throw std::bad_alloc();
+    mine.data = static_cast<float*>(allocate(mine.count * sizeof(float), SMALL));  // walked down columns: many pages
   }
   return mine.data;
 }

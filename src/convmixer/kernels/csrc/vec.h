@@ -140,14 +140,17 @@ template <int N> INLINE vg<N> write_rounded(bf16* p, int64_t stride, vg<N> x, in
   });
 }
 
-// How many of them: as many as registers allow. `one` and `many` are passed as arguments and read as types.
+// How many of them: as many as registers allow, fewer where each needs many. They are passed as arguments and read as
+// types.
 template <int N> struct Size {
   static constexpr int value = N;
 };
+constexpr int MANY = 4;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int MANY = 4;  // 32 registers
+constexpr int FEW = 4;  // 32 registers
 #else
-constexpr int MANY = 2;  // 16 registers
+constexpr int FEW = 2;  // 16 registers
 #endif
 constexpr Size<1> one;
+constexpr Size<FEW> few;
 constexpr Size<MANY> many;
