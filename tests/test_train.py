@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 
-from convmixer import records
+from convmixer import kernels, records
 from convmixer.cli import main
 from convmixer.config import Config
+from convmixer.device import choose_precision
 from convmixer.errors import RequestError
 from convmixer.models.weights import load_model
 from convmixer.train.run import resume, train
+from convmixer.train.setup import prepare
 
 TINY = {"model": "convmixer_24_2_p1_k3", "workers": 0, "precision": "fp32", "lr": 0.03, "batch_size": 64}
 
@@ -138,3 +140,12 @@ def test_bad_requests_are_one_line_and_exit_2(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.count("\n") == 0
+
+
+def test_auto_precision_is_that_of_what_computes() -> None:
+    convmixer = prepare("digits", Config(**TINY | {"precision": "auto"}))
+    sizes = {"dim": 24, "depth": 2, "mixer": "pool", "kernel_size": 3, "patch_size": 1, "img_size": 8}
+    other = prepare("digits", Config(**TINY | {"precision": "auto"}), ("isotropic", sizes))
+    native = choose_precision("auto", torch.device("cpu"))
+    assert convmixer.config.precision == ("bf16" if kernels.available() else native)
+    assert other.config.precision == native

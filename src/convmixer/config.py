@@ -80,7 +80,7 @@ class Config:
     seed: int = setting(0, "seed of the split, the initial weights, the data order and every augmentation")
     precision: str = setting(
         "auto",
-        "auto: bf16 where the processor computes it natively, else fp32",
+        "auto: bf16 where the processor computes it natively or a ConvMixer runs on the CPU kernels, else fp32",
         ("auto", "fp32", "bf16", "fp16"),
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))

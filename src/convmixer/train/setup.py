@@ -14,7 +14,7 @@ from convmixer.data.loader import Loader, eval_loader, train_loader
 from convmixer.data.transforms import eval_transform, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
-from convmixer.fast import accelerate, uses_kernels
+from convmixer.fast import FastConvMixer, accelerate, uses_kernels
 from convmixer.models.registry import create_model
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
@@ -96,8 +96,8 @@ def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
     Raises:
         RequestError: Data, model, weights or device cannot be had, or do not fit each other.
     """
-    device = choose_device(config.device)
-    config = dataclasses.replace(config, device=device.type, precision=choose_precision(config.precision, device))
+    device, asked = choose_device(config.device), config.precision
+    config = dataclasses.replace(config, device=device.type, precision=choose_precision(asked, device))
     loaded = load_model(config.weights) if config.weights else None
     side = config.img_size or (loaded.preprocessing.img_size if loaded else None)
     data = load_data(
@@ -118,6 +118,8 @@ def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
         _start_from(model, loaded, data.classes)
     model.to(device)
     model, kernels = _fast(model, config, device)
+    if asked == "auto" and type(model) is FastConvMixer:  # where products stay fp32, bf16 halves what goes to memory
+        config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
     return Job(spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps)
