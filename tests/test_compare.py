@@ -103,6 +103,23 @@ def test_a_killed_study_resumes_to_the_same_numbers(whole: Path, tmp_path: Path)
     assert "run 1 of 4" not in said  # nothing that was done is repeated
 
 
+def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> None:
+    arms = yaml.safe_load(tiny(tmp_path).read_text())["arms"]
+    arms = {"convolution": arms["depthwise"], "wider": arms["none"] | {"dim": 36, "fixed": True}}
+    claim = {"says": "it mixes", "first": "convolution", "second": "wider", "relation": "better", "matters": 1.0}
+    match = {"by": "parameters", "like": "convolution", "solve": "dim"}
+    study, out = tiny(tmp_path, arms=arms, claims=[claim], match=match), tmp_path / "out"
+    said = finish(start(study, out, "--reuse", str(whole)))
+    assert said.count("reused   convolution-seed") == 2
+    ours, theirs = numbers(out), numbers(whole)
+    for seed in (0, 1):
+        assert ours[f"convolution-seed{seed}"] == theirs[f"depthwise-seed{seed}"]
+    assert not (out / "runs" / "convolution-seed0").exists()
+    assert (out / "runs" / "wider-seed0").exists()
+    assert (out / "pictures" / "convolution-kernels.png").exists()
+    verify(out / "records.jsonl", "digits", "convolution-seed1")
+
+
 def test_smoke_takes_at_most_three_minutes_and_opens_in_a_browser(tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

@@ -327,6 +327,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="study folder (default: studies/<study>)")
     sub.add_argument("--resume", action="store_true", help="go on with the study in that folder")
     sub.add_argument("--budget", metavar="TIME", help="start no run that would not end within this time, such as 2h")
+    sub.add_argument("--reuse", type=Path, metavar="DIR", help="take equal runs from this study instead of training")
     sub.add_argument("--dry-run", action="store_true", help="probe every arm, print the plan, train nothing")
     sub.add_argument("--worker", action="store_true", help="help with a study that was started elsewhere")
     sub.add_argument(
@@ -358,6 +359,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         worker=args.worker,
         storage=args.storage,
         heartbeat_seconds=args.heartbeat,
+        reuse=args.reuse,
     )
 
 

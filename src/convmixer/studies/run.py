@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -31,6 +32,7 @@ def compare(
     worker: bool = False,
     storage: str | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    reuse: Path | None = None,
 ) -> dict[str, Any]:
     """Train what a study still lacks and write its report.
 
@@ -44,6 +46,8 @@ def compare(
         worker: Take runs from a queue that was started elsewhere.
         storage: SQLAlchemy URL of the queue; None: SQLite in the study folder.
         heartbeat_seconds: Time between the signs of life of this worker.
+        reuse: Folder of another study; what it has finished with the same model, settings, seed and data is not
+            trained again.
 
     Returns:
         `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); of a dry
@@ -66,7 +70,7 @@ def compare(
         _say_plan(plan)
         plan["probes"] = probe_all(plan, study)
         queue.start(plan["runs"], plan)
-    runner = Runner(study, spec, queue, out, time.monotonic() + allowed)
+    runner = Runner(study, spec, queue, out, time.monotonic() + allowed, reuse)
     if worker:
         runner.check_data()
     if resume:
@@ -84,9 +88,18 @@ class Runner:
         queue: Its queue, started.
         out: The study folder.
         deadline: Start nothing that would end after this (`time.monotonic`).
+        reuse: Folder of another study to take finished runs from.
+
+    Raises:
+        RequestError: There is no study in the folder to reuse.
     """
 
-    def __init__(self, study: Study, spec: str, queue: Queue, out: Path, deadline: float) -> None:
+    def __init__(
+        self, study: Study, spec: str, queue: Queue, out: Path, deadline: float, reuse: Path | None = None
+    ) -> None:
+        if reuse and not (reuse / "study.json").exists():
+            raise RequestError(f"{reuse} holds no study to reuse: there is no study.json")
+        self.reuse = reuse
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
         self.plan: Plan = queue.plan()
         self.of_run = {run_name(arm, seed): (arm, seed) for arm, seed in study.runs()}
@@ -123,6 +136,9 @@ class Runner:
         """Return the record of a run, trained from its beginning or its last checkpoint."""
         from convmixer.train.run import resume, train
 
+        if found := self._finished_elsewhere(run):
+            print(f"reused   {run}: {found['results']['reused_from']}")
+            return found
         arm, seed = self.of_run[run]
         folder, build = self.out / "runs" / run, self.plan["arms"][arm]["build"]
         if (folder / "config.yaml").exists():
@@ -177,6 +193,30 @@ class Runner:
         }
         full = dataclasses.replace(record, name=run, results=results)
         return dataclasses.asdict(full)
+
+    def _finished_elsewhere(self, run: str) -> dict[str, Any] | None:
+        """Return the record of the same model, settings, seed and data in the folder to reuse."""
+        if not self.reuse:
+            return None
+        arm, seed = self.of_run[run]
+        own, theirs = self.plan, json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
+        if theirs["recipe"] != own["recipe"] or theirs["data"]["checksum"] != own["data"]["checksum"]:
+            return None
+        finished = {record.name: record for record in records.read(self.reuse / "records.jsonl")}
+        for name, planned in theirs["arms"].items():
+            record = finished.get(run_name(name, seed))
+            if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
+                for picture in (self.reuse / "pictures").glob(f"{name}-*.png"):
+                    copy = self.out / "pictures" / (arm + picture.name.removeprefix(name))
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(picture, copy)
+                results = record.results | {
+                    "arm": arm,
+                    "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
+                    "reused_from": f"{record.name} of the study {theirs['name']}",
+                }
+                return dataclasses.asdict(dataclasses.replace(record, name=run, results=results))
+        return None
 
     def _write_records(self) -> None:
         done = self.queue.records()
