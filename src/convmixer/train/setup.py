@@ -11,7 +11,7 @@ import torch.nn as nn
 from convmixer.config import Config
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.loader import Loader, eval_loader, train_loader
-from convmixer.data.transforms import eval_transform, train_transform
+from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import FastConvMixer, accelerate, uses_kernels
@@ -129,10 +129,7 @@ def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None)
     """Return the settings' preprocessing; what they leave open comes from the weights, then from the data."""
     known = loaded.preprocessing if loaded and loaded.preprocessing.in_chans == data.in_chans else data
     mean, std = config.mean or known.mean, config.std or known.std
-    try:
-        return Preprocessing(data.img_size, data.in_chans, mean, std, config.interpolation, config.crop_pct)
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    return preprocessing_of(data, dataclasses.replace(config, mean=mean, std=std))
 
 
 def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
