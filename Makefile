@@ -37,7 +37,7 @@ test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 docs: install  ## the API's pages, built from the docstrings, in build/docs
-	$(BIN)/pdoc --docformat google --output-directory build/docs convmixer
+	$(BIN)/python docs/build_api.py build/docs
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

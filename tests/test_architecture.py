@@ -69,6 +69,15 @@ def test_public_names_are_sorted_and_exist() -> None:
     assert all(getattr(convmixer, name) is not None for name in convmixer.__all__)
 
 
+def test_the_api_pages_hold_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc", reason="pdoc is not installed")
+    script = Path(__file__).parent.parent / "docs" / "build_api.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
+    page = (tmp_path / "convmixer.html").read_text(encoding="utf-8")
+    for name in convmixer.__all__:
+        assert f'<section id="{name}">' in page
+
+
 def test_help_and_import_stay_light() -> None:
     code = (
         "import sys, convmixer, convmixer.cli as c\n"
