@@ -1,6 +1,6 @@
 """Write the API's pages, built from the docstrings, into a folder.
 
-    python docs/build_api.py FOLDER
+python docs/build_api.py FOLDER
 """
 
 import sys
