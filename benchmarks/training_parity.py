@@ -34,6 +34,8 @@ def losses(data: str, config: Config, steps: int, kernels: bool, threads: int) -
 
     torch.set_num_threads(threads)
     job = prepare(data, config)
+    if job.kernels != "CPU kernels":
+        raise SystemExit("the kernels are not built: `convmixer info` says why")
     if not kernels:
         job.model.__class__ = ConvMixer
     module = job.module(1)  # the learning rate of a run of one epoch: its highest comes near step 300
@@ -114,6 +116,8 @@ def main() -> None:
     draw(curves, folder / f"training_parity_{args.precision}.png")
     for name, value in results.items():
         print(f"{name:<44} {value:.3g}")
+    if args.precision == "fp32" and results["kernels_largest_relative_difference_first_10"] > 1e-4:
+        raise SystemExit("the kernels' losses differ by more than 1e-4 over the first 10 steps")
 
 
 if __name__ == "__main__":

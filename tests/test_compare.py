@@ -118,6 +118,13 @@ def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> 
     assert (out / "runs" / "wider-seed0").exists()
     assert (out / "pictures" / "convolution-kernels.png").exists()
     verify(out / "records.jsonl", "digits", "convolution-seed1")
+    assert "convolution-seed0 is depthwise-seed0 of the study tiny" in (out / "report.md").read_text()
+
+
+def test_a_folder_without_a_study_is_not_reused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no study to reuse"):
+        compare(str(tiny(tmp_path)), "digits", tmp_path / "out", reuse=tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
 
 
 def test_smoke_takes_at_most_three_minutes_and_opens_in_a_browser(tmp_path: Path) -> None:

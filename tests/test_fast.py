@@ -173,6 +173,11 @@ def test_nan_and_inf_pass_through(value: float) -> None:
 
 def test_unusual_models_run_plain(capfd: pytest.CaptureFixture[str]) -> None:
     images = _images()
+    overlapping = accelerate(_isotropic(stem="overlap"))
+    overlapping.blocks[0][0].fn[0].register_forward_hook(lambda module, args, output: calls.append(output))
+    calls: list[torch.Tensor] = []
+    overlapping(_images(2, (12, 12)))
+    assert len(calls) == 1  # the depthwise convolution of another stem's model is a module too
     hooked, checkpointed, synced, tanh = (accelerate(_model()) for _ in range(4))
     seen: list[torch.Tensor] = []
     hooked.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))

@@ -53,6 +53,15 @@ def test_every_variant_can_be_made_fast_or_stays_as_it_is(options: dict[str, str
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_exports_with_any_batch(mixer: str) -> None:
+    torch.manual_seed(0)
+    model, x = Isotropic(**SIZES, mixer=mixer).eval(), torch.randn(3, 3, 16, 16)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_only_the_mixer_changes(mixer: str) -> None:
     mixers = {name for name, _ in Isotropic(**SIZES, mixer=mixer).named_parameters() if ".fn.0." in name}
     rest = {name for name, _ in Isotropic(**SIZES, mixer=mixer).named_parameters()} - mixers

@@ -56,6 +56,11 @@ def test_shipped_studies_are_sound_and_can_be_matched(name: str) -> None:
         assert macs(build_args(arm.family, sizes, size), size, 3, 10) > 1000
 
 
+def test_arms_compute_in_fp32_where_the_study_does_not_say() -> None:
+    study = parse("x", GOOD)
+    assert {study.config(arm, 0).precision for arm in study.arms} == {"fp32"}
+
+
 def test_runs_complete_the_pairs_of_a_seed_first() -> None:
     assert parse("x", GOOD).runs() == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
@@ -72,6 +77,7 @@ def test_runs_complete_the_pairs_of_a_seed_first() -> None:
         ("arms/b/recipe", {"lrr": 0.5}, "arm b: unknown setting 'lrr'"),
         ("arms/B c", {"model": "vit"}, "arm name 'B c' must be"),
         ("recipe/epoch", 1, "unknown setting 'epoch': did you mean 'epochs'"),
+        ("recipe/precision", "auto", "precision auto may differ between arms"),
         ("recipe/seed", 1, "seed is not part of a shared recipe"),
         ("seeds", [], "seeds must be different whole numbers"),
         ("seeds", [1, 1], "seeds must be different whole numbers"),

@@ -28,7 +28,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     The kernels are built on first use. Each forward pass runs on them when it can: on a CPU, in fp32 or bf16 (by the
     parameters, or by autocast), with the paper's own layers; otherwise it runs as before, and says why once.
 
-    An `Isotropic` is swapped where stem and blocks end as those of ConvMixer; its spatial mixer may be any.
+    An `Isotropic` is swapped where stem and blocks end as those of ConvMixer; its spatial mixer may be any. Others
+    stay as they are, without a word.
 
     Args:
         model: Any module; ConvMixers in it are found at any depth.
@@ -138,7 +139,7 @@ def _unusual(model: Any) -> str | None:
         inner: Any = getattr(residual, "fn", [None])
         expected += [(block, nn.Sequential), (residual, Residual), (pointwise, nn.Conv2d)]
         expected += [(inner, nn.Sequential)]
-        if not isinstance(model, Isotropic):  # which may have any mixer
+        if not isinstance(model, Isotropic) or type(inner[0]) is DepthwiseConv2d:  # its other mixers are called
             expected += [(inner[0], DepthwiseConv2d)]
     for module, kind in expected:
         if type(module) is not kind:

@@ -98,6 +98,7 @@ def load_classifier(
     if is_exported(source):
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
+    from convmixer.fast import accelerate
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
@@ -106,8 +107,9 @@ def load_classifier(
         raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
-    maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
-    logits = _fastest(loaded.model, where, how, calibration and calibration(loaded.preprocessing))
+    model = accelerate(loaded.model) if where.type == "cpu" else loaded.model
+    maps = torch_maps(model, where, "fp32" if how == "int8" else how)
+    logits = fastest(model, where, how, calibration and calibration(loaded.preprocessing))
     return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps)
 
 
@@ -119,8 +121,8 @@ def _from_exported(path: Path, precision: str) -> Classifier:
     return Classifier(logits, exported.classes, exported.preprocessing, about, exported.run)
 
 
-def _fastest(
-    model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None"
+def fastest(
+    model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None" = None
 ) -> Logits:
     """Return the function that runs a model on the CPU's kernels where they serve, else as it is."""
     from convmixer.fast_inference import optimize_for_inference

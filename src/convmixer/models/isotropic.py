@@ -51,7 +51,7 @@ class Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias[:, cast(torch.Tensor, self.offset)].to(q.dtype)  # (heads, N, N)
-        # written out: with a bias that is trained, torch's own takes the same steps and two passes for masked rows
+        # written out: on a CPU, torch's own trains a bias by these steps and two more passes, for masked rows
         scores = q * (C // self.heads) ** -0.5 @ k.transpose(2, 3) + bias  # (B, heads, N, N)
         out = scores.softmax(3) @ v  # (B, heads, N, C // heads)
         out = self.proj(out.transpose(1, 2).reshape(B, H * W, C))
@@ -84,7 +84,7 @@ class TokenMixing(nn.Module):
 
 def _over_positions(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(M, N), (B, N, C), (M) -> (B, M, C): no copy of x, whichever of N and C is the inner one in memory."""
-    matrices = matrix.expand(len(x), -1, -1)
+    matrices = matrix.expand(x.shape[0], -1, -1)
     return torch.bmm(matrices, x) if bias is None else torch.baddbmm(bias[:, None], matrices, x)
 
 

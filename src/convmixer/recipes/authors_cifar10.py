@@ -10,7 +10,8 @@ results/authors-cifar10-3-epochs-seed0.
 Their command is `train.py --lr-max=0.05 --ra-n=2 --ra-m=12 --wd=0.005 --scale=1.0 --jitter=0 --reprob=0`. What else
 their script does is kept: torch's AdamW decays every parameter and has eps 1e-8, and gradients are not clipped, as
 `--clip-norm` is not given. Different here: their last batch of an epoch has 336 images, ours is always full, so 336
-images, other ones each epoch, are left out; and mixed precision is bf16, not fp16.
+images, other ones each epoch, are left out; and mixed precision is bf16, where the processor or our kernels compute
+it, not fp16.
 """
 
 from convmixer.config import Config

@@ -221,6 +221,7 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
     selection = "none: the last epoch of each run" if not data["val"] else "the best epoch on the validation split"
     done = next(iter(results.records.values()), None)
     environment = done.environment if done else plan["environment"]
+    machines = {_machine(record.environment) for record in results.records.values()} or {_machine(environment)}
     dates = sorted(record.date for record in results.records.values())
     facts: list[Sequence[str]] = [
         ("data", f"{data['name']}, {data['train']} train, {data['val']} val, {data['test']} test images"),
@@ -228,7 +229,7 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
         ("selection", f"{selection}; the test split was read once per run"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("runs", f"{len(results.records)} of {len(plan['runs'])}"),
-        ("machine", f"{environment['processor']}, {environment['cores']} cores, {environment['system']}"),
+        ("machine", "; ".join(sorted(machines))),
         ("versions", ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
         ("commit", str(environment["commit"])),
     ]
@@ -236,7 +237,14 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
         kept = ("precision", "device", "threads", "kernels")
         facts.append(("computed with", "; ".join(sorted({_how(r.results, kept) for r in results.records.values()}))))
         facts.append(("dates", f"{dates[0]} to {dates[-1]}"))
+    reused = {run: r.results["reused_from"] for run, r in results.records.items() if "reused_from" in r.results}
+    if reused:
+        facts.append(("trained elsewhere", "; ".join(f"{run} is {source}" for run, source in reused.items())))
     return facts
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return f"{environment['processor']}, {environment['cores']} cores, {environment['system']}"
 
 
 def _how(values: dict[str, Any], keys: Sequence[str]) -> str:

@@ -71,9 +71,9 @@ def infer_speed(model: Any, preprocessing: Any, precision: str) -> float:
     """Return images per second of a model on batches of 128, as `predict` computes them: the median of a few."""
     import numpy as np
 
-    from convmixer.inference import torch_logits
+    from convmixer.inference import fastest
 
-    logits = torch_logits(model.eval(), next(model.parameters()).device, precision)
+    logits = fastest(model.eval(), next(model.parameters()).device, precision)
     side = preprocessing.img_size
     batch = np.random.default_rng(0).standard_normal((INFER_BATCH, preprocessing.in_chans, side, side))
     images = batch.astype(np.float32)

@@ -57,6 +57,8 @@ def compare(
         RequestError: The study, the data or the folder do not allow it; nothing was trained.
     """
     study = load_study(name)
+    if reuse and not (reuse / "study.json").exists():
+        raise RequestError(f"{reuse} holds no study to reuse: there is no study.json")
     spec, out = data or study.data, out or Path("studies") / study.name
     if dry_run:
         return _dry_run(study, spec)
@@ -89,16 +91,11 @@ class Runner:
         out: The study folder.
         deadline: Start nothing that would end after this (`time.monotonic`).
         reuse: Folder of another study to take finished runs from.
-
-    Raises:
-        RequestError: There is no study in the folder to reuse.
     """
 
     def __init__(
         self, study: Study, spec: str, queue: Queue, out: Path, deadline: float, reuse: Path | None = None
     ) -> None:
-        if reuse and not (reuse / "study.json").exists():
-            raise RequestError(f"{reuse} holds no study to reuse: there is no study.json")
         self.reuse = reuse
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
         self.plan: Plan = queue.plan()
@@ -174,6 +171,7 @@ class Runner:
     # Records
 
     def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
+        from convmixer.fast import accelerate
         from convmixer.models.weights import load_model
         from convmixer.studies.probe import infer_speed
 
@@ -181,12 +179,13 @@ class Runner:
         if record.data["checksum"] != self.plan["data"]["checksum"]:
             raise RequestError(f"{run} was trained on other data than the study was planned with")
         loaded = load_model(folder / "weights" / "best")
+        model = accelerate(loaded.model) if record.results["device"] == "cpu" else loaded.model
         planned = self.plan["arms"][arm]
         results = record.results | {
             "arm": arm,
             "macs": planned["macs"],
             "train_images_per_second": record.results["images_per_second"],
-            "infer_images_per_second": infer_speed(loaded.model, loaded.preprocessing, record.config["precision"]),
+            "infer_images_per_second": infer_speed(model, loaded.preprocessing, record.config["precision"]),
             "peak_memory_bytes": self.plan["probes"][arm]["peak_memory_bytes"],
             "weights": f"runs/{run}/weights/best",
             "history": _history(folder / "metrics.csv"),
@@ -196,7 +195,7 @@ class Runner:
 
     def _finished_elsewhere(self, run: str) -> dict[str, Any] | None:
         """Return the record of the same model, settings, seed and data in the folder to reuse."""
-        if not self.reuse:
+        if not self.reuse or not (self.reuse / "records.jsonl").exists():
             return None
         arm, seed = self.of_run[run]
         own, theirs = self.plan, json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
@@ -206,10 +205,11 @@ class Runner:
         for name, planned in theirs["arms"].items():
             record = finished.get(run_name(name, seed))
             if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
-                for picture in (self.reuse / "pictures").glob(f"{name}-*.png"):
-                    copy = self.out / "pictures" / (arm + picture.name.removeprefix(name))
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(picture, copy)
+                if seed == own["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
+                    for kind in ("filters", "kernels"):
+                        picture = self.reuse / "pictures" / f"{name}-{kind}.png"
+                        if picture.exists():
+                            records.write_atomic(self.out / "pictures" / f"{arm}-{kind}.png", picture.read_bytes())
                 results = record.results | {
                     "arm": arm,
                     "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),

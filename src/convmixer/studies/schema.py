@@ -186,7 +186,10 @@ def _recipe(raw: Any) -> Config:
     for key in ("seed", "model"):
         if key in values:
             raise RequestError(f"recipe: {key} is not part of a shared recipe: it comes from the study's {key}s")
-    return override(Config(), values)
+    recipe = override(Config(), {"precision": "fp32", **values})
+    if recipe.precision == "auto":
+        raise RequestError("recipe: precision auto may differ between arms: write fp32 (the default), bf16 or fp16")
+    return recipe
 
 
 def _arm(name: str, raw: Any) -> Arm:

@@ -10,6 +10,7 @@ from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
+from convmixer.fast import accelerate
 from convmixer.models.weights import load_model
 from convmixer.train.evaluate import evaluate
 
@@ -68,7 +69,9 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
     loaded, device = load_model(weights), choose_device("auto")
     loader = eval_loader(splits.test, eval_transform(loaded.preprocessing), 128, 0)
     precision = choose_precision(config.precision, device)
-    measured = evaluate(loaded.model.to(device), loader, device, precision)["top1"]
+    model = loaded.model.to(device)
+    model = accelerate(model) if device.type == "cpu" else model
+    measured = evaluate(model, loader, device, precision)["top1"]
     difference = measured - recorded
     return {
         "name": record.name,

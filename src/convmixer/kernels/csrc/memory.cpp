@@ -126,8 +126,10 @@ float* scratch(size_t count) {
   static thread_local Scratch mine;
   if (mine.count < count) {
     std::free(mine.data);
-    mine.count = (count + 15) / 16 * 16;
-    mine.data = static_cast<float*>(allocate(mine.count * sizeof(float), SMALL));  // walked down columns: many pages
+    mine = {};  // should there be no memory
+    const size_t whole = (count + 15) / 16 * 16;
+    mine.data = static_cast<float*>(allocate(whole * sizeof(float), SMALL));  // walked down columns: many pages
+    mine.count = whole;
   }
   return mine.data;
 }
