@@ -98,7 +98,6 @@ def load_classifier(
     if is_exported(source):
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
-    from convmixer.fast import accelerate
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
@@ -107,9 +106,8 @@ def load_classifier(
         raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
-    model = accelerate(loaded.model) if where.type == "cpu" else loaded.model
-    maps = torch_maps(model, where, "fp32" if how == "int8" else how)
-    logits = fastest(model, where, how, calibration and calibration(loaded.preprocessing))
+    maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
+    logits = fastest(loaded.model, where, how, calibration and calibration(loaded.preprocessing))
     return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps)
 
 
@@ -124,11 +122,15 @@ def _from_exported(path: Path, precision: str) -> Classifier:
 def fastest(
     model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None" = None
 ) -> Logits:
-    """Return the function that runs a model on the CPU's kernels where they serve, else as it is."""
+    """Return the function that runs a model on the CPU's kernels where they serve, else as it is.
+
+    On a CPU the model is accelerated in place, so whatever else runs it is fast too.
+    """
+    from convmixer.fast import accelerate
     from convmixer.fast_inference import optimize_for_inference
 
     if device.type == "cpu" and precision in ("fp32", "bf16", "int8"):
-        return torch_logits(optimize_for_inference(model, precision, calibration).eval(), device, "fp32")
+        return torch_logits(optimize_for_inference(accelerate(model), precision, calibration).eval(), device, "fp32")
     return torch_logits(model, device, precision)
 
 

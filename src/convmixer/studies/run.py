@@ -171,7 +171,6 @@ class Runner:
     # Records
 
     def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
-        from convmixer.fast import accelerate
         from convmixer.models.weights import load_model
         from convmixer.studies.probe import infer_speed
 
@@ -179,13 +178,12 @@ class Runner:
         if record.data["checksum"] != self.plan["data"]["checksum"]:
             raise RequestError(f"{run} was trained on other data than the study was planned with")
         loaded = load_model(folder / "weights" / "best")
-        model = accelerate(loaded.model) if record.results["device"] == "cpu" else loaded.model
         planned = self.plan["arms"][arm]
         results = record.results | {
             "arm": arm,
             "macs": planned["macs"],
             "train_images_per_second": record.results["images_per_second"],
-            "infer_images_per_second": infer_speed(model, loaded.preprocessing, record.config["precision"]),
+            "infer_images_per_second": infer_speed(loaded.model, loaded.preprocessing, record.config["precision"]),
             "peak_memory_bytes": self.plan["probes"][arm]["peak_memory_bytes"],
             "weights": f"runs/{run}/weights/best",
             "history": _history(folder / "metrics.csv"),
@@ -206,10 +204,7 @@ class Runner:
             record = finished.get(run_name(name, seed))
             if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
                 if seed == own["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
-                    for kind in ("filters", "kernels"):
-                        picture = self.reuse / "pictures" / f"{name}-{kind}.png"
-                        if picture.exists():
-                            records.write_atomic(self.out / "pictures" / f"{arm}-{kind}.png", picture.read_bytes())
+                    self._copy_pictures(self.reuse, name, arm)
                 results = record.results | {
                     "arm": arm,
                     "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
@@ -217,6 +212,13 @@ class Runner:
                 }
                 return dataclasses.asdict(dataclasses.replace(record, name=run, results=results))
         return None
+
+    def _copy_pictures(self, other: Path, theirs: str, own: str) -> None:
+        """Copy what `_draw` drew of an arm of another study: its weights need not be there any more."""
+        for kind in ("filters", "kernels"):
+            picture = other / "pictures" / f"{theirs}-{kind}.png"
+            if picture.exists():
+                records.write_atomic(self.out / "pictures" / f"{own}-{kind}.png", picture.read_bytes())
 
     def _write_records(self) -> None:
         done = self.queue.records()
