@@ -16,15 +16,9 @@ from convmixer.benchmark import measure
 from convmixer.benchmark.case import Case, build, case_of
 from convmixer.benchmark.contenders import peers
 from convmixer.errors import RequestError
+from convmixer.kernels import why_not
 
 TINY = Case("infer", 16, 2, 3, 4, 16, 5, 2, "fp32", 1)
-
-
-def why_no_kernels() -> str | None:
-    import convmixer.kernels
-
-    reason: str | None = getattr(convmixer.kernels, "why_not", lambda: "not there yet")()
-    return reason
 
 
 def test_sizes_by_hand_are_put_over_the_models() -> None:
@@ -101,14 +95,12 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_refuses_to_start_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVMIXER_KERNELS", "0")
-    if why_no_kernels() == "not there yet":
-        pytest.skip("kernels are not there yet")
     done = run("train", "--model", "convmixer_256_8")
     assert done.returncode == 2
     assert "CONVMIXER_KERNELS" in done.stderr
 
 
-@pytest.mark.skipif(bool(why_no_kernels()), reason=f"kernels are not built: {why_no_kernels()}")
+@pytest.mark.skipif(bool(why_not()), reason=f"kernels are not built: {why_not()}")
 def test_command_measures_names_what_is_left_out_and_keeps_a_record(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     shape = ["--dim", "16", "--depth", "2", "--patch-size", "4", "--kernel-size", "3", "--img-size", "16"]

@@ -106,14 +106,29 @@ def test_shapes_may_change_between_calls() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_in_one_image_reach_its_logits_and_no_others(precision: str, value: float) -> None:
-    fast = optimize_for_inference(trained(32, 2, 3, 2, "gelu"), precision)
     images = torch.randn(3, 3, 16, 16)
+    fast = optimize_for_inference(trained(32, 2, 3, 2, "gelu"), precision, images.clone())
     images[1, 0, 5, 5] = value
     finite = fast(images).isfinite().all(1)
     assert finite.tolist() == [True, False, True]
+
+
+@needs_kernels
+def test_int8_needs_at_least_one_batch() -> None:
+    with pytest.raises(RequestError, match="at least one batch"):
+        optimize_for_inference(trained(32, 2, 3, 2, "gelu"), "int8", [])
+
+
+@needs_kernels
+def test_a_classifier_without_bias() -> None:
+    model = trained(32, 2, 3, 2, "gelu")
+    model.head = torch.nn.Linear(32, 5, bias=False)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(optimize_for_inference(model)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels

@@ -28,7 +28,20 @@ def test_other_processors(march: str) -> None:
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize(("compiler", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "failed")])
+@pytest.mark.slow
+def test_two_builders_do_not_collide(tmp_path: Path) -> None:
+    code = "from convmixer import kernels; print(kernels.why_not())"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) for _ in range(2)]  # type: ignore
+    said = [process.communicate(timeout=500) for process in both]
+    assert [out for out, _ in said] == ["None\n"] * 2
+    assert sum("building the CPU kernels" in error for _, error in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("no-such-compiler", "no C++ compiler"), (" ", "no C++ compiler"), ("false", "failed")]
+)
 def test_without_a_working_compiler_torch_runs(tmp_path: Path, compiler: str, said: str) -> None:
     code = (
         "import torch; from convmixer.fast import accelerate; from convmixer import create_model;"

@@ -6,8 +6,9 @@ import torch
 from convmixer.kernels import ops, reference, why_not
 
 DTYPES = (torch.float32, torch.bfloat16)
-# (N, C, H, W): whole vectors; a kernel wider than the image and few channels; batch 1; channels off the vector width
-SHAPES = ((2, 32, 8, 8), (3, 5, 3, 2), (1, 64, 16, 16), (2, 40, 13, 18))
+# (N, C, H, W): whole vectors; a kernel wider than the image and few channels; batch 1; channels off the vector width;
+# several images in a group
+SHAPES = ((2, 32, 8, 8), (3, 5, 3, 2), (1, 64, 16, 16), (2, 40, 13, 18), (20, 8, 9, 11))
 
 
 @pytest.fixture(scope="module", autouse=True)

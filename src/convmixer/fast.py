@@ -73,6 +73,12 @@ class _OnKernels(ConvMixer):
         logits: Tensor = self.head(self.head_drop(pooled.to(_dtype(self))))
         return logits
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
+        super().__setstate__(state)
+        if reason := kernels.why_not():
+            _say_once(reason)
+            self.__class__ = Isotropic if isinstance(self, Isotropic) else ConvMixer  # type: ignore[assignment]
+
     def _plain(self, reason: str) -> ConvMixer:
         if reason != _QUIETLY:
             _say_once(reason)
@@ -123,6 +129,8 @@ def _unfit(model: Any, x: Tensor) -> str | None:
         return "gradient checkpointing is on"
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return _QUIETLY
+    if torch.compiler.is_compiling() and type(model.blocks[0][0].fn[0]) is not DepthwiseConv2d:
+        return _QUIETLY  # the ops around another mixer have no fake kernels
     return _unusual(model)
 
 
@@ -179,7 +187,7 @@ def _parameters(model: Any, mixer: bool = True) -> list[Tensor]:
     parts = [model.stem[-1]]
     for block in model.blocks:
         parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
-    return [parameter.float() for part in parts for parameter in (part.weight, part.bias)]
+    return [parameter.float().contiguous() for part in parts for parameter in (part.weight, part.bias)]
 
 
 def _stem(model: Any, x: Tensor) -> Tensor:
@@ -201,8 +209,8 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         patches = x[:, :, : h * p, : w * p].to(product).reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
         bias = None if bias is None else bias.to(product)
-        v = nn.functional.linear(patches.reshape(B * h * w, -1), weight, bias).to(dtype)
-    return v.view(B, h, w, -1)
+        v = nn.functional.linear(patches.reshape(B * h * w, C * p * p), weight, bias).to(dtype)
+    return v.view(B, h, w, conv.out_channels)
 
 
 def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:

@@ -83,7 +83,8 @@ class FastInference(nn.Module):
         self.sizes = (model.dim, model.depth, model.kernel_size, model.patch_size)
         self.in_chans, self.act, self.precision = model.in_chans, _ACTS[type(model.stem[1])], precision
         self.num_classes = model.num_classes
-        head = [p.detach().float().clone() for p in model.head.parameters()] or [torch.eye(model.dim), torch.zeros(1)]
+        weight, bias = getattr(model.head, "weight", torch.eye(model.dim)), getattr(model.head, "bias", None)
+        head = [p.detach().float().clone() for p in (weight, torch.zeros(1) if bias is None else bias)]
         for name, value in zip(("weights", "head_weight", "head_bias"), (weights, *head), strict=True):
             self.register_buffer(name, value, persistent=False)
 
@@ -93,7 +94,15 @@ class FastInference(nn.Module):
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
-            return F.linear(pooled, self.head_weight, self.head_bias)
+            logits = F.linear(pooled, self.head_weight, self.head_bias)
+            if self.precision == "int8":  # whole numbers know neither NaN nor Inf
+                logits[~images.flatten(1).isfinite().all(1)] = float("nan")
+            return logits
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
+        super().__setstate__(state)
+        if reason := kernels.why_not():
+            raise RequestError(f"a model optimised for inference needs the CPU kernels: {reason}")
 
 
 def _unfit(model: Any) -> str | None:
@@ -149,6 +158,8 @@ def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> 
     if calibration is None:
         raise RequestError("int8 is calibrated on images: give some, or choose another precision")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not batches:
+        raise RequestError("int8 is calibrated on images: give at least one batch")
     low = torch.full((model.depth, model.dim), float("inf"))
     high, total = -low, torch.zeros_like(low)
 

@@ -134,9 +134,12 @@ def _train_step(model: nn.Module, case: Case, precision: str) -> Step:
 
 def _infer_step(model: nn.Module, case: Case, precision: str) -> Step:
     model, images = model.eval(), _layout(model, batch(case)[0])
+    compiled = hasattr(model, "_orig_mod")
+    if precision == "bf16" and not compiled:  # autocast would cast all weights anew at every step
+        model, images = model.bfloat16(), images.bfloat16()
 
     def step() -> torch.Tensor:
-        with torch.inference_mode() if not hasattr(model, "_orig_mod") else torch.no_grad(), _autocast(precision):
+        with torch.no_grad() if compiled else torch.inference_mode(), _autocast(precision if compiled else "fp32"):
             logits: torch.Tensor = model(images)
             return logits
 

@@ -1,6 +1,7 @@
 """How it is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) ->
         sample_seconds: Least time of a turn; short steps are repeated.
     """
     first = {name: _seconds(step, 1) for name, step in steps.items()}
-    counts = {name: max(1, round(sample_seconds / max(first[name], 1e-6))) for name in steps}
+    counts = {name: max(1, math.ceil(sample_seconds / max(first[name], 1e-6))) for name in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

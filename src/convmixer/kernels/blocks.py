@@ -1,8 +1,8 @@
 """All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
 
 Between the kernels a tensor is kept before its activation and norm, with the scale and shift that are still to be
-applied: v stands for norm(act(v)). Only these are saved for the backward pass, two for each block. The statistics are
-kept too, as float64 (norms, 2, C): mean and biased variance.
+applied: v stands for norm(act(v)). Only these are saved for the backward pass, two for each block; without gradients
+they go as soon as they are used. The statistics are kept too, as float64 (norms, 2, C): mean and biased variance.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convmixer.kernels.ops import LIBRARY
+from convmixer.kernels.ops import LIBRARY, differentiable_once
 
 PER_BLOCK = 8  # depthwise weight and bias, norm weight and bias, pointwise weight and bias, norm weight and bias
 _kernels = torch.ops.convmixer
@@ -35,7 +35,7 @@ def features(
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
-    y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool)
+    y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool, torch.is_grad_enabled())
     return y, kept[-1]
 
 
@@ -45,8 +45,10 @@ def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) ->
     return torch.stack((scale, bias - statistics[0] * scale)).float()
 
 
-def statistics_of(sums: Tensor, count: int) -> Tensor:
-    """Sums and sums of squares, float64 (2, C) -> mean and biased variance."""
+def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Tensor:
+    """Sums and squares of a batch, float64 (2, C), or None and the running ones -> mean and biased variance."""
+    if sums is None:
+        return torch.stack(running).double()
     mean, square = sums / count
     return torch.stack((mean, (square - mean * mean).clamp_(min=0)))
 
@@ -76,14 +78,21 @@ def norm_gradients(
 
 
 def _forward(
-    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
+    v: Tensor,
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     count = v.numel() // v.shape[3]
     statistics: list[Tensor] = []
 
     def norm(weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
         i = 2 * len(statistics)
-        used = torch.stack(running[i : i + 2]).double() if sums is None else statistics_of(sums, count)
+        used = statistics_of(sums, count, running[i : i + 2])
         statistics.append(used)
         return scale_shift(weight, bias, used, eps)
 
@@ -96,7 +105,7 @@ def _forward(
         matrix = pw.flatten(1).to(v.dtype)
         after, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pw_bias, act, training)
         before, norm_before = after, norm(weight_2, bias_2, sums if training else None)
-        kept += [u, after]
+        kept += [u, after] if keep else []
     y = (_kernels.act_norm_pool if pool else _kernels.act_norm)(before, norm_before, act)
     return y, [*kept, torch.stack(statistics)]
 
@@ -146,11 +155,18 @@ LIBRARY.impl("blocks_backward", _backward, "CPU")
 
 @torch.library.register_fake("convmixer::blocks")
 def _(
-    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
+    v: Tensor,
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     N, _, _, C = v.shape
     norms = (len(parameters) - 2) // PER_BLOCK * 2 + 1
-    kept = [torch.empty_like(v) for _ in range(norms - 1)]
+    kept = [torch.empty_like(v) for _ in range(norms - 1)] if keep else []
     y = v.new_empty((N, C), dtype=torch.float32) if pool else torch.empty_like(v)
     return y, [*kept, v.new_empty((norms, 2, C), dtype=torch.float64)]
 
@@ -170,7 +186,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    v, parameters, running, *ctx.settings = inputs
+    v, parameters, running, *settings, keep = inputs
+    assert keep
+    ctx.settings = settings
     ctx.counts = len(parameters), len(running)
     ctx.save_for_backward(v, *parameters, *output[1])
     ctx.set_materialize_grads(False)
@@ -178,7 +196,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 def _differentiate(ctx: Any, grad: Tensor | None, _kept: list[Tensor | None]) -> tuple[Any, ...]:
     n_parameters, n_running = ctx.counts
-    rest = [None] * n_running, None, None, None, None
+    rest = [None] * n_running, None, None, None, None, None
     if grad is None:
         return None, [None] * n_parameters, *rest
     v, *tensors = ctx.saved_tensors
@@ -188,3 +206,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, _kept: list[Tensor | None]) ->
 
 
 torch.library.register_autograd("convmixer::blocks", _differentiate, setup_context=_keep)
+torch.library.register_autograd("convmixer::blocks_backward", differentiable_once)

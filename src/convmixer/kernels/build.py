@@ -62,10 +62,10 @@ def library() -> Path:
     if sys.platform not in ("linux", "darwin"):
         raise RuntimeError(f"they are not built on {sys.platform}")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
-    if not shutil.which(compiler.split()[0] if compiler else ""):
-        raise RuntimeError(f"there is no C++ compiler ({compiler or 'g++'}); install g++ or set CXX")
-    version = _run([*compiler.split(), "--version"]).splitlines()[0]
-    folder = cache_folder() / _key(version)
+    if not shutil.which(next(iter(compiler.split()), "")):
+        raise RuntimeError(f"there is no C++ compiler ({compiler.strip() or 'g++'}); install g++ or set CXX")
+    version = next(iter(_run([*compiler.split(), "--version"]).splitlines()), "a compiler without a version")
+    folder = cache_folder() / _key(compiler, version)
     built = folder / "kernels.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +105,9 @@ def _sources() -> list[Path]:
     return sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _key(compiler_version: str) -> str:
+def _key(compiler: str, version: str) -> str:
     digest = hashlib.sha256()
-    for part in (compiler_version, *flags(), processor(), torch.__version__, str(Path(torch.__file__).parent)):
+    for part in (compiler, version, *flags(), processor(), torch.__version__, str(Path(torch.__file__).parent)):
         digest.update(part.encode() + b"\0")
     for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -135,11 +135,16 @@ def _compile(compiler: list[str], folder: Path, out: Path) -> None:
         )
         for unit in units
     ]
-    for job in jobs:
-        _, errors = job.communicate(timeout=BUILD_SECONDS)
-        if job.returncode:
-            first = next((line for line in errors.splitlines() if "error" in line), f"status {job.returncode}")
-            raise RuntimeError(f"the compiler failed: {first}")
+    try:
+        for job in jobs:
+            _, errors = job.communicate(timeout=BUILD_SECONDS)
+            if job.returncode:
+                first = next((line for line in errors.splitlines() if "error" in line), f"status {job.returncode}")
+                raise RuntimeError(f"the compiler failed: {first}")
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
     objects = [str(folder / f"{unit.stem}.o") for unit in units]
     _run([*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(out)])
 

@@ -29,16 +29,19 @@ _SCHEMAS = (
     "act_norm_pool_backward(Tensor grad, Tensor v, int act) -> (Tensor, Tensor)",
     "act_norm_backward(Tensor(a!) grad, Tensor v, Tensor norm, int act) -> ()",
     # all blocks at once, see blocks.py
-    "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool)"
+    "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool, bool keep)"
     " -> (Tensor, Tensor[])",
     "blocks_backward(Tensor grad, Tensor v, Tensor[] parameters, Tensor[] kept, float eps, int act, bool training,"
     " bool pool) -> (Tensor, Tensor[])",
-    "clear_pool() -> int",
-    "pool_peak_bytes() -> int",
 )
 LIBRARY = torch.library.Library("convmixer", "DEF")
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema)
+
+
+def differentiable_once(ctx: Any, *gradients: Any) -> Any:
+    """Refuse the gradient of a gradient, which torch would otherwise take for zero."""
+    raise RuntimeError("the CPU kernels are differentiable once: CONVMIXER_KERNELS=0 runs plain PyTorch")
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,3 +93,5 @@ def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("convmixer::depthwise", _depthwise_backward, setup_context=_keep_for_depthwise)
+for _name in ("depthwise_input_grad", "depthwise_weight_grad"):
+    torch.library.register_autograd(f"convmixer::{_name}", differentiable_once)

@@ -1,4 +1,4 @@
-"""Each kernel in a few lines of plain torch: what the C++ must match, for any dtype, float64 included."""
+"""The depthwise convolution in plain torch: what the C++ must match, for any dtype, float64 included."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -210,7 +210,7 @@ struct Split {
   static constexpr int64_t BLOCK = 32;  // channels: one cache line of bf16
   int64_t groups, runs, blocks;
   explicit Split(const Image& s)
-      : groups(std::min<int64_t>(s.N, 16)), blocks((s.C + BLOCK - 1) / BLOCK) {
+      : groups(std::clamp<int64_t>(s.N, 1, 16)), blocks((s.C + BLOCK - 1) / BLOCK) {
     runs = std::min<int64_t>(blocks, std::max<int64_t>(1, 64 / groups));
   }
 };

@@ -1,6 +1,5 @@
 #include "memory.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -62,20 +61,6 @@ class Pool {
     free_bytes_ += bytes;
   }
 
-  // Give everything that is not in use back to the system; returns the bytes given back.
-  int64_t clear() {
-    std::lock_guard<std::mutex> guard(mutex_);
-    const int64_t bytes = free_bytes_;
-    while (!free_.empty()) release(free_.begin());
-    peak_bytes_ = live_bytes_;
-    return bytes;
-  }
-
-  int64_t peak() {
-    std::lock_guard<std::mutex> guard(mutex_);
-    return peak_bytes_;
-  }
-
  private:
   // Make room for a size that is not there, so that changing shapes do not pile up.
   void trim(size_t wanted) {
@@ -110,7 +95,7 @@ struct Scratch {
 Tensor pooled(const std::vector<int64_t>& sizes, ScalarType dtype) {
   size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (int64_t size : sizes) bytes *= size;
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
+#if defined(TORCH_VERSION_2_11_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
   if (bytes >= SMALL) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
@@ -132,12 +117,4 @@ float* scratch(size_t count) {
     mine.count = whole;
   }
   return mine.data;
-}
-
-static int64_t clear_pool() { return pool().clear(); }
-static int64_t peak_bytes() { return pool().peak(); }
-
-STABLE_TORCH_LIBRARY_IMPL(convmixer, CompositeExplicitAutograd, m) {
-  m.impl("clear_pool", TORCH_BOX(&clear_pool));
-  m.impl("pool_peak_bytes", TORCH_BOX(&peak_bytes));
 }

@@ -20,12 +20,6 @@ constexpr int NV = 2;       // vectors of a product's tile
 // Its rows: as many sums as there are registers for, then what is left over.
 constexpr int HEIGHTS[] = {L >= 16 ? 14 : 6, L >= 16 ? 8 : 4, 2, 1};
 
-#if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
-constexpr bool HAVE_BF16 = true;
-#else
-constexpr bool HAVE_BF16 = false;
-#endif
-
 // Calls f with 0 .. N - 1 as constants, so that arrays indexed by them become registers.
 template <int N, class F> INLINE void unrolled(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
