@@ -1,6 +1,8 @@
 """Whole studies on real digits: a killed one ends like one never killed, budgets, refusals, verification, report."""
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -12,12 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from convmixer.errors import RequestError
-from convmixer.studies.run import compare
-from convmixer.studies.schema import find_study
+from convmixer.studies.queue import Queue
+from convmixer.studies.run import Runner, compare
+from convmixer.studies.schema import find_study, load_study
 from convmixer.studies.verify import verify
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -114,6 +119,9 @@ def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> 
     ours, theirs = numbers(out), numbers(whole)
     for seed in (0, 1):
         assert ours[f"convolution-seed{seed}"] == theirs[f"depthwise-seed{seed}"]
+    plan, first = json.loads((out / "study.json").read_text()), (out / "records.jsonl").read_text().splitlines()[0]
+    speed = plan["probes"]["convolution"]["infer_images_per_second"]  # today's, as that of the other arms
+    assert json.loads(first)["results"]["infer_images_per_second"] == speed
     assert not (out / "runs" / "convolution-seed0").exists()
     assert (out / "runs" / "wider-seed0").exists()
     assert (out / "pictures" / "convolution-kernels.png").exists()
@@ -172,17 +180,15 @@ def test_a_killed_run_continues_from_its_checkpoint(whole: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_budget_trains_what_fits_and_says_what_is_missing(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    study = tiny(tmp_path)
-    again = compare(str(study), "digits", out, resume=True)
-    assert again["missing"] == []
-    new = tmp_path / "new"
-    found = compare(str(study), "digits", new, budget="1s")
-    assert found["missing"] == ["depthwise-seed0", "none-seed0", "depthwise-seed1", "none-seed1"]
-    assert "Incomplete: 0 of 4 runs are done" in (new / "report.md").read_text()
+def test_a_budget_trains_what_fits_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, out = str(tiny(tmp_path)), tmp_path / "out"
+    monkeypatch.setattr(Runner, "_estimate", lambda self, run: 1.0 if run == "depthwise-seed0" else 1e6)
+    found = compare(study, "digits", out, budget="2h")
+    assert found["missing"] == ["none-seed0", "depthwise-seed1", "none-seed1"]
+    assert "Incomplete: 1 of 4 runs are done" in (out / "report.md").read_text()
     assert found["verdicts"][0]["verdict"] == "not decided"
+    monkeypatch.undo()
+    assert compare(study, "digits", out, resume=True, budget="2h")["missing"] == []
 
 
 @pytest.mark.slow
@@ -192,6 +198,35 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["arms"]["none"]["peak_memory_bytes"] > 0
     assert found["seconds_total"] > 0
     assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_the_time_left_counts_what_is_done(whole: Path, tmp_path: Path) -> None:
+    plan = json.loads((whole / "study.json").read_text())
+    study = load_study(str(tiny(tmp_path)))
+    queue = Queue(f"sqlite:///{tmp_path}/queue.db", plan["identity"])
+    queue.start(plan["runs"], plan)
+    runner = Runner(study, "digits", queue, tmp_path, math.inf)
+    probed = plan["probes"]["none"]["seconds"]
+    assert runner._estimate("none-seed0") == probed
+    metrics = tmp_path / "runs" / "none-seed0" / "metrics.csv"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("epoch,train_loss\n1.0,2.0\n")  # of two epochs
+    assert runner._estimate("none-seed0") == probed / 2
+    assert Runner(study, "digits", queue, tmp_path, math.inf, whole)._estimate("none-seed0") == 0
+
+
+def test_a_study_does_not_go_on_with_other_data(whole: Path, tmp_path: Path) -> None:
+    study, other, out = str(tiny(tmp_path)), tmp_path / "digits", tmp_path / "out"
+    shutil.copytree(whole, out)
+    pixels = np.random.default_rng(0)
+    for split, kind, number in itertools.product(("train", "test"), "0123456789", range(2)):
+        path = other / split / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 255, (8, 8), np.uint8)).save(path)
+    with pytest.raises(RequestError, match="holds other data than the study was started with"):
+        compare(study, str(other), out, resume=True)
+    with pytest.raises(RequestError, match="that queue holds the study already"):
+        compare(study, str(other), tmp_path / "new", storage=f"sqlite:///{out}/queue.db")
 
 
 def test_folders_are_not_mixed_up(whole: Path, tmp_path: Path) -> None:

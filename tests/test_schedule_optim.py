@@ -1,5 +1,8 @@
 """The learning rate against an independent piecewise-linear function, and the optimiser's parameter groups."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from convmixer.config import Config
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
+from convmixer.models.registry import create_model
 from convmixer.train.optim import build_optimizer
 from convmixer.train.schedule import knots, learning_rate, rate_at_step
 
@@ -54,6 +58,24 @@ def test_groups_and_settings_of_the_optimizer() -> None:
         assert (group["eps"], group["betas"]) == (1e-3, (0.8, 0.99))
     (all_decayed,) = build_optimizer(model, Config(decay_norm_and_bias=True)).param_groups
     assert len(all_decayed["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("build", "spared"),
+    [
+        (("resmlp", {"dim": 16, "depth": 1}), r"bias|norm\d?\.(alpha|beta)|ls\d$"),
+        (("vit_tiny_patch16_224", {"depth": 1}), r"bias|norm\d?\.weight|pos_embed|cls_token"),
+        (("isotropic", {"dim": 16, "depth": 1, "mixer": "attention"}), r"bias|(stem\.2|fn\.2|0\.3)\.weight"),
+        # a filter of one value is no scale
+        (("convmixer_8_1_p1_k1", {"in_chans": 1}), r"bias|(stem\.2|fn\.2|0\.3)\.weight"),
+    ],
+)
+def test_no_bias_norm_or_position_is_decayed(build: tuple[str, dict[str, Any]], spared: str) -> None:
+    model = create_model(build[0], num_classes=10, **build[1])
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, others = build_optimizer(model, Config(weight_decay=0.02)).param_groups
+    found = {names[id(p)] for p in others["params"]}
+    assert found == {name for name in names.values() if re.search(spared, name)}
 
 
 def test_frozen_parameters_are_left_out() -> None:

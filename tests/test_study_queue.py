@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
 from convmixer.errors import RequestError
 from convmixer.studies.queue import Queue
@@ -85,6 +87,43 @@ def test_a_wrong_address_is_one_clear_error_without_the_password(url: str) -> No
     assert "secret" not in str(caught.value)
 
 
+def test_a_start_that_was_killed_is_done_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = optuna.Study.set_user_attr
+
+    def killed(study: optuna.Study, key: str, value: Any) -> None:
+        if key == "plan":
+            raise KeyboardInterrupt
+        keep(study, key, value)
+
+    monkeypatch.setattr(optuna.Study, "set_user_attr", killed)
+    with pytest.raises(KeyboardInterrupt):
+        started(url)
+    monkeypatch.undo()
+    assert not Queue(url, "test").exists()
+    assert started(url).waiting() == RUNS
+
+
+def test_a_worker_that_was_given_up_drops_its_result_and_goes_on(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = started(url)
+
+    def train(run: str) -> dict[str, Any]:
+        trial = queue._study().get_trials(deepcopy=False)[0]
+        queue._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # as its heartbeat's end does
+        return record(run)
+
+    assert queue.take(train) == RUNS[0]
+    assert "another worker has taken it over" in capsys.readouterr().out
+    assert queue.records() == {}
+    assert queue.take(record) == RUNS[1]
+
+
+def test_all_workers_have_the_heartbeat_of_the_start(url: str) -> None:
+    started(url, 7)
+    assert Queue(url, "test", 300).heartbeat_seconds == 7
+
+
 def _hang(url: str, taken: Any) -> None:
     def train(run: str) -> dict[str, Any]:
         taken.put(run)
@@ -111,6 +150,8 @@ def test_a_worker_killed_on_this_machine_is_noticed_at_once(url: str) -> None:
     queue.recover()
     assert queue.running() == []
     assert queue.waiting() == RUNS
+    # the next worker's run does not look like a dead one's before it has signed
+    assert queue._study().get_trials(deepcopy=False)[0].user_attrs["pid"] is None
 
 
 def test_a_worker_killed_elsewhere_is_noticed_by_its_heartbeat(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Models for controlled comparisons: ConvMixer with exactly one part replaced, and timm's peers at any size.
 
 Every arm of a study is built here, in `registry` or in timm by a name and plain arguments, so that its weights can be
-loaded again. What is not here: sizes and matching (see `convmixer.compare`).
+loaded again. What is not here: sizes and matching (see `convmixer.studies`).
 """
 
 import itertools
@@ -191,6 +191,10 @@ class Isotropic(ConvMixer):
             self.blocks = nn.Sequential(*(_place_residual(block, residual) for block in blocks))
         if norm != "batch":
             _replace_norms(self, NORMS[norm])
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the attention's position biases: the optimiser decays no bias."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".bias")}
 
 
 def _check(mixer: str, stem: str, residual: str, norm: str, img_size: int, patch_size: int) -> None:

@@ -83,7 +83,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
 
 
 def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
-    """Draw the filters of a patch embedding as small images, each scaled to its own range.
+    """Draw the filters of the first convolution (a patch embedding) as small images, each scaled to its own range.
 
     Args:
         weight: (dim, channels, p, p); three channels are shown in colour, others as their mean.
@@ -100,7 +100,7 @@ def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
     else:  # a single pixel has no range of its own
         chosen = (chosen - chosen.min()) / max(float(chosen.max() - chosen.min()), 1e-12)
     size = "x".join(map(str, weight.shape[2:]))
-    _tiles(chosen, f"Patch embedding: {len(order)} of {len(weight)} filters ({size}), largest first", path)
+    _tiles(chosen, f"First convolution: {len(order)} of {len(weight)} filters ({size}), largest first", path)
 
 
 def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: int = 12, most: int = 12) -> None:

@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +219,7 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
     plan = results.plan
     data = plan["data"]
     selection = "none: the last epoch of each run" if not data["val"] else "the best epoch on the validation split"
-    done = next(iter(results.records.values()), None)
-    environment = done.environment if done else plan["environment"]
-    machines = {_machine(record.environment) for record in results.records.values()} or {_machine(environment)}
+    environments = [record.environment for record in results.records.values()] or [plan["environment"]]
     dates = sorted(record.date for record in results.records.values())
     facts: list[Sequence[str]] = [
         ("data", f"{data['name']}, {data['train']} train, {data['val']} val, {data['test']} test images"),
@@ -229,17 +227,16 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
         ("selection", f"{selection}; the test split was read once per run"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("runs", f"{len(results.records)} of {len(plan['runs'])}"),
-        ("machine", "; ".join(sorted(machines))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in environment["versions"].items())),
-        ("commit", str(environment["commit"])),
+        ("machine", _each(_machine(e) for e in environments)),
+        ("versions", _each(", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in environments)),
+        ("commit", _each(str(e["commit"]) for e in environments)),
     ]
-    if done:
-        kept = ("precision", "device", "threads", "kernels")
-        facts.append(("computed with", "; ".join(sorted({_how(r.results, kept) for r in results.records.values()}))))
-        facts.append(("dates", f"{dates[0]} to {dates[-1]}"))
+    if dates:
+        facts += [("computed with", _computed_with(results)), ("dates", f"{dates[0]} to {dates[-1]}")]
     reused = {run: r.results["reused_from"] for run, r in results.records.items() if "reused_from" in r.results}
     if reused:
-        facts.append(("trained elsewhere", "; ".join(f"{run} is {source}" for run, source in reused.items())))
+        where = "; ".join(f"{run} is {source}" for run, source in reused.items())
+        facts.append(("trained elsewhere", f"{where}; their images/s are those of this study's probe"))
     return facts
 
 
@@ -247,12 +244,24 @@ def _machine(environment: dict[str, Any]) -> str:
     return f"{environment['processor']}, {environment['cores']} cores, {environment['system']}"
 
 
-def _how(values: dict[str, Any], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {values[key]}" for key in keys if key in values)
+def _each(texts: Iterable[str]) -> str:
+    return "; ".join(sorted(set(texts)))
+
+
+def _computed_with(results: StudyResults) -> str:
+    """Return in words what the runs were computed with, each way with its arms: speeds depend on it."""
+    ways: dict[str, set[str]] = {}
+    for record in results.records.values():
+        r = record.results
+        way = ", ".join(f"{key} {r[key]}" for key in ("precision", "device", "threads", "kernels") if key in r)
+        ways.setdefault(way, set()).add(results.plan["arms"][r["arm"]]["label"])
+    if len(ways) == 1:
+        return next(iter(ways))
+    return "; ".join(f"{way}: {', '.join(sorted(arms))}" for way, arms in sorted(ways.items()))
 
 
 def _recipe(plan: dict[str, Any]) -> list[Sequence[str]]:
-    skip = ("seed", "model", "act")
+    skip = ("seed", "model", "act", "drop_rate")  # not the recipe's, see schema.py
     return [(key, _short(value)) for key, value in plan["recipe"].items() if key not in skip]
 
 

@@ -4,10 +4,14 @@ Only its queue is used: every run is enqueued before the first one starts, nothi
 heartbeat that it lives; when that stops, Optuna enqueues its run again and the next worker continues it.
 """
 
+import contextlib
+import fcntl
 import os
 import socket
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -30,7 +34,8 @@ class Queue:
     Args:
         url: SQLAlchemy URL of the database; its tables are made where missing.
         name: The study's name there.
-        heartbeat_seconds: Time between the signs of life of a worker.
+        heartbeat_seconds: Time between the signs of life of a worker; of a study that was started already, the time
+            it was started with holds for all workers.
 
     Raises:
         RequestError: The database cannot be used.
@@ -42,7 +47,6 @@ class Queue:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 disagree on the driver meant
             url = "postgresql+psycopg2://" + url.partition("://")[2]
-        retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
         # SQLite lets one writer in at a time: wait for it instead of failing
         engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         try:
@@ -51,7 +55,7 @@ class Queue:
                 engine,
                 heartbeat_interval=heartbeat_seconds,
                 grace_period=GRACE_BEATS * heartbeat_seconds,
-                heartbeat_stale_trial_callback=retry,
+                heartbeat_stale_trial_callback=_enqueue_again,
             )
         except ImportError as error:
             raise RequestError(f"{url.split(':')[0]} needs its driver: pip install 'convmixer[postgres]'") from error
@@ -59,20 +63,28 @@ class Queue:
             reason = str(error).strip().splitlines()[0]
             raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
         self.name = name
-        self.heartbeat_seconds = heartbeat_seconds
+        self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
+
+    def _beat(self, seconds: int) -> None:
+        # a worker is judged by the others' grace, so all must have the same
+        self.heartbeat_seconds = self._storage.heartbeat_interval = seconds
+        self._storage.grace_period = GRACE_BEATS * seconds
 
     def exists(self) -> bool:
-        """Return whether the study was started in this database."""
-        return self.name in optuna.get_all_study_names(self._storage)
+        """Return whether the study was started in this database, to the end of `start`."""
+        return "plan" in self._attributes()
 
     def start(self, runs: list[str], plan: dict[str, Any]) -> None:
         """Enqueue all runs, in order, and keep the plan for every worker; a study that exists is left as it is."""
         if self.exists():
             return
+        if self.name in optuna.get_all_study_names(self._storage):  # killed in the middle of the lines below
+            optuna.delete_study(study_name=self.name, storage=self._storage)
         study = optuna.create_study(storage=self._storage, study_name=self.name, direction="maximize")
         for run in runs:
             study.enqueue_trial({"run": run})
         study.set_user_attr("runs", runs)
+        study.set_user_attr("heartbeat_seconds", self.heartbeat_seconds)
         study.set_user_attr("plan", plan)  # last: a worker that sees it sees the whole queue
 
     def plan(self) -> dict[str, Any]:
@@ -81,7 +93,7 @@ class Queue:
         Raises:
             RequestError: The study was not started in this database.
         """
-        attributes = self._study().user_attrs if self.exists() else {}
+        attributes = self._attributes()
         if "plan" not in attributes:
             raise RequestError(f"the study is not in the queue yet: start it without --worker first ({self.name})")
         return dict(attributes["plan"])
@@ -113,10 +125,11 @@ class Queue:
 
     def recover(self) -> None:
         """Put back what dead workers had: at once on this machine, elsewhere when the heartbeat has stopped."""
-        for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
-            if host == socket.gethostname() and pid is not None and not _alive(int(pid)):
-                self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        with _one_at_a_time(self.name):
+            for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
+                if host == socket.gethostname() and pid is not None and not _alive(int(pid)):
+                    self._put_back(trial._trial_id)
         optuna.storages.fail_stale_trials(self._study())
 
     def take(self, train: Train) -> str | None:
@@ -130,25 +143,33 @@ class Queue:
             The run's name, or None where no run was waiting.
         """
         taken: list[str] = []
+        ids: list[int] = []
 
         def objective(trial: optuna.Trial) -> float:
             run = _run_of(self._storage.get_trial(trial._trial_id))
             if run is None:  # another worker took the last one a moment before
                 raise optuna.TrialPruned
+            ids.append(trial._trial_id)
             taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))
             trial.set_user_attr("host", socket.gethostname())
             trial.set_user_attr("pid", os.getpid())
             return self._train(trial, run, train)
 
         if self.waiting():
-            self._study().optimize(objective, n_trials=1, catch=(Exception,))
+            try:
+                self._study().optimize(objective, n_trials=1, catch=(Exception,))
+            except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+                if not (ids and self._storage.get_trial(ids[0]).state.is_finished()):
+                    raise
+                print(f"{taken[0]} was silent for too long and another worker has taken it over: not recorded")
         return taken[0] if taken else None
 
     def _train(self, trial: optuna.Trial, run: str, train: Train) -> float:
         try:
             record = self.records().get(run) or train(run)  # a run thought dead may have ended after all
         except (SystemExit, KeyboardInterrupt) as stop:
-            self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it
+                self._put_back(trial._trial_id)
             raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
@@ -156,12 +177,36 @@ class Queue:
         trial.set_user_attr("record", record)
         return float(record["results"]["test_top1"])
 
+    def _put_back(self, trial_id: int) -> None:
+        # without the worker, or the next one's run would look like this one's until it has signed
+        self._storage.set_trial_user_attr(trial_id, "pid", None)
+        self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+    def _attributes(self) -> dict[str, Any]:
+        if self.name not in optuna.get_all_study_names(self._storage):
+            return {}
+        return dict(self._study().user_attrs)
+
     def _runs(self, state: TrialState) -> list[str]:
         trials = self._study().get_trials(deepcopy=False, states=(state,))
         return [run for trial in trials if (run := _run_of(trial))]
 
     def _study(self) -> optuna.Study:
         return optuna.load_study(study_name=self.name, storage=self._storage)
+
+
+def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Enqueue the run of a worker whose heartbeat has stopped, without that worker's name on it."""
+    trial.user_attrs.pop("pid", None)
+    RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Let the workers of a study on this machine look for dead ones one after the other."""
+    with (Path(tempfile.gettempdir()) / f"convmixer-{os.getuid()}-{name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from convmixer import records
 from convmixer.config import parse_seconds
+from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
@@ -56,24 +57,28 @@ def compare(
     Raises:
         RequestError: The study, the data or the folder do not allow it; nothing was trained.
     """
+    began = time.monotonic()
     study = load_study(name)
     if reuse and not (reuse / "study.json").exists():
         raise RequestError(f"{reuse} holds no study to reuse: there is no study.json")
     spec, out = data or study.data, out or Path("studies") / study.name
     if dry_run:
         return _dry_run(study, spec)
-    _check_folder(out, study, spec, resume or worker)
+    _check_folder(out, study, resume or worker)
     limit = budget or study.budget
     allowed = parse_seconds(limit) if limit else math.inf
     out.mkdir(parents=True, exist_ok=True)
     queue = Queue(storage or f"sqlite:///{out.resolve()}/queue.db", identity(study), heartbeat_seconds)
-    if not worker and not queue.exists():
+    starts = not worker and not queue.exists()
+    if not (starts or worker or resume):
+        raise RequestError("that queue holds the study already: continue it with --resume, or join it with --worker")
+    if starts:
         plan = make_plan(study, spec)
         _say_plan(plan)
         plan["probes"] = probe_all(plan, study)
         queue.start(plan["runs"], plan)
-    runner = Runner(study, spec, queue, out, time.monotonic() + allowed, reuse)
-    if worker:
+    runner = Runner(study, spec, queue, out, began + allowed, reuse)
+    if not starts:
         runner.check_data()
     if resume:
         queue.retry_failures()
@@ -112,7 +117,7 @@ class Runner:
             raise RequestError(f"{self.spec} holds other data than the study was started with")
 
     def work(self) -> None:
-        """Take runs until none is left, or none fits the budget; wait for those of other workers."""
+        """Take runs until none is left, or the next does not fit the budget; wait for those of other workers."""
         said = ""
         while True:
             self.queue.recover()
@@ -133,13 +138,14 @@ class Runner:
         """Return the record of a run, trained from its beginning or its last checkpoint."""
         from convmixer.train.run import resume, train
 
-        if found := self._finished_elsewhere(run):
-            print(f"reused   {run}: {found['results']['reused_from']}")
-            return found
+        if found := self._elsewhere(run):
+            reused = self._reused(run, *found)
+            print(f"reused   {run}: {reused['results']['reused_from']}")
+            return reused
         arm, seed = self.of_run[run]
         folder, build = self.out / "runs" / run, self.plan["arms"][arm]["build"]
         if (folder / "config.yaml").exists():
-            resume(folder)
+            resume(folder, self.spec, self.study.recipe.device)
         else:
             shutil.rmtree(folder, ignore_errors=True)  # killed before its first file
             config = self.study.config(arm, seed)
@@ -171,19 +177,14 @@ class Runner:
     # Records
 
     def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
-        from convmixer.models.weights import load_model
-        from convmixer.studies.probe import infer_speed
-
         record = records.read(folder / "record.jsonl")[-1]
         if record.data["checksum"] != self.plan["data"]["checksum"]:
             raise RequestError(f"{run} was trained on other data than the study was planned with")
-        loaded = load_model(folder / "weights" / "best")
-        planned = self.plan["arms"][arm]
         results = record.results | {
             "arm": arm,
-            "macs": planned["macs"],
+            "macs": self.plan["arms"][arm]["macs"],
             "train_images_per_second": record.results["images_per_second"],
-            "infer_images_per_second": infer_speed(loaded.model, loaded.preprocessing, record.config["precision"]),
+            "infer_images_per_second": _infer_speed(folder / "weights" / "best", record),
             "peak_memory_bytes": self.plan["probes"][arm]["peak_memory_bytes"],
             "weights": f"runs/{run}/weights/best",
             "history": _history(folder / "metrics.csv"),
@@ -191,8 +192,8 @@ class Runner:
         full = dataclasses.replace(record, name=run, results=results)
         return dataclasses.asdict(full)
 
-    def _finished_elsewhere(self, run: str) -> dict[str, Any] | None:
-        """Return the record of the same model, settings, seed and data in the folder to reuse."""
+    def _elsewhere(self, run: str) -> tuple[str, records.RunRecord] | None:
+        """Return the arm and the record of the same model, settings, seed and data in the folder to reuse."""
         if not self.reuse or not (self.reuse / "records.jsonl").exists():
             return None
         arm, seed = self.of_run[run]
@@ -203,15 +204,26 @@ class Runner:
         for name, planned in theirs["arms"].items():
             record = finished.get(run_name(name, seed))
             if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
-                if seed == own["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
-                    self._copy_pictures(self.reuse, name, arm)
-                results = record.results | {
-                    "arm": arm,
-                    "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
-                    "reused_from": f"{record.name} of the study {theirs['name']}",
-                }
-                return dataclasses.asdict(dataclasses.replace(record, name=run, results=results))
+                return name, record
         return None
+
+    def _reused(self, run: str, their_arm: str, record: records.RunRecord) -> dict[str, Any]:
+        """Return another study's record as this one's; its speeds are this study's probe's, as it is of today."""
+        assert self.reuse
+        arm, seed = self.of_run[run]
+        theirs = json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
+        if seed == self.plan["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
+            self._copy_pictures(self.reuse, their_arm, arm)
+        probe = self.plan["probes"][arm]
+        results = record.results | {
+            "arm": arm,
+            "train_images_per_second": probe["train_images_per_second"],
+            "infer_images_per_second": probe["infer_images_per_second"],
+            "peak_memory_bytes": probe["peak_memory_bytes"],
+            "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
+            "reused_from": f"{record.name} of the study {theirs['name']}",
+        }
+        return dataclasses.asdict(dataclasses.replace(record, name=run, results=results))
 
     def _copy_pictures(self, other: Path, theirs: str, own: str) -> None:
         """Copy what `_draw` drew of an arm of another study: its weights need not be there any more."""
@@ -242,10 +254,15 @@ class Runner:
     # Time
 
     def _estimate(self, run: str) -> float:
-        """Return the seconds a run will take: as its arm's finished ones, else as the probe says."""
+        """Return the seconds a run will still take: as its arm's finished ones, else as the probe says."""
         arm = self.of_run[run][0]
+        if self._elsewhere(run):
+            return 0.0
         done = [r["results"]["seconds"] for r in self.queue.records().values() if r["results"]["arm"] == arm]
-        return statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
+        whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
+        metrics = self.out / "runs" / run / "metrics.csv"
+        epochs = [row["epoch"] for row in _history(metrics)] if metrics.exists() else []
+        return whole * (1 - max(epochs, default=0.0) / self.plan["recipe"]["epochs"])
 
     def _say_next(self, run: str) -> None:
         done, total = len(self.queue.records()), len(self.plan["runs"])
@@ -259,6 +276,16 @@ class Runner:
             print(text)
         time.sleep(min(self.queue.heartbeat_seconds, max(0.1, self.deadline - time.monotonic())))
         return text
+
+
+def _infer_speed(weights: Path, record: records.RunRecord) -> float:
+    """Return images per second of a run's weights on the device it was trained on."""
+    from convmixer.models.weights import load_model
+    from convmixer.studies.probe import infer_speed
+
+    loaded = load_model(weights)
+    model = loaded.model.to(choose_device(record.config["device"]))
+    return infer_speed(model, loaded.preprocessing, record.config["precision"])
 
 
 def _dry_run(study: Study, spec: str) -> dict[str, Any]:
@@ -281,7 +308,7 @@ def _say_plan(plan: Plan) -> None:
         print(f"unequal  these arms have a recipe of their own: {', '.join(changed) or 'none'}")
 
 
-def _check_folder(out: Path, study: Study, spec: str, goes_on: bool) -> None:
+def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
     """Refuse to mix two studies in one folder, and to go on by accident."""
     known = out / "study.json"
     if not known.exists():
@@ -291,8 +318,8 @@ def _check_folder(out: Path, study: Study, spec: str, goes_on: bool) -> None:
     if not goes_on:
         raise RequestError(f"{out} holds a study already: continue it with --resume, or choose another --out")
     plan = json.loads(known.read_text(encoding="utf-8"))
-    if plan["name"] != study.name or Path(plan["data"]["spec"]).name != Path(spec).name:
-        raise RequestError(f"{out} holds the study {plan['name']} on {plan['data']['spec']}: choose another --out")
+    if plan["name"] != study.name:
+        raise RequestError(f"{out} holds the study {plan['name']}: choose another --out")
     if plan["identity"] != identity(study):
         raise RequestError(f"the study {study.name} has changed since {out} was started: choose another --out")
 

@@ -20,6 +20,13 @@ RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
 # measured per run, larger is better; a claim may be about any of them
 MEASURES = ("test_top1", "train_images_per_second", "infer_images_per_second")
+# settings of `train` that are no part of a recipe here, and why
+ELSEWHERE = {
+    "seed": "write `seeds`",
+    "model": "it is the arm's",
+    "act": "write it on the arm",
+    "drop_rate": "arms are built without dropout",
+}
 
 
 @dataclass(frozen=True)
@@ -183,13 +190,17 @@ def parse(name: str, raw: Any) -> Study:
 
 def _recipe(raw: Any) -> Config:
     values = _mapping(raw, "recipe")
-    for key in ("seed", "model"):
-        if key in values:
-            raise RequestError(f"recipe: {key} is not part of a shared recipe: it comes from the study's {key}s")
+    _refuse_elsewhere(values, "recipe")
     recipe = override(Config(), {"precision": "fp32", **values})
     if recipe.precision == "auto":
         raise RequestError("recipe: precision auto may differ between arms: write fp32 (the default), bf16 or fp16")
     return recipe
+
+
+def _refuse_elsewhere(recipe: Mapping[str, Any], where: str) -> None:
+    for key in recipe:
+        if key in ELSEWHERE:
+            raise RequestError(f"{where}: {key} is not part of a study's recipe: {ELSEWHERE[key]}")
 
 
 def _arm(name: str, raw: Any) -> Arm:
@@ -214,8 +225,7 @@ def _check_equal(arms: Mapping[str, Arm], recipe: Config, unequal: bool) -> None
             changed = difference(recipe, override(recipe, arm.recipe))
         except RequestError as error:
             raise RequestError(f"arm {arm.name}: {error}") from None
-        if {"seed", "model"} & set(arm.recipe):
-            raise RequestError(f"arm {arm.name}: seed and model are not part of a recipe")
+        _refuse_elsewhere(arm.recipe, f"arm {arm.name}")
         if changed and not unequal:
             raise RequestError(
                 f"arm {arm.name} changes the recipe ({', '.join(changed)}), so the comparison would not be equal: "

@@ -11,12 +11,18 @@ from convmixer.config import Config
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Return the parameters in two groups: with weight decay, and without.
 
-    Biases and other 1-D parameters (BatchNorm's scale and shift) are not decayed, as in timm's fork that trained the
-    paper's ImageNet models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does.
+    Biases, the scales and shifts of norms (vectors, whatever their shape) and what the model lists in timm's
+    `no_weight_decay()` (embeddings of positions) are not decayed, as in timm's fork that trained the paper's ImageNet
+    models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1 or config.decay_norm_and_bias]
-    others = [p for p in trained if p.ndim <= 1 and not config.decay_norm_and_bias]
+    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            vector = p.ndim <= 1 or (p.ndim == 3 and p.numel() == p.shape[2])  # (1, 1, dim): ResMLP's
+            spared = (vector or name in listed) and not config.decay_norm_and_bias
+            (others if spared else decayed).append(p)
     groups = ({"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
