@@ -154,6 +154,32 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
     assert "images differ in size: used at 224" in " ".join(data.notes)
 
 
+def test_loose_test_images_beside_class_folders_are_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, range(90))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "unknown.png").write_bytes(png(0))
+    data = load(tmp_path)
+    assert data.classes == tuple(f"digit {i}" for i in range(10))
+    assert any(note.endswith("test holds no class folders: not used") for note in data.notes)
+    assert not any("has no images" in note for note in data.notes)
+
+
+def test_odd_names_and_links_that_lead_back(tmp_path: Path) -> None:
+    write_folder(tmp_path, range(60))
+    (tmp_path / label(0) / "all").symlink_to(tmp_path)
+    (tmp_path / label(1) / "self").symlink_to(".")
+    (tmp_path / label(2) / os.fsdecode(b"fl\xe9ur.png")).write_bytes(png(2))  # not UTF-8
+    assert sum(len(part) for part in parts(load(tmp_path))) == 61
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, range(60))
+    (tmp_path / label(0)).chmod(0)
+    with pytest.raises(RequestError, match=f"cannot read .*{label(0)}: Permission denied"):
+        load(tmp_path)
+
+
 def test_only_a_test_split_can_be_evaluated(tmp_path: Path) -> None:
     write_folder(tmp_path / "test", range(30))
     data = load(tmp_path)
@@ -354,7 +380,7 @@ def test_real_cifar10() -> None:
     chosen = [np.asarray(train[i][0], np.float64) / 255 for i in range(0, 45_000, 30)]
     assert np.allclose(np.mean(chosen, (0, 1, 2)), data.mean, atol=0.01)
     assert np.allclose(np.std(chosen, (0, 1, 2)), data.std, atol=0.01)
-    assert train[0][0].tobytes() == train[0][0].tobytes()  # decoded, then from the cache
+    assert train[1][0].tobytes() == train[1][0].tobytes()  # decoded, then from the cache
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder", "parquet", "tar"])

@@ -37,6 +37,7 @@ def test_the_run_can_be_kept(tmp_path: Path) -> None:
     for i, pixels in enumerate(scans.images[:60]):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(files[-1])
+    files[5] = Image.open(files[5]).convert("CMYK")  # no PNG holds this
     model = ConvMixerClassifier(out=tmp_path / "run", **SMALL | {"epochs": 1, "batch_size": 16})
     model.fit(files, scans.target[:60] % 2)
     assert model.run_ == tmp_path / "run"
@@ -50,6 +51,9 @@ def test_parameters() -> None:
     images = np.zeros((4, 8, 8), np.uint8)
     with pytest.raises(RequestError, match="4 images but 3 labels"):
         model.fit(images, [0, 1, 0])
+    for labels in (["a", "a ", "b", "b"], ["", "", "b", "b"]):
+        with pytest.raises(RequestError, match="different texts"):
+            model.fit(images, labels)
     with pytest.raises(RequestError, match="images must be uint8"):
         model.fit(images / 255, [0, 1, 0, 1])
     with pytest.raises(RequestError, match="did you mean 'epochs'"):

@@ -110,6 +110,28 @@ def test_a_wrong_export_is_refused_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["web", "onnx"])
+def test_what_is_no_export_is_not_written_over(
+    model: torch.nn.Module, digits: Images, tmp_path: Path, format: str
+) -> None:
+    run = tmp_path / f"run{SUFFIX[format]}"
+    run.mkdir()
+    (run / "weights").write_text("dear")
+    with pytest.raises(RequestError, match=r"choose another --out|is a folder"):
+        export_model(model, CLASSES, P, digits, run, format)
+    assert [file.read_text() for file in run.iterdir()] == ["dear"]
+
+
+def test_a_page_replaces_an_older_page(model: torch.nn.Module, digits: Images, tmp_path: Path) -> None:
+    path = tmp_path / "page"
+    for _ in range(2):
+        export_model(model, CLASSES, P, digits, path, "web")
+        (path / "left-over").write_text("")
+    export_model(model, CLASSES, P, digits, path, "web")
+    assert not (path / "left-over").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["page"]
+
+
 def test_int8_needs_training_images(model: torch.nn.Module, digits: Images, tmp_path: Path) -> None:
     bare = Images("digits", digits.check, None, ())
     with pytest.raises(RequestError, match="--data"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
@@ -89,6 +89,14 @@ def test_exif_rotation_is_applied(photo: Image.Image) -> None:
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
     image = load_image(encoded(photo, "JPEG", exif=exif, quality=95))
     assert distance(image, photo.transpose(Image.Transpose.ROTATE_270)) < 3
+
+
+def test_damaged_exif_beside_sound_pixels_is_passed_over(photo: Image.Image) -> None:
+    for kind, exif in (("PNG", b"Exif\0\0nothing"), ("WEBP", b"Exif\0\0nothing")):
+        data = encoded(photo, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        with pytest.raises(SyntaxError):
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert distance(load_image(data), photo) == 0
 
 
 def test_transparency_is_laid_over_white(photo: Image.Image) -> None:

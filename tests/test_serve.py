@@ -1,6 +1,7 @@
 """The HTTP API over real sockets: right answers, refusals with their reason, limits, batching, a clean end."""
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
@@ -26,11 +27,12 @@ import torch
 import uvicorn
 from PIL import Image
 
+from convmixer.errors import RequestError
 from convmixer.export import Images, export_model
 from convmixer.inference import Classifier, load_classifier
 from convmixer.models.registry import create_model
 from convmixer.preprocess import Preprocessing
-from convmixer.serve.app import Limits, create_app
+from convmixer.serve.app import Limits, create_app, read_token
 from convmixer.serve.batching import Batcher
 from convmixer.serve.http import Protocol
 
@@ -154,7 +156,7 @@ def test_evidence_holds_what_was_seen_and_a_map_per_class(server: Server) -> Non
 
 def test_model_health_metrics_and_docs_answer(server: Server) -> None:
     model = httpx.get(f"{server.address}/v1/model").json()
-    assert (model["name"], model["classes"], model["patch_size"]) == ("tiny", list(CLASSES), 0)
+    assert (model["name"], model["classes"]) == ("tiny", list(CLASSES))
     assert httpx.get(f"{server.address}/healthz").json() == {"status": "ok"}
     server.post(picture())
     metrics = httpx.get(f"{server.address}/metrics").text
@@ -309,7 +311,7 @@ def test_requests_that_arrive_together_are_computed_together(classifier: Classif
 
 
 def test_a_full_queue_is_503_with_retry_after(classifier: Classifier) -> None:
-    limits = Limits(queue=2, batch=1)
+    limits = Limits(images=2, queue=2, batch=1)
     with Running(slow(classifier, 0.2, []), limits) as server, ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda seed: server.post(picture(seed)), range(12)))
     found = {answer.status_code for answer in answers}
@@ -388,6 +390,54 @@ def test_a_failing_model_is_500_for_its_requests_and_the_queue_goes_on() -> None
         return [type(result).__name__ for result in results]
 
     assert asyncio.run(scenario()) == ["list", "ValueError", "list"]
+
+
+def test_a_failing_model_is_a_500_that_is_counted(classifier: Classifier) -> None:
+    calls: list[int] = []
+
+    def logits(batch: np.ndarray) -> np.ndarray:
+        calls.append(len(batch))
+        if len(calls) > 1:  # the first one warms up
+            raise ValueError("broken")
+        return np.zeros((len(batch), 3), np.float32)
+
+    with Running(dataclasses.replace(classifier, logits=logits, with_maps=None), Limits()) as server:
+        answer = server.post(picture())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        metrics = httpx.get(f"{server.address}/metrics").text
+        assert 'convmixer_requests_total{path="/v1/predict",status="500"} 1.0' in metrics
+
+
+def test_bodies_held_are_bounded(classifier: Classifier) -> None:
+    limits = Limits(body_bytes=1000, held_bytes=1500, send_seconds=5)
+    with Running(classifier, limits) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
+        head = "POST /v1/predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 900\r\n\r\n"
+        slow.sendall(head.encode() + b"1" * 10)
+        time.sleep(0.3)
+        refused = server.post(b"2" * 900)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
+        assert server.post(b"2" * 500).status_code == 422  # there is room for this one
+        slow.sendall(b"1" * 890)
+        assert b"422" in slow.recv(100)
+        assert server.post(b"2" * 900).status_code == 422
+
+
+def test_limits_that_would_refuse_everything_are_refused() -> None:
+    with pytest.raises(RequestError, match="queue must be above 0"):
+        Limits(queue=0)
+    with pytest.raises(RequestError, match="would never be taken"):
+        Limits(images=300)
+
+
+def test_a_token_that_cannot_be_sent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVMIXER_TOKEN", "secret\n")
+    assert read_token(None) == "secret"
+    file = tmp_path / "token"
+    for content, message in ((b" \n", "is empty"), ("schlüssel".encode(), "ASCII"), (b"\xff", "cannot read")):
+        file.write_bytes(content)
+        with pytest.raises(RequestError, match=message):
+            read_token(file)
 
 
 def test_fuzzing_from_the_description_finds_no_server_error(server: Server) -> None:

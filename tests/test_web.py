@@ -184,6 +184,23 @@ def test_preprocessing_in_the_browser_is_pillows_to_the_bit(browser: Browser, ad
     page.context.close()
 
 
+def test_a_picture_larger_than_a_canvas_is_read_whole(browser: Browser, address: str) -> None:
+    image = Image.open(io.BytesIO(photograph())).resize((5200, 3600))  # above 16,777,216 pixels
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    p = Preprocessing(700, 3, (0.5,) * 3, (0.25,) * 3)
+    seen = np.asarray(resize_and_crop(load_image(buffer.getvalue()), p)).reshape(-1)
+    page, _ = open_page(browser, address)
+    script = """async ([base64, p]) => {
+      const blob = new Blob([Uint8Array.from(atob(base64), (c) => c.charCodeAt(0))]);
+      return Array.from((await prepare(blob, p)).seen.data);
+    }"""
+    values = vars(p) | {"mean": list(p.mean), "std": list(p.std)}
+    got = page.evaluate(script, [base64.b64encode(buffer.getvalue()).decode(), values])
+    np.testing.assert_array_equal(got, seen)
+    page.context.close()
+
+
 def serious(page: Page) -> list[str]:
     """Return the violations of the accessibility rules that matter most."""
     from axe_playwright_python.sync_playwright import Axe
@@ -255,12 +272,18 @@ def test_a_pasted_and_a_chosen_picture_are_classified(browser: Browser, address:
 
 def test_the_served_page_answers_as_the_classifier(browser: Browser, weights: str, cifar10: Path) -> None:
     classifier = load_classifier(weights, "fp32")
-    bodies = [*cifar_images(cifar10, 20), photograph()]
+    bodies = [*cifar_images(cifar10, 200), photograph()]
     expected = [classifier.predict([load_image(body)], 1)[0][0][0] for body in bodies]
     with Running(classifier, Limits()) as server:
         page, wrong = open_page(browser, server.address + "/")
         assert [drop(page, body) for body in bodies] == expected
-        assert not page.is_hidden("#map")
+        coloured = """() => {
+          const { data } = document.getElementById("map").getContext("2d").getImageData(0, 0, 512, 512);
+          const far = (i) => Math.abs(data[i] - data[i + 2]) > 20; // orange or blue, not the grey picture
+          const place = (x, y) => 4 * (512 * y + x);
+          return [64, 192, 320, 448].filter((y) => [64, 192, 320, 448].some((x) => far(place(x, y)))).length;
+        }"""
+        assert page.evaluate(coloured) >= 2  # the map covers the picture, not a corner of it
         assert serious(page) == []
         assert wrong == []
         page.goto(f"{server.address}/docs")

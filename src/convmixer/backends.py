@@ -104,6 +104,12 @@ def sample_files(source: str | Path, most: int = 12) -> list[Path]:
     return []
 
 
+def data_uri(image: bytes) -> str:
+    """Return a PNG or JPEG file as a data: URI."""
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
 def import_onnxruntime() -> Any:
     """Return the onnxruntime module with its telemetry off (it reads the variable when it is imported)."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"

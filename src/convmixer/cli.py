@@ -129,9 +129,11 @@ def _settings(args: argparse.Namespace) -> tuple[str, Config, Config]:
 
 
 def _add_train(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data", nargs="?", default="digits", help="data set, see the README (default: digits)")
+    sub.add_argument("data", nargs="?", help="data set, see the README (default: digits)")
     sub.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<number>)")
-    sub.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    sub.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder, with DATA where its data are now"
+    )
     _add_settings(sub)
 
 
@@ -139,7 +141,14 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.train.run import resume, train
 
     if args.resume:
-        return resume(args.resume)
+        given = ["--" + key.removeprefix("set_").replace("_", "-") for key in vars(args) if key.startswith("set_")]
+        given += [f"--{key}" for key in ("recipe", "config", "out") if getattr(args, key) is not None]
+        if given:
+            raise RequestError(
+                f"--resume goes on with the settings of {args.resume}: leave out {' and '.join(given)}"
+            )
+        return resume(args.resume, args.data)
+    args.data = args.data or "digits"
     name, recipe, config = _settings(args)
     return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name)
 
@@ -309,13 +318,15 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.serve.app import Limits, read_token, serve
 
+    body = int(args.max_body_mb * 2**20)
     limits = Limits(
-        int(args.max_body_mb * 2**20),
-        args.max_pixels,
-        args.max_images,
-        args.max_queue,
-        args.batch_size,
+        body_bytes=body,
+        pixels=args.max_pixels,
+        images=args.max_images,
+        queue=args.max_queue,
+        batch=args.batch_size,
         answer_seconds=args.timeout,
+        held_bytes=max(Limits.held_bytes, body),
     )
     return serve(args.weights, args.host, args.port, args.precision, read_token(args.token_file), limits)
 

@@ -22,11 +22,12 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from convmixer.config import override
 from convmixer.errors import RequestError
 from convmixer.inference import Classifier, load_classifier
-from convmixer.preprocess import load_image
+from convmixer.preprocess import load_image, to_mode
 from convmixer.recipes import load_recipe
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
@@ -47,11 +48,13 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         self.recipe, self.out, self.settings = recipe, out, settings
 
     def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> "ConvMixerClassifier":
-        """Train on labelled images; a tenth is held out to choose the best epoch.
+        """Train on labelled images, as `convmixer train` does where the data have no splits of their own.
+
+        A fifth is held out to test the run, and `val_fraction` (a tenth) of the rest to choose the best epoch.
 
         Args:
             X: uint8 (N, H, W) grey or (N, H, W, 3) colour, or a sequence of PIL images, arrays or files.
-            y: N labels of any type that sorts.
+            y: N labels of any type that sorts; their texts must differ and have no spaces around them.
 
         Raises:
             RequestError: Images, labels and settings do not go together.
@@ -62,6 +65,9 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         if len(X) != len(labels):
             raise RequestError(f"{len(X)} images but {len(labels)} labels")
         self.classes_ = np.unique(labels)
+        names = [str(label) for label in self.classes_]
+        if len(set(names)) < len(names) or not all(name and name == name.strip() for name in names):
+            raise RequestError(f"labels must have different texts without spaces around them, not {names}")
         recipe = load_recipe(self.recipe)
         config = override(recipe, self.settings)
         with tempfile.TemporaryDirectory(prefix="convmixer-") as folder:
@@ -106,7 +112,8 @@ def _write(X: Images, labels: np.ndarray, folder: Path) -> Path:
     writer.writerow(["path", "label"])
     for number, (image, label) in enumerate(zip(X, labels, strict=True)):
         path = folder / f"{number:07d}.png"
-        _image(image).save(path, compress_level=1)
+        decoded = _image(image)
+        (decoded if decoded.mode in PNG_MODES else to_mode(decoded, 3)).save(path, compress_level=1)
         writer.writerow([path.name, str(label)])
     table = folder / "images.csv"
     table.write_text(text.getvalue(), encoding="utf-8")

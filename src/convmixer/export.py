@@ -25,7 +25,7 @@ import torch.nn as nn
 from PIL import Image
 
 import convmixer
-from convmixer.backends import import_onnxruntime, import_openvino, load_exported, sample_files
+from convmixer.backends import data_uri, import_onnxruntime, import_openvino, load_exported, sample_files
 from convmixer.errors import RequestError
 from convmixer.models.maps import WithMaps, has_maps
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
@@ -99,7 +99,7 @@ def export(
     loaded = load_model(weights)
     p = loaded.preprocessing
     images = real_images(loaded, data, limit or (1000 if p.img_size <= SMALL_SIDE else 64))
-    path = out or default_path(weights, loaded.source, format, precision)
+    path = out or default_path(weights, format, precision)
     if out is not None and format != "web" and out.suffix != SUFFIX[format]:
         raise RequestError(f"--out {out} must end in {SUFFIX[format]} for {format}")
     about = {"architecture": loaded.metadata.get("name")} | {
@@ -188,7 +188,7 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def default_path(weights: str, source: Path, format: str, precision: str) -> Path:
+def default_path(weights: str, format: str, precision: str) -> Path:
     """Return where an export goes that was not told: RUN/exports/, or the current folder for weights elsewhere."""
     run = Path(weights)
     is_run = (run / "weights").is_dir()
@@ -225,7 +225,7 @@ def export_model(
         classes: Class names in the order of the outputs.
         preprocessing: What the model expects of its input.
         images: Real images to check on, and to calibrate int8 with.
-        path: The file or folder to write; an older one is replaced.
+        path: The file or folder to write; an older export is replaced, anything else is left alone.
         format: "onnx", "openvino", "torch" or "web".
         precision: "fp32", "fp16" or "int8"; "torch" has fp32 only.
         about: Further facts to store with it, e.g. the architecture.
@@ -236,10 +236,12 @@ def export_model(
         known, `top1_model` and `top1_export` (percent).
 
     Raises:
-        RequestError: The precision is not available for the format, or int8 has no training images.
+        RequestError: The precision is not available for the format, int8 has no training images, or something else
+            lies at the path.
         ExportError: The file does not agree with the model.
     """
     _check_request(format, precision, images)
+    _check_target(path, format)
     facts = {
         "classes": list(classes),
         "preprocessing": asdict(preprocessing),
@@ -425,7 +427,7 @@ def _write_web(
     onnx_file = path / "model.onnx"
     _write_onnx(model, p, images, precision, texts, onnx_file)
     facts = {name: json.loads(text) for name, text in texts.items()}
-    facts |= {"patch_size": getattr(model, "patch_size", 0), "samples": [_data_uri(sample) for sample in samples]}
+    facts["samples"] = [data_uri(sample) for sample in samples]
     facts["onnx"] = base64.b64encode(onnx_file.read_bytes()).decode()
     onnx_file.unlink()
     (path / "model.js").write_text(f"globalThis.CONVMIXER_MODEL = {json.dumps(facts)};\n", encoding="utf-8")
@@ -453,11 +455,6 @@ def _runtime() -> str:
     """Return the WebAssembly file of ONNX Runtime, gzipped, as base64."""
     wasm = lzma.decompress((_PAGE / "vendor" / "ort.wasm.xz").read_bytes())
     return base64.b64encode(gzip.compress(wasm, mtime=0)).decode()
-
-
-def _data_uri(image: bytes) -> str:
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 _Writer = Callable[[nn.Module, Preprocessing, Images, str, dict[str, str], Path, Sequence[bytes]], None]
@@ -502,12 +499,28 @@ def _folder(path: Path) -> Path:
     return path
 
 
+def _check_target(path: Path, format: str) -> None:
+    """Refuse to write over anything but an export of the same form.
+
+    Raises:
+        RequestError: Something else lies there.
+    """
+    if format == "web":
+        taken = path.is_symlink() or (path.exists() and not path.is_dir())
+        if taken or (path.is_dir() and any(path.iterdir()) and not (path / "model.js").is_file()):
+            raise RequestError(f"{path} exists and is no exported page: choose another --out")
+    elif path.is_dir():
+        raise RequestError(f"{path} is a folder: name a file that ends in {SUFFIX[format]}")
+
+
 def _publish(draft: Path, path: Path) -> None:
     """Move what was written into place: a folder, or a file with the OpenVINO weights beside it."""
     if draft.is_dir():
+        old = draft.with_name(f"{draft.name}.old")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         draft.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
         return
     weights = draft.with_suffix(".bin")
     if draft.suffix == ".xml":

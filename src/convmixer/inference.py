@@ -16,7 +16,7 @@ from PIL import Image
 
 from convmixer.backends import is_exported, load_exported
 from convmixer.errors import RequestError
-from convmixer.preprocess import Preprocessing, load_image, preprocess
+from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
 from convmixer.records import write_atomic
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Logits = Callable[[np.ndarray], np.ndarray]
 LogitsAndMaps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 
 @dataclass(frozen=True)
@@ -170,12 +169,12 @@ def _torch_run(
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def run(batch: np.ndarray) -> tuple[np.ndarray, ...]:
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()] if model.training else []
         model.eval()
         with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
             out = model(torch.from_numpy(batch).to(device))
-        if training:  # a model that serves stays in eval mode throughout, whatever other threads run it
-            model.train()
+        for module, training in modes:  # none of a model that serves: other threads may run it
+            module.training = training
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)
 
@@ -212,6 +211,8 @@ def predict_files(
     if out is not None and out.suffix not in _WRITERS:
         raise RequestError(f"--out {out} must end in {' or '.join(_WRITERS)}")
     files = expand(images)
+    if not files:
+        raise RequestError("name at least one image or folder")
     classifier = load_classifier(weights, precision)
     predictions = list(_predict_each(classifier, files, topk, batch_size))
     if out is not None:
@@ -259,8 +260,6 @@ def _read(file: Path, p: Preprocessing) -> np.ndarray | str:
     """Return a file as input, or why it cannot be read."""
     try:
         return preprocess(load_image(file, p.in_chans), p)
-    except FileNotFoundError:
-        return "there is no such file"
     except (OSError, ValueError) as error:
         return " ".join(str(error).removeprefix(f"{file}: ").split())
 

@@ -18,6 +18,10 @@ MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger im
 MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
 # What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
+)  # fmt: skip
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -83,9 +87,16 @@ def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
     try:
         with image:  # closes the file, keeps the pixels
             image.load()
-            return to_mode(ImageOps.exif_transpose(image), in_chans)
+            return to_mode(_upright(image), in_chans)
     except Exception as error:  # a damaged file may raise nearly anything from inside a decoder
         raise ImageError(_named(source, error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged notes beside sound pixels: shown as stored, as browsers do
+        return image
 
 
 def read_header(source: Path | bytes) -> tuple[str, tuple[int, int]]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from convmixer.data.sources import Arrays, Column, Files, Shards, Source, binary_column, index_tar, read_range
 from convmixer.errors import RequestError
+from convmixer.preprocess import SUFFIXES
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 STATISTICS = {  # mean and standard deviation per channel of the training images
@@ -27,10 +28,6 @@ SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
-}  # fmt: skip
-EXTENSIONS = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
 }  # fmt: skip
 IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
 HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
@@ -114,12 +111,13 @@ def find_folder(path: Path, name: str) -> Found:
     """Return the images of a folder `<split>/<class>/*` or `<class>/*`."""
     named = {SPLIT_NAMES[f.name.lower()]: f for f in _subfolders(path) if f.name.lower() in SPLIT_NAMES}
     folders = {split: folder for split, folder in named.items() if _subfolders(folder)} or {"train": path}
-    walks = {split: _walk(folder) for split, folder in folders.items()}
+    flat = {folder.name for split, folder in named.items() if split not in folders}  # images without a class
+    walks = {split: _walk(folder, flat if folder == path else set()) for split, folder in folders.items()}
     labels = {split: [Path(p).parts[0] for p in paths] for split, (paths, _) in walks.items()}
     if not any(labels.values()):
         raise RequestError(
             f"no images in {path}: expected <class>/*.jpg or train|val|test/<class>/*.jpg "
-            f"({', '.join(sorted(EXTENSIONS))})"
+            f"({', '.join(sorted(SUFFIXES))})"
         )
     classes, encoded = encode_labels(labels)
     sizes = [f"{s}/{p} {_size(folders[s] / p)}" for s, (paths, _) in walks.items() for p in paths]
@@ -137,7 +135,8 @@ def _folder_notes(
         ignored = walks[split][1]
         if ignored:
             notes.append(f"{len(ignored)} files ignored, not an image in a class folder: {', '.join(ignored[:5])}")
-        empty = sorted(f.name for f in _subfolders(folder) if f.name not in set(labels[split]))
+        unused = {f.name for other, f in named.items() if other not in used}
+        empty = sorted(f.name for f in _subfolders(folder) if f.name not in {*labels[split], *unused})
         notes += [f"class folder {folder / name} has no images" for name in empty]
     return notes
 
@@ -148,16 +147,32 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the images in class folders below a folder, at any depth, and the other files, as relative paths."""
+def _walk(folder: Path, leave_out: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the images in class folders below a folder, at any depth, and the other files, as relative paths.
+
+    Raises:
+        RequestError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RequestError(f"cannot read {error.filename}: {error.strerror}")
+
     paths: list[str] = []
     others: list[str] = []
-    for where, below, files in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for where, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith(".") and not _leads_back(where, name))
+        if where == str(folder):
+            below[:] = [name for name in below if name not in leave_out]
         for name in sorted(name for name in files if not name.startswith(".")):
-            usable = Path(name).suffix.lower() in EXTENSIONS and where != str(folder)
+            usable = Path(name).suffix.lower() in SUFFIXES and where != str(folder)
             (paths if usable else others).append(os.path.relpath(os.path.join(where, name), folder))
     return paths, others
+
+
+def _leads_back(where: str, name: str) -> bool:
+    """Return whether a folder's entry is a link to a folder that it lies in."""
+    path = os.path.join(where, name)
+    return os.path.islink(path) and Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path))
 
 
 def _bytes(names: Iterable[str]) -> np.ndarray:
@@ -369,7 +384,7 @@ def _tar_samples(tars: Sequence[Path]) -> tuple[list[tuple[int, int, int]], list
     places, names, labels, unlabelled = [], [], [], 0
     for number, tar in enumerate(tars):
         for sample in index_tar(tar).values():
-            images = [member for extension, member in sample.items() if f".{extension}" in EXTENSIONS]
+            images = [member for extension, member in sample.items() if f".{extension}" in SUFFIXES]
             if images and "cls" in sample:
                 offset, size, name = images[0]
                 places.append((number, offset, size))
@@ -408,7 +423,7 @@ def files_checksum(files: Sequence[Path]) -> str:
 
 def listing_checksum(lines: Iterable[str]) -> str:
     """Return a hash of a list of names and sizes."""
-    return "listing-sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return "listing-sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
 def _shards(path: Path) -> tuple[str, list[Path]]:
@@ -420,7 +435,7 @@ def _shards(path: Path) -> tuple[str, list[Path]]:
         for kind in (".parquet", ".tar"):
             if any(file.endswith(kind) for file in files):
                 return kind, _one_configuration(path, sorted(path.rglob(f"*{kind}")))
-        if any(Path(file).suffix.lower() in EXTENSIONS for file in files) and Path(where) != path:
+        if any(Path(file).suffix.lower() in SUFFIXES for file in files) and Path(where) != path:
             break
     return "", []
 

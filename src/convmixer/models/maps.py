@@ -1,5 +1,6 @@
 """Class-activation maps of a ConvMixer: exact, as only a mean and a linear layer follow the features."""
 
+import contextlib
 from typing import cast
 
 import torch
@@ -34,8 +35,13 @@ class WithMaps(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         model = cast(ConvMixer, self.model)
         features = model.forward_features(images)  # (B, D, h, w)
-        logits = model.forward_head(features)
-        top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
-        weight = cast(nn.Linear, model.head).weight[top]  # (B, k, D)
-        maps = torch.matmul(weight, features.flatten(2))  # (B, k, N)
+        kind = images.device.type
+        # bf16 logits have steps of 1/16: with them an image's answer would depend on whether a map is asked for
+        plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with plain:
+            features = features.float()
+            logits = model.forward_head(features)
+            top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+            weight = cast(nn.Linear, model.head).weight[top]  # (B, k, D)
+            maps = torch.matmul(weight, features.flatten(2))  # (B, k, N)
         return logits, maps.unflatten(2, features.shape[2:])

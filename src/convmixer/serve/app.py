@@ -6,13 +6,13 @@
     GET  /metrics      Prometheus                   GET  /openapi.json
 
 A request holds one image as its body, or up to 32 as multipart parts. Limits (see `Limits`): 16 MiB a body, 50
-million pixels an image, 32 images a request, 256 images waiting, 10 s to send it, 30 s to answer it. Every refusal is
+million pixels an image, 32 images a request, 256 images waiting, 512 MiB of bodies at once, 10 s to send it, 30 s to
+answer it. Every refusal is
 JSON: {"error": {"code", "message"}}. Requests that arrive together are computed together. Names and paths in a
-request are never used, and logs hold nothing of an image.
+request are never used, and logs hold nothing of an image. What is no HTTP at all gets a plain 400.
 """
 
 import asyncio
-import base64
 import ctypes
 import hmac
 import io
@@ -38,12 +38,22 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import convmixer
-from convmixer.backends import sample_files
+from convmixer.backends import data_uri, sample_files
 from convmixer.errors import RequestError
 from convmixer.inference import Classifier, load_classifier, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
 from convmixer.serve.batching import Batcher, QueueFull
-from convmixer.serve.http import Guard, Protocol, Refusal, drain, read_body, reason, split_parts
+from convmixer.serve.http import (
+    HEADERS,
+    Guard,
+    Protocol,
+    Refusal,
+    declared_length,
+    drain,
+    read_body,
+    reason,
+    split_parts,
+)
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -64,10 +74,11 @@ class Limits:
         body_bytes: Size of a body.
         pixels: Pixels of one image, width times height, as its header says.
         images: Images in one request.
-        queue: Images waiting to be computed, and requests being read.
+        queue: Images waiting to be computed, and requests being read or decoded.
         batch: Images computed at once.
         send_seconds: Time for a request's head, and again for its body, to arrive.
         answer_seconds: Time from a whole request to its answer.
+        held_bytes: Bodies being read or decoded, together.
     """
 
     body_bytes: int = 16 << 20
@@ -77,6 +88,17 @@ class Limits:
     batch: int = 32
     send_seconds: float = 10.0
     answer_seconds: float = 30.0
+    held_bytes: int = 512 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise RequestError(f"the limit {name} must be above 0, not {value:g}")
+        if self.images > self.queue or self.body_bytes > self.held_bytes:
+            raise RequestError(
+                f"a request of {self.images} images in {self.body_bytes} bytes would never be taken: at most "
+                f"{self.queue} images wait, and {self.held_bytes} bytes are held"
+            )
 
 
 class ErrorDetail(BaseModel):
@@ -121,7 +143,6 @@ class ModelInfo(BaseModel):
     version: str
     classes: list[str]
     preprocessing: dict[str, Any]
-    patch_size: int
     precision: str
     samples: list[str]
     authorisation: bool
@@ -168,9 +189,9 @@ class Service:
 
     def __init__(self, classifier: Classifier, limits: Limits, samples: Sequence[Path] = ()) -> None:
         self.classifier, self.limits = classifier, limits
-        self.samples = [_data_uri(path.read_bytes()) for path in samples]
+        self.samples = [data_uri(path.read_bytes()) for path in samples]
         self.decoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="decode")
-        self.reading = 0
+        self.reading = self.held_bytes = 0
         self.metrics = CollectorRegistry()
         name = "convmixer"
         self.requests = Counter(f"{name}_requests", "Requests", ["path", "status"], registry=self.metrics)
@@ -188,12 +209,14 @@ class Service:
         Raises:
             Refusal: It is not served; says why.
         """
-        files = await self._read(request)
-        start = time.perf_counter()
         try:
-            async with asyncio.timeout(self.limits.answer_seconds):
-                seen = await self._decode(files)
-                del files
+            async with asyncio.timeout(None) as limit:
+                async with self._admitted(request):
+                    files = await self._read(request)
+                    start = time.perf_counter()
+                    limit.reschedule(asyncio.get_running_loop().time() + self.limits.answer_seconds)
+                    seen = await self._decode(files)
+                    del files
                 inputs = [normalise(image, self.classifier.preprocessing) for image in seen]
                 answers = await self.batcher.submit(inputs, explain)
         except TimeoutError:
@@ -209,6 +232,22 @@ class Service:
     def _busy(self) -> Refusal:
         return Refusal(503, "busy", "too many images are waiting: try again later", {"retry-after": "1"})
 
+    @asynccontextmanager
+    async def _admitted(self, request: Request) -> AsyncIterator[None]:
+        """Let a request in, and count what it may hold, while there is room."""
+        size = min(declared_length(request) or self.limits.body_bytes, self.limits.body_bytes)
+        full = max(self.reading, self.batcher.waiting.qsize()) >= self.limits.queue
+        if full or self.held_bytes + size > self.limits.held_bytes:
+            await drain(request)
+            raise self._busy()
+        self.reading += 1
+        self.held_bytes += size
+        try:
+            yield
+        finally:
+            self.reading -= 1
+            self.held_bytes -= size
+
     async def _read(self, request: Request) -> list[bytes]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not (kind.startswith("image/") or kind in ("application/octet-stream", "multipart/form-data")):
@@ -217,14 +256,7 @@ class Service:
                 f"Content-Type {kind or '(none)'!r} is not image/..., application/octet-stream or multipart/form-data"
             )
             raise Refusal(415, "unsupported_type", text)
-        if self.reading >= self.limits.queue or self.batcher.waiting.qsize() >= self.limits.queue:
-            await drain(request)
-            raise self._busy()
-        self.reading += 1
-        try:
-            body = await read_body(request, self.limits.body_bytes, self.limits.send_seconds)
-        finally:
-            self.reading -= 1
+        body = await read_body(request, self.limits.body_bytes, self.limits.send_seconds)
         if kind != "multipart/form-data":
             return [body]
         return split_parts(body, request.headers["content-type"], self.limits.images)
@@ -248,8 +280,7 @@ class Service:
                 raise Refusal(413, "too_many_pixels", text)
             image = resize_and_crop(load_image(file, p.in_chans), p)
         except ImageError as error:
-            text = str(error).removeprefix("image: ")
-            raise Refusal(422, "bad_image", f"image {number} cannot be read: {text}") from None
+            raise Refusal(422, "bad_image", f"image {number} cannot be read: {error}") from None
         if width * height > LARGE_PIXELS:
             _trim_memory()
         return image
@@ -262,7 +293,7 @@ class Service:
         evidence = None
         if explain:
             rows = None if maps is None else np.round(maps, 4).tolist()
-            evidence = Evidence(seen=_data_uri(_png(seen)), maps=rows)
+            evidence = Evidence(seen=data_uri(_png(seen)), maps=rows)
         names = [self.classifier.classes[i] for i in order]
         return Prediction(classes=names, probabilities=probabilities[order].tolist(), evidence=evidence)
 
@@ -271,11 +302,6 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _data_uri(image: bytes) -> str:
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def _trim_memory() -> None:
@@ -300,9 +326,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        p = classifier.preprocessing
-        blank = np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32)
-        await asyncio.get_running_loop().run_in_executor(None, classifier.explained, blank, True)  # warm, and works
+        await asyncio.get_running_loop().run_in_executor(None, _warm, classifier)
         service.batcher.start()
         app.state.ready = True
         yield
@@ -358,7 +382,8 @@ def _refuse_in_json(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(reason("internal", "the request failed; the server's log says why"), 500)
+        # starlette sends this one outside of Guard
+        return JSONResponse(reason("internal", "the request failed; the server's log says why"), 500, HEADERS)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -430,7 +455,6 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
         version=convmixer.__version__,
         classes=list(classifier.classes),
         preprocessing=vars(classifier.preprocessing),
-        patch_size=int((about.get("model_args") or {}).get("patch_size", 0)),
         precision=str(about.get("precision", "fp32")),
         samples=service.samples,
         authorisation=guarded,
@@ -438,20 +462,30 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
     )
 
 
+def _warm(classifier: Classifier) -> None:
+    """Run the model once: it works, and the first request does not wait for what happens only once."""
+    p = classifier.preprocessing
+    classifier.explained(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32), True)
+
+
 def read_token(path: Path | None) -> str | None:
     """Return the bearer token in a file, else in the environment variable CONVMIXER_TOKEN, else None.
 
     Raises:
-        RequestError: The file cannot be read or is empty.
+        RequestError: The file cannot be read, or what it holds cannot be sent in a header.
     """
-    if path is None:
-        return os.environ.get("CONVMIXER_TOKEN") or None
+    source = f"the token file {path}" if path else "CONVMIXER_TOKEN"
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise RequestError(f"cannot read the token file {path}: {error.strerror}") from error
+        text = path.read_text(encoding="utf-8") if path else os.environ.get("CONVMIXER_TOKEN", "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from error
+    if not path and not text:
+        return None
+    token = text.strip()
     if not token:
-        raise RequestError(f"the token file {path} is empty")
+        raise RequestError(f"{source} is empty")
+    if not (token.isascii() and token.isprintable()):
+        raise RequestError(f"{source} must hold one line of ASCII: HTTP headers carry nothing else")
     return token
 
 
@@ -498,7 +532,8 @@ def serve(
         socket = config.bind_socket()
     except SystemExit:
         raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
-    address = f"http://{host}:{socket.getsockname()[1]}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
+    _warm(classifier)
     print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C", flush=True)
     # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
     for name in (signal.SIGTERM, signal.SIGINT):

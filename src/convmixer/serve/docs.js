@@ -54,4 +54,6 @@ async function main() {
   document.getElementById("operations").replaceChildren(...cards);
 }
 
-main();
+main().catch((error) => {
+  document.querySelector("[role=status]").textContent = `The description cannot be loaded: ${error.message}`;
+});

@@ -51,7 +51,7 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
         Refusal: 400 it is empty or its length is not a number, 408 it comes too slowly, 413 it is too large.
     """
     too_large = Refusal(413, "body_too_large", f"the body may have at most {max_bytes} bytes")
-    if _declared_length(request) > max_bytes:
+    if declared_length(request) > max_bytes:
         await drain(request)
         raise too_large
     body = bytearray()
@@ -75,7 +75,12 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     return bytes(body)
 
 
-def _declared_length(request: Request) -> int:
+def declared_length(request: Request) -> int:
+    """Return the Content-Length, 0 where there is none.
+
+    Raises:
+        Refusal: 400 it is not a number.
+    """
     try:
         return int(request.headers.get("content-length", 0))
     except ValueError:
@@ -149,7 +154,13 @@ class Guard:
                 self.count(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 
-        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            await self.app(scope, receive, with_headers)
+        except Exception:  # answered further out, as a 500
+            self.count(getattr(scope.get("route"), "path", "other"), 500)
+            raise
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

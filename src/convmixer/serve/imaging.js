@@ -24,26 +24,28 @@ async function decode(blob) {
     imageOrientation: "from-image",
     premultiplyAlpha: "default",
   });
-  const shrink = Math.min(1, Math.sqrt(MAX_CANVAS_PIXELS / (bitmap.width * bitmap.height)));
-  const width = Math.max(1, Math.floor(bitmap.width * shrink));
-  const height = Math.max(1, Math.floor(bitmap.height * shrink));
-  const canvas = new OffscreenCanvas(width, height);
+  const { width, height } = bitmap;
+  const rows = Math.max(1, Math.min(height, Math.floor(MAX_CANVAS_PIXELS / width))); // a strip at a time
+  const canvas = new OffscreenCanvas(width, rows);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";
-  context.fillRect(0, 0, width, height);
-  context.drawImage(bitmap, 0, 0, width, height);
+  const data = new Uint8Array(3 * width * height);
+  for (let top = 0; top < height; top += rows) {
+    context.fillRect(0, 0, width, rows);
+    context.drawImage(bitmap, 0, -top);
+    const count = Math.min(rows, height - top);
+    dropAlpha(context.getImageData(0, 0, width, count).data, data, 3 * width * top);
+  }
   bitmap.close();
-  return { width, height, data: dropAlpha(context.getImageData(0, 0, width, height).data) };
+  return { width, height, data };
 }
 
-function dropAlpha(rgba) {
-  const rgb = new Uint8Array((rgba.length / 4) * 3);
-  for (let i = 0, j = 0; i < rgba.length; i += 4) {
+function dropAlpha(rgba, rgb, start) {
+  for (let i = 0, j = start; i < rgba.length; i += 4) {
     rgb[j++] = rgba[i];
     rgb[j++] = rgba[i + 1];
     rgb[j++] = rgba[i + 2];
   }
-  return rgb;
 }
 
 /** RGB -> grey as Pillow's convert("L"): ITU-R 601-2 in 16-bit fixed point. */

@@ -92,7 +92,8 @@ function showProblem(error) {
   $("preview").hidden = true;
   $("prompt").hidden = false;
   $("drop").classList.remove("full");
-  $("answer").replaceChildren(paragraph("No answer: the picture could not be read."));
+  $("answer").replaceChildren(paragraph("No answer."));
+  if (error.needsToken) $("login").hidden = false;
   $("time").textContent = "";
   $("evidence").hidden = true;
   $("evidence-empty").hidden = false;
@@ -151,14 +152,19 @@ function classRow(entry, index, result) {
   return row;
 }
 
+/** Pixels of the network's input that one value of a map stands for; 0 without maps. */
+function patchSide(result) {
+  return result.columns ? Math.floor(model.preprocessing.img_size / result.columns) : 0;
+}
+
 /** Draw what the network saw, with the patches it cut it into. */
 function showSeen(result) {
   const size = model.preprocessing.img_size;
-  const patch = model.patch_size;
+  const patch = patchSide(result);
   const context = $("seen").getContext("2d");
   context.imageSmoothingEnabled = size > 128;
   context.drawImage(result.seen, 0, 0, GRID, GRID);
-  if (patch > 1 && result.rows) drawGrid(context, result.columns, result.rows, (patch * GRID) / size);
+  if (patch > 1) drawGrid(context, result.columns, result.rows, (patch * GRID) / size);
   const count = result.rows ? `${result.rows} × ${result.columns} patches of ${patch} × ${patch} pixels` : "";
   $("seen-text").textContent = count || `${size} × ${size} pixels`;
   $("seen").setAttribute("aria-label", `The picture as the network saw it: ${size} by ${size} pixels, ${count}`);
@@ -184,7 +190,7 @@ function showMap(result, index) {
   if (!map) return;
   const context = $("map").getContext("2d");
   const size = model.preprocessing.img_size;
-  const stepX = (model.patch_size * GRID) / size;
+  const step = (patchSide(result) * GRID) / size;
   context.imageSmoothingEnabled = size > 128;
   context.filter = "grayscale(1)";
   context.drawImage(result.seen, 0, 0, GRID, GRID);
@@ -192,7 +198,7 @@ function showMap(result, index) {
   context.fillStyle = matchMedia("(prefers-color-scheme: dark)").matches ? "#00000066" : "#ffffff66";
   context.fillRect(0, 0, GRID, GRID);
   context.imageSmoothingEnabled = false; // one value per patch, and nothing in between
-  context.drawImage(heat(map, result.columns, result.rows), 0, 0, stepX * result.columns, stepX * result.rows);
+  context.drawImage(heat(map, result.columns, result.rows), 0, 0, step * result.columns, step * result.rows);
   describeMap(name, map, result);
 }
 
