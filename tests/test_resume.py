@@ -44,11 +44,15 @@ def _command(*arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 def _signal_in_mid_epoch(process: subprocess.Popen[str], run: Path, number: int, checkpoints: int) -> str:
-    """Send a signal once that many checkpoints were written, and return the process's output."""
+    """Signal the process and its workers, as `timeout` and Ctrl-C do, once that many checkpoints were written.
+
+    Returns what the process has printed.
+    """
     latest, seen, last = run / "checkpoints" / LATEST, 0, None
     deadline = time.monotonic() + 120
     while seen < checkpoints and time.monotonic() < deadline and process.poll() is None:
@@ -58,7 +62,7 @@ def _signal_in_mid_epoch(process: subprocess.Popen[str], run: Path, number: int,
             now = None
         seen, last = seen + (now is not None and now != last), now or last
         time.sleep(0.001)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert seen == checkpoints, output
     return output

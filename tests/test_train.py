@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from convmixer import kernels, records
 from convmixer.cli import main
@@ -103,12 +106,36 @@ def test_without_validation_the_last_epoch_is_taken(tmp_path: Path) -> None:
     assert all(torch.equal(best[key], last[key]) for key in best)
 
 
+def three_classes(folder: Path) -> Path:
+    """Write the digits 0 to 2 as a folder of classes."""
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if label < 3 and number < 400:
+            path = folder / f"{label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_an_explicit_model_keeps_the_activation_of_its_weights(tmp_path: Path) -> None:
+    first = train("digits", tiny(act="relu", epochs=1), out=tmp_path / "relu")["run"]
+    job = prepare("digits", tiny(weights=first))
+    assert job.config.model == TINY["model"]
+    assert isinstance(job.model.stem[1], torch.nn.ReLU)
+    assert job.build[1]["act"] == "relu"
+
+
 def test_training_from_weights_for_the_same_and_for_other_classes(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     weights = str(finished[0])
     config = tiny(model="auto", weights=weights, epochs=1, lr=1e-9, val_fraction=0.0, ema_decay=0.0)
     assert train("digits", config, out=tmp_path / "again")["test_top1"] > 40
+    other = three_classes(tmp_path / "three")
+    result = train(str(other), config, out=tmp_path / "three-run")
+    before, after = load_model(finished[0]).model, load_model(result["run"]).model
+    torch.testing.assert_close(after.stem[0].weight, before.stem[0].weight, rtol=0, atol=1e-4)
+    assert after.head.weight.shape[0] == 3
     with pytest.raises(RequestError, match="of another model"):
         train("digits", tiny(model="convmixer_8_2_p1_k3", weights=weights), out=tmp_path / "other")
 
@@ -126,6 +153,7 @@ def test_training_from_weights_for_the_same_and_for_other_classes(
         (["digits", "--auto-augment", "magic"], "auto_augment 'magic'"),
         (["digits", "--mean", "0.1,0.2,0.3"], "must each have 1"),
         (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", "nowhere", "--max-time", "1h"], "leave out --max-time"),
         (["digits", "--weights", "nowhere"], "nowhere"),
     ],
 )

@@ -12,6 +12,7 @@ from convmixer.config import Config
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
 from convmixer.recipes import load_recipe
+from convmixer.train.checkpoint import load_checkpoint
 from convmixer.train.engine import fit, measure_speed
 from convmixer.train.module import TrainingModule
 from convmixer.train.run import train
@@ -144,3 +145,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path: P
     config = Config(model="convmixer_16_2_p1_k3", workers=0, lr=1e30, clip_norm=0.0, schedule="constant")
     with pytest.raises(FloatingPointError, match="lower lr"):
         train("digits", config, out=tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_go_on_is_not_saved(tmp_path: Path) -> None:
+    config = Config(
+        model="convmixer_16_2_p1_k3", workers=0, lr=1e30, clip_norm=0.0, schedule="constant", checkpoint_seconds=1e-6
+    )
+    with pytest.raises(FloatingPointError, match="the checkpoint before is kept"):
+        train("digits", config, out=tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert all(value.isfinite().all() for value in state["module"]["model"].values())

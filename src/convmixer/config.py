@@ -163,7 +163,9 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
             raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError
-        return int(float(value)) if kind is int else kind(value)
+        if kind is int:
+            return value if isinstance(value, int) else int(float(value))  # seeds have more digits than a float
+        return kind(value)
     except (TypeError, ValueError, KeyError, OverflowError):
         wanted = getattr(annotation, "__name__", str(annotation))
         raise RequestError(f"{name} must be {wanted}, not {value!r}") from None

@@ -1,6 +1,7 @@
 """Where to compute, in which precision, and what memory that takes. torch is imported when asked."""
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def forget_peak() -> None:
     """Count the peak anew from here, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_bytes() -> int:
+    """Return the memory that can be had without swapping; where the system does not tell, all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _status(field: str) -> int:

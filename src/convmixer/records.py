@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def processor_name() -> str:
 def command_line() -> str:
     """Return the command that is running, as one would type it."""
     program = Path(sys.argv[0]).name.removesuffix(".py")
-    return " ".join(["convmixer" if program in ("convmixer", "__main__") else program, *sys.argv[1:]])
+    return shlex.join(["convmixer" if program in ("convmixer", "__main__") else program, *sys.argv[1:]])
 
 
 def append(path: Path, record: RunRecord) -> None:

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,14 +120,21 @@ def _workers(workers: int) -> dict[str, Any]:
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": cuda,
-        "worker_init_fn": None if cuda else _yield_to_training,
+        "worker_init_fn": partial(_start_worker, yields=not cuda),
     }
 
 
-def _yield_to_training(worker: int) -> None:
-    """Give way to the process that trains: one of its threads interrupted is all of them waiting."""
-    if hasattr(os, "nice"):  # not on Windows
-        os.nice(19)
+def _start_worker(worker: int, yields: bool) -> None:
+    """Set up a worker process.
+
+    It leaves the process group: what stops the group (Ctrl-C, `timeout`) is for the process that trains, which still
+    needs its workers to end cleanly. On a CPU it gives way to that process: one of its threads interrupted is all of
+    them waiting.
+    """
+    if os.name == "posix":
+        os.setpgid(0, 0)
+        if yields:
+            os.nice(19)
 
 
 class TrainImages(Dataset[Any]):

@@ -191,8 +191,9 @@ def load_pretrained(model: nn.Module, name: str) -> None:
     loaded = load_model(name)
     state = loaded.model.state_dict()
     own = model.state_dict()
-    if own["head.weight"].shape != state["head.weight"].shape:
-        state = state | {key: own[key] for key in ("head.weight", "head.bias")}
+    heads = [{k: v for k, v in s.items() if k.startswith("head.")} for s in (own, state)]
+    if {k: v.shape for k, v in heads[0].items()} != {k: v.shape for k, v in heads[1].items()}:
+        state = {k: v for k, v in state.items() if k not in heads[1]} | heads[0]
     state["stem.0.weight"] = adapt_channels(state["stem.0.weight"], own["stem.0.weight"].shape[1])
     check_shapes(state, own, loaded.source)
     model.load_state_dict(state)

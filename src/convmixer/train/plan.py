@@ -17,7 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.config import Config, override, parse_seconds, to_dict
-from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
+from convmixer.device import available_bytes, forget_peak, peak_resident_bytes, resident_bytes
 from convmixer.errors import RequestError
 from convmixer.models.registry import create_model
 from convmixer.train.engine import fit, measure_speed
@@ -110,7 +110,7 @@ def _advice(result: dict[str, Any], config: Config) -> list[str]:
     """Return what to change where memory or time do not fit."""
     advice = []
     if result["device"] == "cpu":
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = available_bytes()
         if result["peak_memory_bytes"] > 0.8 * free:
             parts = 2 * config.grad_accum
             advice.append(

@@ -1,10 +1,11 @@
 """Train: settings in, run folder out; and resume, which continues a run as if it had never stopped."""
 
 import math
+import signal
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -78,11 +79,16 @@ def train(
         return run.to_the_end()
 
 
-def resume(path: Path) -> dict[str, Any]:
+def resume(path: Path, data: str | None = None, device: str | None = None) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
     On the same machine the weights end up as without the stop, bit for bit. A finished run is not touched: its result
     is returned.
+
+    Args:
+        path: The run folder.
+        data: Where its data are here; None: where they were.
+        device: Where to compute; None: where it was.
 
     Raises:
         RequestError: The folder is no run, its data have changed, or no checkpoint can be read.
@@ -92,11 +98,11 @@ def resume(path: Path) -> dict[str, Any]:
     if folder.record.exists():
         print(f"{path} is finished already")
         return _summary(folder, records.read(folder.record)[-1].results)
-    config = override(Config(), contents["settings"])
+    config = override(Config(), contents["settings"] | ({"device": device} if device else {}))
     with _processes(config):
         state = load_checkpoint(folder.checkpoints)
         build = (contents["build"]["name"], contents["build"]["arguments"])
-        job = prepare(contents["data"]["spec"], config, build)
+        job = prepare(data or contents["data"]["spec"], config, build)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {path} have changed since it began: start a new run")
         run = Run(job, folder, contents, time.time())
@@ -128,7 +134,7 @@ class Run:
         self.budget = parse_seconds(self.config.max_time) - FINISH_SECONDS if self.config.max_time else math.inf
         self._val_loader = job.eval_loader("val")
         self._saved_at = time.monotonic()
-        self._out_of_time = False
+        self._out_of_time = self._told_to_stop = False
         self._board = Board(folder.path / "tensorboard")
 
     @property
@@ -167,8 +173,14 @@ class Run:
             if left > 0:
                 self.loader = self.job.train_loader(self.module.steps_done)
                 self._new_epoch()
-                fit(self.module, self.loader, left, self._after_step)
-            self._exit_on_signal()
+                try:
+                    fit(self.module, self.loader, left, self._after_step)
+                except RuntimeError:  # the loader's workers were told too (systemd, SLURM) and ended in mid-step
+                    if self.signals.received is None:
+                        raise
+                    self._exit("stopped; from the last checkpoint")
+            if self._told_to_stop and self.module.steps_done < self.total_steps:
+                self._exit("stopped and saved;")
         return self._finish()
 
     # After each step
@@ -194,7 +206,8 @@ class Run:
         if world_size() > 1 and not ends_epoch and self.module.steps_done % ASK_EVERY:
             return False
         self._out_of_time = any_process(self._seconds() > self.budget, self.job.device)
-        return self._out_of_time or any_process(self.signals.received is not None, self.job.device)
+        self._told_to_stop = any_process(self.signals.received is not None, self.job.device)
+        return self._out_of_time or self._told_to_stop
 
     def _checkpoint_is_due(self) -> bool:
         # only the first process writes, so the others need not know
@@ -202,6 +215,7 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         if self.writes:
+            self._check_loss(float(self.module.loss_sum))  # what cannot go on must not replace what can
             state = {
                 "module": self.module.state(),
                 "rows": self.rows,
@@ -213,13 +227,19 @@ class Run:
             save_checkpoint(self.folder.checkpoints, state)
             self._saved_at = time.monotonic()
 
-    def _exit_on_signal(self) -> None:
-        number = self.signals.received
-        if number is not None and self.module.steps_done < self.total_steps:
-            if self.writes:
-                self.folder.log("stopped", self.module.steps_done, {"signal": number})
-            self.console.print(f"stopped and saved; continue with: convmixer train --resume {self.folder.path}")
-            raise SystemExit(128 + number)
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {self.module.steps_done}: lower lr (now {self.config.lr:g}), "
+                "raise eps or set clip_norm; the checkpoint before is kept"
+            )
+
+    def _exit(self, how: str) -> NoReturn:
+        number = self.signals.received or signal.SIGTERM  # the signal may have been another process's
+        if self.writes:
+            self.folder.log("stopped", self.module.steps_done, {"signal": number})
+        self.console.print(f"{how} continue with: convmixer train --resume {self.folder.path}")
+        raise SystemExit(128 + number)
 
     # At the end of an epoch
 
@@ -252,11 +272,7 @@ class Run:
         steps = (done - 1) % self.steps_per_epoch + 1
         train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())
         module.loss_sum.zero_()
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(
-                f"the training loss is {train_loss} at step {done}: lower lr (now {self.config.lr:g}), raise eps or "
-                "set clip_norm; the checkpoint before is kept"
-            )
+        self._check_loss(train_loss)
         copy_from_first(module.evaluated)
         found = self._score(self._val_loader)
         return {
@@ -419,16 +435,16 @@ def _length(job: Job, started: float) -> tuple[float, int]:
 
 def seconds_per_image(module: TrainingModule, job: Job) -> float:
     loader = job.eval_loader("val") or job.eval_loader("test")
-    batches, count = [], 0
+    batches: list[Any] = []
     start = time.perf_counter()
     assert loader is not None
     for batch in loader:
         batches.append(batch)
-        count += len(batch[1])
-        score(module.evaluated, [batch], len(job.data.classes), job.device, module.autocast)
-        if count >= 512:
+        if sum(len(labels) for _, labels in batches) >= 512:
             break
-    return (time.perf_counter() - start) / max(count, 1)
+    # once, however many batches this process has: it adds up over processes
+    score(module.evaluated, batches, len(job.data.classes), job.device, module.autocast)
+    return (time.perf_counter() - start) / max(sum(len(labels) for _, labels in batches), 1)
 
 
 def median(values: list[float]) -> float:

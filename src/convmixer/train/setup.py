@@ -15,7 +15,8 @@ from convmixer.data.transforms import eval_transform, preprocessing_of, train_tr
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import FastConvMixer, accelerate, uses_kernels
-from convmixer.models.registry import create_model
+from convmixer.models.convmixer import ConvMixer
+from convmixer.models.registry import create_model, model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
@@ -140,6 +141,8 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
         name, args = f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5", {}
     else:
         name, args = config.model, {}
+        if loaded and isinstance(loaded.model, ConvMixer) and model_args(name):
+            args["act"] = loaded.model.act  # no tensor tells that the variant's own is another
     if config.act:
         args["act"] = config.act
     if config.drop_rate:
