@@ -362,10 +362,23 @@ def _onnx_int8(proto: Any, p: Preprocessing, images: Images, path: Path) -> Any:
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         op_types_to_quantize=["Conv"],
+        nodes_to_quantize=_pointwise(proto),
         # 7 bits: without VNNI (AVX2) the runtime adds two products in 16 bits, which 8-bit weights overflow silently
         reduce_range=True,
     )
     return onnx.load(target)
+
+
+def _pointwise(proto: Any) -> list[str] | None:
+    """Return the names of the 1x1 convolutions where there are depthwise ones, None (all) elsewhere.
+
+    They are nearly all of the products and the weights. A depthwise kernel and the stem mix few values, so that their
+    rounding does not average out: quantised too, they cost a ConvMixer several times the accuracy (docs/log.md).
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    kernels = {node.name: shapes[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"}
+    depthwise = any(shape[1] == 1 < shape[0] and shape[2] > 1 for shape in kernels.values())
+    return [name for name, shape in kernels.items() if shape[2:] == (1, 1)] if depthwise else None
 
 
 def _write_openvino(
@@ -385,13 +398,29 @@ def _write_openvino(
         import nncf
 
         batches = list(_batches(images.calibration, p))
+        depthwise = any(op.get_type_name() == "GroupConvolution" for op in converted.get_ops())
         converted = nncf.quantize(
-            converted, nncf.Dataset(batches), preset=nncf.QuantizationPreset.MIXED, subset_size=len(batches)
+            converted,
+            nncf.Dataset(batches),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=_not_pointwise(converted)) if depthwise else None,
         )
     for name, text in texts.items():
         converted.set_rt_info(text, ["convmixer", name])
     openvino.save_model(converted, path, compress_to_fp16=precision == "fp16")
     source.unlink()
+
+
+def _not_pointwise(model: Any) -> list[str]:
+    """Return the names of an OpenVINO model's products that `_pointwise` leaves out."""
+    names = []
+    for op in model.get_ops():
+        kind = op.get_type_name()
+        wide = kind == "Convolution" and list(op.input(1).get_shape())[2:] != [1, 1]
+        if wide or kind in ("GroupConvolution", "MatMul"):
+            names.append(op.get_friendly_name())
+    return names
 
 
 def _write_torch(
