@@ -2,10 +2,10 @@
 
     convmixer train cifar10 --recipe authors-cifar10
 
-Expected: about 92.4% test top-1; with seed 0 it reached 92.36% here (results/authors-cifar10-seed0), and 77.01% cut to
-3 epochs (`--epochs 3`, results/authors-cifar10-3-epochs-seed0). The authors' README logs 92.60% after 25 epochs (one
-run, 42.6 s per epoch on an NVIDIA 2080 Ti), and 70.7% after epoch 3 of those 25. Nothing is selected on the test set:
-all 50,000 images are trained on, the last epoch is taken, the test set is read once.
+Expected: about 92.4% test top-1; with seed 0 it reached 92.36% here (results/authors-cifar10-seed0), and 77.01% cut
+to 3 epochs (`--epochs 3`, results/authors-cifar10-3-epochs-seed0). The authors' README logs 92.60% after 25 epochs
+(one run, 42.6 s per epoch on an NVIDIA 2080 Ti), and 70.7% after epoch 3 of those 25. Nothing is selected on the
+test set: all 50,000 images are trained on, the last epoch is taken, the test set is read once.
 
 Their command is `train.py --lr-max=0.05 --ra-n=2 --ra-m=12 --wd=0.005 --scale=1.0 --jitter=0 --reprob=0`. What else
 their script does is kept: torch's AdamW decays every parameter and has eps 1e-8, and gradients are not clipped, as
