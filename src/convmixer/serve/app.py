@@ -7,9 +7,9 @@
 
 A request holds one image as its body, or up to 32 as multipart parts. Limits (see `Limits`): 16 MiB a body, 50
 million pixels an image, 32 images a request, 256 images waiting, 512 MiB of bodies at once, 10 s to send it, 30 s to
-answer it. Every refusal is
-JSON: {"error": {"code", "message"}}. Requests that arrive together are computed together. Names and paths in a
-request are never used, and logs hold nothing of an image. What is no HTTP at all gets a plain 400.
+answer it. Every refusal is JSON: {"error": {"code", "message"}}. Requests that arrive together are computed together.
+Names and paths in a request are never used, and logs hold nothing of an image. What is no HTTP at all gets a plain
+400.
 """
 
 import asyncio
@@ -314,7 +314,7 @@ def _trim_memory() -> None:
 def create_app(
     classifier: Classifier, limits: Limits | None = None, token: str | None = None, samples: Sequence[Path] = ()
 ) -> FastAPI:
-    """Return the application.
+    """Return the application. The model is run once: what does not work fails here, before anything listens.
 
     Args:
         classifier: The model to serve.
@@ -322,11 +322,11 @@ def create_app(
         token: Bearer token that /v1 and /metrics ask for; None: open.
         samples: Image files that the page offers.
     """
+    _warm(classifier)
     service = Service(classifier, limits or Limits(), samples)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.get_running_loop().run_in_executor(None, _warm, classifier)
         service.batcher.start()
         app.state.ready = True
         yield
@@ -533,7 +533,6 @@ def serve(
     except SystemExit:
         raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
-    _warm(classifier)
     print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C", flush=True)
     # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
     for name in (signal.SIGTERM, signal.SIGINT):
