@@ -96,7 +96,7 @@ class _OnKernels(ConvMixer):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
         settings = norms[0].eps, _ACTS[type(model.stem[1])], training
-        mixers = [block[0].fn[0] for block in model.blocks]
+        mixers = [block[0].fn[0] for block in model.blocks[_plain_blocks(model) :]]
         if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
             y, statistics = blocks.features(v, _parameters(self), running, *settings, pool)
         else:
@@ -112,7 +112,7 @@ class FastConvMixer(_OnKernels):
 
 
 class FastIsotropic(_OnKernels, Isotropic):
-    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions and the mixers."""
+    """An Isotropic on the CPU kernels: all of it, or all but the stem, the mixers and `_plain_blocks`."""
 
 
 _QUIETLY = "another tool needs the plain model"  # nothing that the user should change
@@ -137,7 +137,7 @@ def _unfit(model: Any, x: Tensor) -> str | None:
 def _unusual(model: Any) -> str | None:
     """Return what in the model the kernels do not know, or None."""
     act = type(model.stem[1])
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[-3], nn.Conv2d), (model.stem, nn.Sequential)]
+    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[0], nn.Conv2d), (model.stem, nn.Sequential)]
     for norm_parts in _act_norms(model):
         if len(norm_parts) != 2:
             return "its blocks are built in another way"
@@ -156,8 +156,8 @@ def _unusual(model: Any) -> str | None:
             return _QUIETLY
     if act not in _ACTS or (act is nn.GELU and model.stem[1].approximate != "none"):
         return f"the activation is {model.stem[1]}"
-    first = model.stem[-1]
-    for norm in _norms(model):
+    first, *_ = norms = _norms(model)
+    for norm in norms:
         if norm.weight is None or norm.running_mean is None or norm.momentum is None:
             return "a BatchNorm has no weight, no running statistics or no momentum"
         if (norm.eps, norm.training) != (first.eps, first.training):
@@ -165,11 +165,20 @@ def _unusual(model: Any) -> str | None:
     return None
 
 
+def _plain_blocks(model: Any) -> int:
+    """Return how many blocks run as torch modules: the first, where the stem pools between its norm and that block.
+
+    What the kernels start from is a convolution's output with activation and norm still to come.
+    """
+    return int(type(model.stem[-1]) is nn.AvgPool2d)
+
+
 def _act_norms(model: Any) -> list[list[Any]]:
+    """Return the activations and norms that the kernels compute, in their order."""
     pairs = [list(model.stem)[-2:]]
     for block in model.blocks:
         pairs += [list(getattr(block[0], "fn", block[0]))[1:], list(block)[2:]]
-    return pairs
+    return pairs[2 * _plain_blocks(model) :]
 
 
 def _norms(model: ConvMixer) -> list[Any]:
@@ -184,18 +193,22 @@ def _dtype(model: ConvMixer) -> torch.dtype:
 
 def _parameters(model: Any, mixer: bool = True) -> list[Tensor]:
     """Return the parameters in the order of `convmixer.kernels.blocks` (without `mixer`: of `mixed`), in fp32."""
-    parts = [model.stem[-1]]
-    for block in model.blocks:
+    parts = _norms(model)[:1]
+    for block in model.blocks[_plain_blocks(model) :]:
         parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
     return [parameter.float().contiguous() for part in parts for parameter in (part.weight, part.bias)]
 
 
 def _stem(model: Any, x: Tensor) -> Tensor:
-    """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution of the stem gives."""
+    """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution before the kernels gives."""
     conv, dtype = model.stem[0], _dtype(model)
     if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
         return _patch_embedding(conv, x, dtype)
-    v: Tensor = model.stem[:-2](x)
+    if _plain_blocks(model):
+        block = model.blocks[0]
+        v: Tensor = block[1](block[0](model.stem(x)))
+    else:
+        v = model.stem[:-2](x)
     return v.permute(0, 2, 3, 1).to(dtype).contiguous()
 
 
