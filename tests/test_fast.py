@@ -284,7 +284,7 @@ def test_a_batch_of_many_rows_and_images() -> None:
 def _flat(fast: nn.Module) -> list[torch.Tensor]:
     from convmixer.fast import _parameters
 
-    return _parameters(fast)
+    return _parameters(fast.stem[-1], list(fast.blocks))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

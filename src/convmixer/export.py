@@ -398,13 +398,12 @@ def _write_openvino(
         import nncf
 
         batches = list(_batches(images.calibration, p))
-        depthwise = any(op.get_type_name() == "GroupConvolution" for op in converted.get_ops())
         converted = nncf.quantize(
             converted,
             nncf.Dataset(batches),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(batches),
-            ignored_scope=nncf.IgnoredScope(names=_not_pointwise(converted)) if depthwise else None,
+            ignored_scope=nncf.IgnoredScope(names=_not_pointwise(converted)),
         )
     for name, text in texts.items():
         converted.set_rt_info(text, ["convmixer", name])
@@ -414,13 +413,14 @@ def _write_openvino(
 
 def _not_pointwise(model: Any) -> list[str]:
     """Return the names of an OpenVINO model's products that `_pointwise` leaves out."""
-    names = []
+    names, depthwise = [], False
     for op in model.get_ops():
         kind = op.get_type_name()
+        depthwise |= kind == "GroupConvolution"
         wide = kind == "Convolution" and list(op.input(1).get_shape())[2:] != [1, 1]
         if wide or kind in ("GroupConvolution", "MatMul"):
             names.append(op.get_friendly_name())
-    return names
+    return names if depthwise else []
 
 
 def _write_torch(

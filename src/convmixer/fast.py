@@ -96,11 +96,12 @@ class _OnKernels(ConvMixer):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
         settings = norms[0].eps, _ACTS[type(model.stem[1])], training
-        mixers = [block[0].fn[0] for block in model.blocks[_plain_blocks(model) :]]
+        rest = list(model.blocks)[_plain_blocks(model) :]
+        mixers = [block[0].fn[0] for block in rest]
         if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
-            y, statistics = blocks.features(v, _parameters(self), running, *settings, pool)
+            y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
         else:
-            y, statistics = mixed.features(v, mixers, _parameters(self, mixer=False), running, *settings)
+            y, statistics = mixed.features(v, mixers, _parameters(norms[0], rest, mixer=False), running, *settings)
             y = y.mean((1, 2), dtype=torch.float32) if pool else y
         if training:
             _update_running(norms, statistics.detach(), count)
@@ -156,11 +157,11 @@ def _unusual(model: Any) -> str | None:
             return _QUIETLY
     if act not in _ACTS or (act is nn.GELU and model.stem[1].approximate != "none"):
         return f"the activation is {model.stem[1]}"
-    first, *_ = norms = _norms(model)
+    norms = _norms(model)
     for norm in norms:
         if norm.weight is None or norm.running_mean is None or norm.momentum is None:
             return "a BatchNorm has no weight, no running statistics or no momentum"
-        if (norm.eps, norm.training) != (first.eps, first.training):
+        if (norm.eps, norm.training) != (norms[0].eps, norms[0].training):
             return "the BatchNorms differ in eps or mode"
     return None
 
@@ -191,10 +192,10 @@ def _dtype(model: ConvMixer) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _parameters(model: Any, mixer: bool = True) -> list[Tensor]:
+def _parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
     """Return the parameters in the order of `convmixer.kernels.blocks` (without `mixer`: of `mixed`), in fp32."""
-    parts = _norms(model)[:1]
-    for block in model.blocks[_plain_blocks(model) :]:
+    parts = [first_norm]
+    for block in blocks:
         parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
     return [parameter.float().contiguous() for part in parts for parameter in (part.weight, part.bias)]
 
