@@ -17,6 +17,12 @@ from convmixer.studies.schema import load_study
 MEANS = {"depthwise": 75.0, "attention": 70.0, "token-mlp": 70.2, "linear": 68.0, "pool": 60.0, "none": 45.0}
 
 
+def made_up_probe(arm: int, rounds: int) -> dict[str, Any]:
+    speeds = {"train_images_per_second": 900 - 50.0 * arm, "infer_images_per_second": 3000.0 - 200 * arm}
+    turns = [{key: value * (1 + turn / 100) for key, value in speeds.items()} for turn in range(rounds)]
+    return speeds | {"peak_memory_bytes": 2**27, "seconds": 600 + 60.0 * arm, "rounds": turns, "device": "cpu"}
+
+
 def made_up(folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool = False) -> Path:
     """Write study.json and records.jsonl with invented numbers, marked as such."""
     parsed = load_study(study)
@@ -40,7 +46,7 @@ def made_up(folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool =
         "data": {"name": "cifar10", "checksum": "sha256:0", "train": 50000, "val": 0, "test": 10000},
         "command": f"convmixer compare {study} cifar10",
         "environment": environment,
-        "probes": {name: {"peak_memory_bytes": 2**27} for name in arms},
+        "probes": {name: made_up_probe(i, seeds) for i, name in enumerate(arms)},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(plan))
@@ -50,7 +56,6 @@ def made_up(folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool =
             top1 = MEANS.get(arm, 60.0) + draw.uniform(-0.3, 0.3) + 0.5 * seed
             history = [{"epoch": e, "train_loss": 2 / e + i / 9 + draw.random() / 9} for e in range(1, 11)]
             results = {"arm": arm, "test_top1": top1, "seconds": 600 + 60.0 * i, "history": history}
-            results |= {"train_images_per_second": 900 - 50.0 * i, "infer_images_per_second": 3000.0 - 100 * i}
             record = RunRecord(f"{arm}-seed{seed}", "none", {}, {}, results, seed, environment, "2000-01-01T00:00:00")
             append(folder / "records.jsonl", record)
     return folder
@@ -66,6 +71,14 @@ def test_verdicts_follow_from_the_records(tmp_path: Path) -> None:
     first, second = results.values("depthwise", "test_top1"), results.values("token-mlp", "test_top1")
     assert claim["difference"] == pytest.approx(sum(first[s] - second[s] for s in range(3)) / 3)
     assert claim["low"] < claim["difference"] < claim["high"]
+
+
+def test_a_claim_about_a_speed_is_judged_by_the_turns_of_the_probe(tmp_path: Path) -> None:
+    claim = write_report(made_up(tmp_path, study="models"))["verdicts"][-1]
+    assert claim["measure"] == "infer_images_per_second"
+    assert claim["difference"] == pytest.approx(-200 * 1.01)
+    assert (claim["n"], claim["verdict"]) == (3, "contradicted")
+    assert "2,800" in (tmp_path / "report.md").read_text()
 
 
 def test_one_seed_decides_nothing_and_is_said_to_be_incomplete(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 def choose_device(name: str = "auto") -> "torch.device":
     """Return the device to compute on: CUDA, else Apple's MPS, else the CPU for "auto".
 
+    On CUDA, fp32 is fp32 from then on: by itself cuDNN would round the inputs of convolutions to TF32.
+
     Raises:
         RequestError: The device asked for is not there.
     """
@@ -30,7 +33,15 @@ def choose_device(name: str = "auto") -> "torch.device":
         raise RequestError(
             f"no {name} device here: choose from {', '.join(d for d, found in there.items() if found)}"
         )
+    if name.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
+
+
+def gpu_names() -> list[str]:
+    """Return the CUDA devices' names; none where torch is not loaded, as nothing computes on them then."""
+    torch = sys.modules.get("torch")
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
 
 
 def native_bf16(device: "torch.device | None" = None) -> bool:
@@ -80,6 +91,18 @@ def forget_peak() -> None:
     """Count the peak anew from here, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def count_memory(device: "torch.device") -> Callable[[], int]:
+    """Return a function that gives the most bytes taken since now: on a GPU of its memory, else by this process."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
+    forget_peak()  # that of loading
+    before = resident_bytes()
+    return lambda: max(0, peak_resident_bytes() - before)
 
 
 def available_bytes() -> int:

@@ -10,6 +10,7 @@ import torch
 
 import convmixer
 from convmixer import kernels
+from convmixer.device import gpu_names
 from convmixer.kernels import build
 
 PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")
@@ -57,8 +58,7 @@ def _processor_name() -> str:
 
 
 def _devices() -> list[str]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    return ["cpu", *gpu_names(), *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def _print(described: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One measured result with all it takes to judge and repeat it, as JSON lines. Standard library only."""
+"""One measured result with all it takes to judge and repeat it, as JSON lines. Light: no torch, no numpy."""
 
 import dataclasses
 import datetime
@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from convmixer.device import gpu_names
 
 _PACKAGES = (
     "convmixer",
@@ -52,11 +54,12 @@ class RunRecord:
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine (processor, cores, memory), the versions of what computes, and the commit."""
+    """Return the machine (processor, cores, memory, GPUs), the versions of what computes, and the commit."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpu_names(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},

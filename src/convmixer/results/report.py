@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ HOW = (
     "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds; "
     "it is supported where the whole 95% interval agrees with it, contradicted where the whole interval disagrees, "
     "else not decided with this many seeds. Claims, directions and the smallest differences that matter stood in the "
-    "study file before it ran; the intervals are not corrected for the number of claims. Speeds are medians over the "
-    "runs, with whatever else the machine did; memory is what a probe of a few training steps took beyond libraries "
-    "and data."
+    "study file before it ran; the intervals are not corrected for the number of claims. Speeds and memory (beyond "
+    "libraries and data) are those of a few steps of each arm in a process of its own, one after the other on one "
+    "machine before the runs; time is that of a run at this speed. The runs themselves may have shared machines."
 )
 
 
@@ -184,10 +184,10 @@ def _cells(row: ArmRow) -> Sequence[str]:
         f"{row.macs / 1e6:,.1f} M",
         _accuracy(row),
         str(row.test.n if row.test else 0),
-        _number(row.train_speed, "{:,.0f}"),
-        _number(row.infer_speed, "{:,.0f}"),
-        _number(row.seconds, "{:,.0f} s"),
-        _number(row.memory and row.memory / 2**20, "{:,.0f} MiB"),
+        f"{row.train_speed:,.0f}",
+        f"{row.infer_speed:,.0f}",
+        f"{row.seconds:,.0f} s",
+        f"{row.memory / 2**20:,.0f} MiB",
     )
 
 
@@ -195,10 +195,6 @@ def _accuracy(row: ArmRow) -> str:
     if row.test is None:
         return "–"
     return f"{row.test.mean:.2f}" + (f" ± {row.test.half_width:.2f}" if row.test.n > 1 else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
 
 
 def _sizes_sentence(results: StudyResults) -> str:
@@ -227,34 +223,36 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
         ("selection", f"{selection}; the test split was read once per run"),
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("runs", f"{len(results.records)} of {len(plan['runs'])}"),
-        ("machine", _each(_machine(e) for e in environments)),
+        ("trained on", _each(_machine(e) for e in environments)),
+        ("speeds of", f"{_machine(plan['environment'])}: {_computed_with(results, plan['probes'])}"),
         ("versions", _each(", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in environments)),
         ("commit", _each(str(e["commit"]) for e in environments)),
     ]
     if dates:
-        facts += [("computed with", _computed_with(results)), ("dates", f"{dates[0]} to {dates[-1]}")]
+        by_run = {run: record.results for run, record in results.records.items()}
+        facts += [("computed with", _computed_with(results, by_run)), ("dates", f"{dates[0]} to {dates[-1]}")]
     reused = {run: r.results["reused_from"] for run, r in results.records.items() if "reused_from" in r.results}
     if reused:
         where = "; ".join(f"{run} is {source}" for run, source in reused.items())
-        facts.append(("trained elsewhere", f"{where}; their images/s are those of this study's probe"))
+        facts.append(("trained elsewhere", where))
     return facts
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    return f"{environment['processor']}, {environment['cores']} cores, {environment['system']}"
+    gpus = [f"{name}, " for name in environment.get("gpus", ())]
+    return f"{''.join(gpus)}{environment['processor']}, {environment['cores']} cores, {environment['system']}"
 
 
 def _each(texts: Iterable[str]) -> str:
     return "; ".join(sorted(set(texts)))
 
 
-def _computed_with(results: StudyResults) -> str:
-    """Return in words what the runs were computed with, each way with its arms: speeds depend on it."""
+def _computed_with(results: StudyResults, measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return in words what runs (by name) or probes (by arm) were computed with, each way with its arms."""
     ways: dict[str, set[str]] = {}
-    for record in results.records.values():
-        r = record.results
+    for name, r in measured.items():
         way = ", ".join(f"{key} {r[key]}" for key in ("precision", "device", "threads", "kernels") if key in r)
-        ways.setdefault(way, set()).add(results.plan["arms"][r["arm"]]["label"])
+        ways.setdefault(way, set()).add(results.plan["arms"][r.get("arm", name)]["label"])
     if len(ways) == 1:
         return next(iter(ways))
     return "; ".join(f"{way}: {', '.join(sorted(arms))}" for way, arms in sorted(ways.items()))

@@ -1,13 +1,14 @@
 """What a study folder says: arms, values per seed, intervals, verdicts; from study.json and records.jsonl alone."""
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convmixer import records
 from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
+
+SPEEDS = ("train_images_per_second", "infer_images_per_second")  # of the probe; the runs may have shared machines
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class ArmRow:
         name, label: Of the arm.
         parameters, macs: Of the model, per image.
         test: Interval of test top-1 in percent over the seeds.
-        train_speed, infer_speed: Images per second, median over the seeds.
-        seconds: Of one run, median over the seeds.
-        memory: Bytes that training takes beyond libraries and data.
+        train_speed, infer_speed: Images per second, of the probe.
+        seconds: Of one run at that speed.
+        memory: Bytes that training takes beyond libraries and data, of the probe.
     """
 
     name: str
@@ -28,10 +29,10 @@ class ArmRow:
     parameters: int
     macs: int
     test: Interval | None
-    train_speed: float | None
-    infer_speed: float | None
-    seconds: float | None
-    memory: int | None
+    train_speed: float
+    infer_speed: float
+    seconds: float
+    memory: int
 
 
 class StudyResults:
@@ -66,7 +67,9 @@ class StudyResults:
         return sorted(found, key=lambda record: record.seed or 0)
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
-        """Return seed -> value of a measure of an arm."""
+        """Return seed -> value of a measure of an arm; of a speed: the probe's turn -> value."""
+        if measure in SPEEDS:
+            return {i: float(turn[measure]) for i, turn in enumerate(self.plan["probes"][arm]["rounds"])}
         return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
 
     def rows(self) -> list[ArmRow]:
@@ -75,21 +78,18 @@ class StudyResults:
 
     def _row(self, name: str, arm: dict[str, Any]) -> ArmRow:
         test = list(self.values(name, "test_top1").values())
+        probe = self.plan["probes"][name]
         return ArmRow(
             name,
             arm["label"],
             arm["parameters"],
             arm["macs"],
             mean_interval(test) if test else None,
-            self._median(name, "train_images_per_second"),
-            self._median(name, "infer_images_per_second"),
-            self._median(name, "seconds"),
-            self.plan.get("probes", {}).get(name, {}).get("peak_memory_bytes"),
+            probe["train_images_per_second"],
+            probe["infer_images_per_second"],
+            probe["seconds"],
+            probe["peak_memory_bytes"],
         )
-
-    def _median(self, arm: str, measure: str) -> float | None:
-        values = self.values(arm, measure).values()
-        return statistics.median(values) if values else None
 
     def verdicts(self) -> list[dict[str, Any]]:
         """Return every claim with its difference (first - second), interval, number of pairs and verdict."""

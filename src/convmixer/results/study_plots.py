@@ -188,7 +188,7 @@ def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes]
         points = 0
         for i, row in enumerate(results.rows()):
             x = getattr(row, key)
-            if row.test and x is not None:
+            if row.test:
                 spread = row.test.half_width if row.test.n > 1 else 0
                 style = style_of(i) | {"linestyle": "none"}
                 axes.errorbar(x / unit, row.test.mean, yerr=spread, capsize=3, ms=8, label=row.label, **style)

@@ -7,12 +7,14 @@ made from the plan and the records alone.
 import dataclasses
 import hashlib
 import json
+import statistics
 from typing import Any
 
 from convmixer import records
 from convmixer.config import difference, override, to_dict
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.errors import RequestError
+from convmixer.results.study import SPEEDS
 from convmixer.studies.arms import Build, build_args, macs, parameters
 from convmixer.studies.match import Cost, count, solve
 from convmixer.studies.probe import probe, step_cost
@@ -67,17 +69,30 @@ def run_name(arm: str, seed: int) -> str:
 
 
 def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
-    """Return arm -> what `probe` measured, saying each as it is measured."""
-    probes = {}
-    for name, arm in plan["arms"].items():
-        cost = probe(plan["data"]["spec"], study.config(name, study.seeds[0]), (arm["build"][0], arm["build"][1]))
-        probes[name] = cost
-        report(
-            f"{name:<16} {arm['parameters']:>11,} parameters {arm['macs'] / 1e6:>9,.1f} M MACs "
-            f"{cost['peak_memory_bytes'] / 2**20:>7,.0f} MiB {cost['train_images_per_second']:>7,.0f} images/s "
-            f"{duration(cost['seconds']):>9} a run"
-        )
-    return probes
+    """Return arm -> what `probe` measured, saying each as it is measured.
+
+    Where a claim is about a speed, all arms are measured once for every seed, turn by turn: the speeds are then their
+    medians, and `rounds` holds each turn's.
+    """
+    rounds = len(study.seeds) if any(claim.measure in SPEEDS for claim in study.claims) else 1
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["arms"]}
+    for _ in range(rounds):
+        for name, arm in plan["arms"].items():
+            build: Build = (arm["build"][0], arm["build"][1])
+            cost = probe(plan["data"]["spec"], study.config(name, study.seeds[0]), build)
+            measured[name].append(cost)
+            report(
+                f"{name:<16} {arm['parameters']:>11,} parameters {arm['macs'] / 1e6:>9,.1f} M MACs "
+                f"{cost['peak_memory_bytes'] / 2**20:>7,.0f} MiB {cost['train_images_per_second']:>7,.0f} images/s "
+                f"{duration(cost['seconds']):>9} a run"
+            )
+    return {name: _typical(costs) for name, costs in measured.items()}
+
+
+def _typical(costs: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = (*SPEEDS, "peak_memory_bytes", "seconds")
+    medians = {key: statistics.median(cost[key] for cost in costs) for key in keys}
+    return costs[0] | medians | {"rounds": [{key: cost[key] for key in SPEEDS} for cost in costs]}
 
 
 def load_splits(study: Study, data: str) -> DataSplits:

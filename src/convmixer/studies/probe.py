@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convmixer.config import Config, override, to_dict
-from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
+from convmixer.device import count_memory
 from convmixer.errors import RequestError
 from convmixer.studies.arms import Build
 
@@ -29,7 +29,8 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
 
     Returns:
         `train_images_per_second`, `infer_images_per_second`, `peak_memory_bytes` (of training, beyond the libraries
-        and the data) and `seconds` (estimated, of a whole run).
+        and the data), `seconds` (of a whole run at these speeds), and what computed: `precision`, `device`,
+        `threads`, `kernels`.
 
     Raises:
         RequestError: The arm cannot be trained with these settings.
@@ -45,16 +46,17 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
 
 def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
     """Return what `probe` returns, measured in this process."""
+    import torch
+
     from convmixer.train.engine import measure_speed
     from convmixer.train.setup import prepare
 
     started = time.perf_counter()
     job = prepare(data, config, build)
     set_up = time.perf_counter() - started
-    forget_peak()  # that of loading
-    before = resident_bytes()
+    memory = count_memory(job.device)
     step = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
-    peak = max(0, peak_resident_bytes() - before)
+    peak = memory()
     infer = infer_speed(job.model, job.preprocessing, job.config.precision)
     splits = (job.data.val, job.data.test)
     val, test = (len(split) if split else 0 for split in splits)
@@ -64,6 +66,10 @@ def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
         "infer_images_per_second": infer,
         "peak_memory_bytes": peak,
         "seconds": set_up + images * step / job.batch_size + (val * config.epochs + test) / infer,
+        "precision": job.config.precision,
+        "device": job.device.type,
+        "threads": torch.get_num_threads(),
+        "kernels": job.kernels,
     }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from convmixer import records
 from convmixer.config import parse_seconds
-from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
@@ -183,9 +182,6 @@ class Runner:
         results = record.results | {
             "arm": arm,
             "macs": self.plan["arms"][arm]["macs"],
-            "train_images_per_second": record.results["images_per_second"],
-            "infer_images_per_second": _infer_speed(folder / "weights" / "best", record),
-            "peak_memory_bytes": self.plan["probes"][arm]["peak_memory_bytes"],
             "weights": f"runs/{run}/weights/best",
             "history": _history(folder / "metrics.csv"),
         }
@@ -208,18 +204,14 @@ class Runner:
         return None
 
     def _reused(self, run: str, their_arm: str, record: records.RunRecord) -> dict[str, Any]:
-        """Return another study's record as this one's; its speeds are this study's probe's, as it is of today."""
+        """Return another study's record as this one's."""
         assert self.reuse
         arm, seed = self.of_run[run]
         theirs = json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
         if seed == self.plan["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
             self._copy_pictures(self.reuse, their_arm, arm)
-        probe = self.plan["probes"][arm]
         results = record.results | {
             "arm": arm,
-            "train_images_per_second": probe["train_images_per_second"],
-            "infer_images_per_second": probe["infer_images_per_second"],
-            "peak_memory_bytes": probe["peak_memory_bytes"],
             "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
             "reused_from": f"{record.name} of the study {theirs['name']}",
         }
@@ -276,16 +268,6 @@ class Runner:
             print(text)
         time.sleep(min(self.queue.heartbeat_seconds, max(0.1, self.deadline - time.monotonic())))
         return text
-
-
-def _infer_speed(weights: Path, record: records.RunRecord) -> float:
-    """Return images per second of a run's weights on the device it was trained on."""
-    from convmixer.models.weights import load_model
-    from convmixer.studies.probe import infer_speed
-
-    loaded = load_model(weights)
-    model = loaded.model.to(choose_device(record.config["device"]))
-    return infer_speed(model, loaded.preprocessing, record.config["precision"])
 
 
 def _dry_run(study: Study, spec: str) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import yaml
 
 from convmixer.config import Config, difference, override
 from convmixer.errors import RequestError, unknown
+from convmixer.results.study import SPEEDS
 from convmixer.studies.arms import check_sizes
 
 RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
-# measured per run, larger is better; a claim may be about any of them
-MEASURES = ("test_top1", "train_images_per_second", "infer_images_per_second")
+# larger is better; a claim may be about any of them
+MEASURES = ("test_top1", *SPEEDS)
 # settings of `train` that are no part of a recipe here, and why
 ELSEWHERE = {
     "seed": "write `seeds`",

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.config import Config, override, parse_seconds, to_dict
-from convmixer.device import available_bytes, forget_peak, peak_resident_bytes, resident_bytes
+from convmixer.device import available_bytes, count_memory
 from convmixer.errors import RequestError
 from convmixer.models.registry import create_model
 from convmixer.train.engine import fit, measure_speed
@@ -99,11 +99,9 @@ def _measure_memory() -> None:
     request = json.load(sys.stdin)
     settings = override(Config(), request["settings"] | {"workers": 0})
     job = prepare(request["data"], settings)
-    cuda = job.device.type == "cuda"
-    forget_peak()  # that of loading
-    before = 0 if cuda else resident_bytes()
+    peak = count_memory(job.device)
     fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)
-    print(torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes() - before)
+    print(peak())
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
