@@ -79,6 +79,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
         )
         module.model.train()
         trainer.fit(module, _Stream(loader))
+    module.model.to(module.place)  # Lightning moves it off the GPU when it ends
 
 
 def measure_speed(
