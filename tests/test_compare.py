@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from convmixer.cli import main
 from convmixer.config import Config
 from convmixer.errors import RequestError
 from convmixer.studies import plan as plan_module
@@ -124,7 +125,7 @@ def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> 
     assert not (out / "runs" / "convolution-seed0").exists()
     assert (out / "runs" / "wider-seed0").exists()
     assert (out / "pictures" / "convolution-kernels.png").exists()
-    verify(out / "records.jsonl", "digits", "convolution-seed1")
+    assert main(["verify", str(out / "records.jsonl"), "--data", "digits", "--run", "convolution-seed1"]) == 0
     assert "convolution-seed0 is depthwise-seed0 of the study tiny" in (out / "report.md").read_text()
 
 

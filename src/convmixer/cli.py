@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if extra:
         return _fail(args, _unexpected(parser, args.command, extra[0]), 2)
     try:
-        result = args.run(args)
+        result = args.handler(args)
     except RequestError as error:
         return _fail(args, error, 2)
     except BrokenPipeError:
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        sub.set_defaults(run=run)
+        sub.set_defaults(handler=run)
         return sub
 
     _add_train(add("train", _train, "train a model and write a run folder"))

@@ -70,7 +70,7 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     parts += ["## Claims and verdicts", _table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
     parts += ["## Arms", _table(HEADS, [_cells(row) for row in results.rows()]), HOW]
     parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
-    parts += ["## What was done", plan["notes"], _sizes_sentence(results), "```\n" + plan["command"] + "\n```"]
+    parts += ["## What was done", plan["notes"], _sizes_sentence(results), "```\n" + _commands(results) + "\n```"]
     parts += [_table(("", ""), _facts(results)), "### Shared recipe", _table(("setting", "value"), _recipe(plan))]
     drawn = [(title, path) for title, path in _weight_pictures(results)]
     parts += ["## Filters and kernels"] if drawn else []
@@ -93,7 +93,7 @@ def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
 <section><h2>What was done</h2><p>{html.escape(plan["notes"])}</p><p>{html.escape(_sizes_sentence(results))}</p>
-<pre>{html.escape(plan["command"])}</pre>{_html_table(("", ""), _facts(results), "facts")}
+<pre>{html.escape(_commands(results))}</pre>{_html_table(("", ""), _facts(results), "facts")}
 <details><summary>Shared recipe, every setting</summary>{_html_table(("setting", "value"), _recipe(plan), "facts")}
 </details></section>"""
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -205,6 +205,12 @@ def _sizes_sentence(results: StudyResults) -> str:
     how = f"Arms have the {match['by']} of {arms[match['like']]['label']}, by solving for {match['solve']}"
     fixed = [a["label"] for n, a in arms.items() if not a["solved"] and n != match["like"]]
     return f"{how}{' (not: ' + ', '.join(fixed) + ')' if fixed else ''}. {sizes}."
+
+
+def _commands(results: StudyResults) -> str:
+    """Return the command that planned the study and those that trained its runs, a line each."""
+    own = [results.plan["command"], *(record.command for record in results.records.values())]
+    return "\n".join(dict.fromkeys(own))
 
 
 def _size(sizes: dict[str, Any]) -> str:

@@ -509,6 +509,10 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Te
 
 // ---- the pointwise half with the library's products, in chunks of rows that fit the shared cache ----
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // before torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
