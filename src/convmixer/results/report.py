@@ -219,7 +219,7 @@ def _size(sizes: dict[str, Any]) -> str:
 
 def _facts(results: StudyResults) -> list[Sequence[str]]:
     plan = results.plan
-    data = plan["data"]
+    data, probed, probes = plan["data"], plan["environment"], plan["probes"]
     selection = "none: the last epoch of each run" if not data["val"] else "the best epoch on the validation split"
     environments = [record.environment for record in results.records.values()] or [plan["environment"]]
     dates = sorted(record.date for record in results.records.values())
@@ -230,7 +230,7 @@ def _facts(results: StudyResults) -> list[Sequence[str]]:
         ("seeds", ", ".join(map(str, plan["seeds"]))),
         ("runs", f"{len(results.records)} of {len(plan['runs'])}"),
         ("trained on", _each(_machine(e) for e in environments)),
-        ("speeds of", f"{_machine(plan['environment'])}: {_computed_with(results, plan['probes'])}"),
+        ("speeds of", f"{_machine(probed)}, torch {probed['versions']['torch']}: {_computed_with(results, probes)}"),
         ("versions", _each(", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in environments)),
         ("commit", _each(str(e["commit"]) for e in environments)),
     ]
