@@ -84,6 +84,12 @@ def test_other_mixers_and_stems_are_as_exact(option: tuple[str, str], bf16: bool
     _check_exactness(plain, fast, _images(5, (12, 12)), bf16)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pool_that_leaves_pixels_out_is_as_exact(training: bool) -> None:
+    plain = _isotropic(stem="stride1-pool").train(training)
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(5, (14, 13)), False)
+
+
 @pytest.mark.parametrize("option", [("residual", "both"), ("norm", "layer")])
 def test_what_the_kernels_do_not_know_stays_as_it_is(option: tuple[str, str]) -> None:
     model = accelerate(_isotropic(**dict([option])))
@@ -258,7 +264,7 @@ def test_an_unpickled_model_finds_the_kernels_or_does_without(tmp_path: Path) ->
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), fast(images).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["patch", "overlap"])
+@pytest.mark.parametrize("stem", ["patch", "overlap", "stride1-pool"])
 def test_an_empty_batch_gives_no_logits(stem: str) -> None:
     assert accelerate(_isotropic(stem=stem)).eval()(torch.empty(0, 3, 12, 12)).shape == (0, 7)
     assert accelerate(_model()).eval()(torch.empty(0, 3, 12, 12)).shape == (0, 7)

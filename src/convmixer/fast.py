@@ -6,7 +6,7 @@ serve, the plain model runs and the reason is said once.
 
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -91,6 +91,7 @@ class _OnKernels(ConvMixer):
         norms = _norms(self)
         training = norms[0].training
         v = _stem(self, x)
+        norms = norms[_plain_blocks(self) :]  # the stem has used its own
         count = v.numel() // v.shape[3]
         if training and count == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -113,7 +114,7 @@ class FastConvMixer(_OnKernels):
 
 
 class FastIsotropic(_OnKernels, Isotropic):
-    """An Isotropic on the CPU kernels: all of it, or all but the stem, the mixers and `_plain_blocks`."""
+    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions, the mixers, `_plain_blocks`."""
 
 
 _QUIETLY = "another tool needs the plain model"  # nothing that the user should change
@@ -176,10 +177,11 @@ def _plain_blocks(model: Any) -> int:
 
 def _act_norms(model: Any) -> list[list[Any]]:
     """Return the activations and norms that the kernels compute, in their order."""
-    pairs = [list(model.stem)[-2:]]
+    plain = _plain_blocks(model)
+    pairs = [list(model.stem)[-2 - plain :][:2]]
     for block in model.blocks:
         pairs += [list(getattr(block[0], "fn", block[0]))[1:], list(block)[2:]]
-    return pairs[2 * _plain_blocks(model) :]
+    return [pairs[0], *pairs[1 + plain :]]
 
 
 def _norms(model: ConvMixer) -> list[Any]:
@@ -207,7 +209,7 @@ def _stem(model: Any, x: Tensor) -> Tensor:
         return _patch_embedding(conv, x, dtype)
     if _plain_blocks(model):
         block = model.blocks[0]
-        v: Tensor = block[1](block[0](model.stem(x)))
+        v: Tensor = block[1](block[0](_pooled_stem(model, x)))
     else:
         v = model.stem[:-2](x)
     return v.permute(0, 2, 3, 1).to(dtype).contiguous()
@@ -225,6 +227,35 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         bias = None if bias is None else bias.to(product)
         v = nn.functional.linear(patches.reshape(B * h * w, C * p * p), weight, bias).to(dtype)
     return v.view(B, h, w, conv.out_channels)
+
+
+def _pooled_stem(model: Any, x: Tensor) -> Tensor:
+    """(B, in_chans, H, W) -> (B, dim, h, w) of a stem that ends in average pooling.
+
+    Each window of the pool is an image of its own to the kernels, which take the mean over images.
+    """
+    from convmixer.kernels import blocks
+
+    conv, act, norm, pool = model.stem
+    B, _, H, W = x.shape
+    p, dtype = pool.kernel_size, _dtype(model)
+    if H % p or W % p:  # the norm sees pixels that are in no window
+        return cast(Tensor, model.stem(x))
+    h, w, k = H // p, W // p, conv.kernel_size[0]
+    product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
+    with torch.autocast("cpu", enabled=False):
+        padded = nn.functional.pad(x.to(product), (conv.padding[1],) * 2 + (conv.padding[0],) * 2)
+        # (B, in_chans, h, p, w, p, k, k)
+        around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
+        rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
+        v = nn.functional.linear(rows, conv.weight.flatten(1).to(product), conv.bias.to(product)).to(dtype)
+    windows = v.view(B * h * w, p, p, conv.out_channels)
+    running = [] if norm.training else [norm.running_mean.float(), norm.running_var.float()]
+    settings = norm.eps, _ACTS[type(act)], norm.training
+    y, statistics = blocks.features(windows, _parameters(norm, []), running, *settings, True)
+    if norm.training:
+        _update_running([norm], statistics.detach(), B * H * W)
+    return y.to(dtype).view(B, h, w, conv.out_channels).permute(0, 3, 1, 2)
 
 
 def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:
