@@ -85,28 +85,13 @@ class _OnKernels(ConvMixer):
         return super()  # type: ignore[return-value]
 
     def _fast(self, x: Tensor, pool: bool) -> Tensor:
-        from convmixer.kernels import blocks, mixed
-
         model: Any = self
-        norms = _norms(self)
-        training = norms[0].training
+        norms, plain = _norms(self), _plain_blocks(self)
         v = _stem(self, x)
-        norms = norms[_plain_blocks(self) :]  # the stem has used its own
-        count = v.numel() // v.shape[3]
-        if training and count == 1:
+        if norms[0].training and v.numel() == v.shape[3]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
-        settings = norms[0].eps, _ACTS[type(model.stem[1])], training
-        rest = list(model.blocks)[_plain_blocks(model) :]
-        mixers = [block[0].fn[0] for block in rest]
-        if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
-            y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
-        else:
-            y, statistics = mixed.features(v, mixers, _parameters(norms[0], rest, mixer=False), running, *settings)
-            y = y.mean((1, 2), dtype=torch.float32) if pool else y
-        if training:
-            _update_running(norms, statistics.detach(), count)
-        return y
+        # where blocks are plain, the stem has used its own norm
+        return _features(v, norms[plain:], type(model.stem[1]), list(model.blocks)[plain:], pool)
 
 
 class FastConvMixer(_OnKernels):
@@ -202,6 +187,32 @@ def _parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[
     return [parameter.float().contiguous() for part in parts for parameter in (part.weight, part.bias)]
 
 
+def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any], pool: bool) -> Tensor:
+    """Return what act, first norm and the blocks `rest` make of a convolution's output, and move running statistics.
+
+    Args:
+        v: (N, H, W, C).
+        norms: All the norms, in their order.
+        act: The activation.
+        rest: The blocks; may be none.
+        pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
+    """
+    from convmixer.kernels import blocks, mixed
+
+    training = norms[0].training
+    running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
+    settings = norms[0].eps, _ACTS[act], training
+    mixers = [block[0].fn[0] for block in rest]
+    if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
+        y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
+    else:
+        y, statistics = mixed.features(v, mixers, _parameters(norms[0], rest, mixer=False), running, *settings)
+        y = y.mean((1, 2), dtype=torch.float32) if pool else y
+    if training:
+        _update_running(norms, statistics.detach(), v.numel() // v.shape[3])
+    return y
+
+
 def _stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution before the kernels gives."""
     conv, dtype = model.stem[0], _dtype(model)
@@ -220,13 +231,17 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
     h, w = H // p, W // p
+    patches = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+    return _product(conv, patches.reshape(B * h * w, C * p * p), dtype).view(B, h, w, conv.out_channels)
+
+
+def _product(conv: Any, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim)."""
     product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
     with torch.autocast("cpu", enabled=False):
-        patches = x[:, :, : h * p, : w * p].to(product).reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
         bias = None if bias is None else bias.to(product)
-        v = nn.functional.linear(patches.reshape(B * h * w, C * p * p), weight, bias).to(dtype)
-    return v.view(B, h, w, conv.out_channels)
+        return nn.functional.linear(rows.to(product), weight, bias).to(dtype)
 
 
 def _pooled_stem(model: Any, x: Tensor) -> Tensor:
@@ -234,27 +249,18 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
 
     Each window of the pool is an image of its own to the kernels, which take the mean over images.
     """
-    from convmixer.kernels import blocks
-
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
     p, dtype = pool.kernel_size, _dtype(model)
     if H % p or W % p:  # the norm sees pixels that are in no window
         return cast(Tensor, model.stem(x))
     h, w, k = H // p, W // p, conv.kernel_size[0]
-    product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
-    with torch.autocast("cpu", enabled=False):
-        padded = nn.functional.pad(x.to(product), (conv.padding[1],) * 2 + (conv.padding[0],) * 2)
-        # (B, in_chans, h, p, w, p, k, k)
-        around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
-        rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
-        v = nn.functional.linear(rows, conv.weight.flatten(1).to(product), conv.bias.to(product)).to(dtype)
-    windows = v.view(B * h * w, p, p, conv.out_channels)
-    running = [] if norm.training else [norm.running_mean.float(), norm.running_var.float()]
-    settings = norm.eps, _ACTS[type(act)], norm.training
-    y, statistics = blocks.features(windows, _parameters(norm, []), running, *settings, True)
-    if norm.training:
-        _update_running([norm], statistics.detach(), B * H * W)
+    padded = nn.functional.pad(x, (conv.padding[1],) * 2 + (conv.padding[0],) * 2)
+    # (B, in_chans, h, p, w, p, k, k)
+    around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
+    rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
+    windows = _product(conv, rows, dtype).view(B * h * w, p, p, conv.out_channels)
+    y = _features(windows, [norm], type(act), [], pool=True)
     return y.to(dtype).view(B, h, w, conv.out_channels).permute(0, 3, 1, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from convmixer.benchmark import contenders
 from convmixer.benchmark.case import Case
-from convmixer.device import forget_peak, peak_resident_bytes, resident_bytes
+from convmixer.device import count_memory
 from convmixer.models.registry import create_model
 
 
@@ -23,11 +23,10 @@ def main() -> None:
     gc.collect()
     step = prepare(case)
     gc.collect()
-    before = resident_bytes()
-    forget_peak()
+    peak = count_memory(torch.device("cpu"))
     for _ in range(3):
         step()
-    print(peak_resident_bytes() - before - _kept_bytes(case))
+    print(peak() - _kept_bytes(case))
 
 
 def _smallest(case: Case) -> Case:
