@@ -191,7 +191,7 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     """Return what act, first norm and the blocks `rest` make of a convolution's output, and move running statistics.
 
     Args:
-        v: (N, H, W, C).
+        v: (N, H, W, C), or with depthwise mixers `blocks.wide(C)`.
         norms: All the norms, in their order.
         act: The activation.
         rest: The blocks; may be none.
@@ -235,12 +235,13 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     return _product(conv, patches.reshape(B * h * w, C * p * p), dtype).view(B, h, w, conv.out_channels)
 
 
-def _product(conv: Any, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim)."""
+def _product(conv: Any, rows: Tensor, dtype: torch.dtype, more: int = 0) -> Tensor:
+    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim + more)."""
     product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
     with torch.autocast("cpu", enabled=False):
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
-        bias = None if bias is None else bias.to(product)
+        bias = None if bias is None else nn.functional.pad(bias.to(product), (0, more))
+        weight = nn.functional.pad(weight, (0, 0, 0, more))
         return nn.functional.linear(rows.to(product), weight, bias).to(dtype)
 
 
@@ -249,6 +250,8 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
 
     Each window of the pool is an image of its own to the kernels, which take the mean over images.
     """
+    from convmixer.kernels.blocks import wide
+
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
     p, dtype = pool.kernel_size, _dtype(model)
@@ -259,9 +262,10 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     # (B, in_chans, h, p, w, p, k, k)
     around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
     rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
-    windows = _product(conv, rows, dtype).view(B * h * w, p, p, conv.out_channels)
+    dim = conv.out_channels
+    windows = _product(conv, rows, dtype, wide(dim) - dim).view(B * h * w, p, p, wide(dim))
     y = _features(windows, [norm], type(act), [], pool=True)
-    return y.to(dtype).view(B, h, w, conv.out_channels).permute(0, 3, 1, 2)
+    return y.to(dtype).reshape(B, h, w, dim).permute(0, 3, 1, 2)
 
 
 def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:

@@ -8,6 +8,7 @@ they go as soon as they are used. The statistics are kept too, as float64 (norms
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convmixer.kernels.ops import LIBRARY, differentiable_once
@@ -23,6 +24,7 @@ def features(
 
     Args:
         v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32 or bf16: the dtype of everything between.
+            Or `wide(C)` channels, the last ones zero.
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
         running: Running mean and variance of each norm, read when not `training`.
         eps: BatchNorm's.
@@ -35,8 +37,26 @@ def features(
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
+    C = len(parameters[0])
+    if (more := wide(C) - C) and eps > 0:
+        v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
+        parameters, running = _wider(parameters, running, more)
     y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool, torch.is_grad_enabled())
-    return y, kept[-1]
+    return y[..., :C], kept[-1][..., :C]
+
+
+def wide(channels: int) -> int:
+    """Return how many channels the blocks compute for so many: rows that do not begin with a vector cost a sixth."""
+    return channels + -channels % 8
+
+
+def _wider(parameters: list[Tensor], running: list[Tensor], more: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Give all blocks more channels, of zeros: they stay zero and add nothing to the others."""
+    vector, depthwise, pointwise = (0, more), (0,) * 7 + (more,), (0, 0, 0, 0, 0, more, 0, more)
+    block = [depthwise, vector, vector, vector, pointwise, vector, vector, vector]
+    sides = [vector, vector, *block * (len(parameters) // PER_BLOCK)]
+    parameters = [F.pad(tensor, side) for tensor, side in zip(parameters, sides, strict=True)]
+    return parameters, [F.pad(tensor, vector) for tensor in running]
 
 
 def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:

@@ -220,42 +220,52 @@ template <int N> INLINE vf total(vg<N> x) {
 }
 
 // Sum of value(pixel) over an image, row by row: one fp32 sum over a thousand pixels would lose three digits.
-template <class F> INLINE vf sum_of_pixels(const Image& s, const F& value) {
-  vf sum{};
+template <int N, class F> INLINE vg<N> sum_of_pixels(const Image& s, const F& value) {
+  vg<N> sum{};
   for (int64_t row = 0; row < s.pixels(); row += s.W) {
-    vf part{};
-    for (int64_t p = row; p < row + s.W; p++) part += value(p);
-    sum += part;
+    vg<N> part{};
+    for (int64_t p = row; p < row + s.W; p++) part = part + value(p);
+    sum = sum + part;
   }
   return sum;
 }
 
 template <class T, int ACT>
 void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) {
+  const vf share = splat(1.0f / s.pixels());
   torch::stable::parallel_for(0, s.N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
-      for (int64_t c = 0; c < s.C; c += L) {
-        const int lanes = std::min<int64_t>(L, s.C - c);
+      along(s.C, [&](auto count, int64_t c, int lanes) {
+        constexpr int N = decltype(count)::value;
         const T* image = v + n * s.pixels() * s.C + c;
-        const vf sum = sum_of_pixels(
-            s, [&](int64_t p) { return total(activate<T, ACT>(read<1>(image + p * s.C, s.C, lanes))); });
-        const vf mean = sum / (float)s.pixels();
-        write(out + n * s.C + c, s.C, vg<1>{{mean * norm.at(0, c) + norm.at(1, c)}}, lanes);
-      }
+        const auto sum = sum_of_pixels<N>(
+            s, [&](int64_t p) { return activate<T, ACT>(read<N>(image + p * s.C, L, lanes)); });
+        write(out + n * s.C + c, L, sum * share * norm.some<N>(0, c) + norm.some<N>(1, c), lanes);
+      });
   });
 }
 
 // Each pixel's share of the pooled gradient, and its sums with act(v).
 template <class T, int ACT> void spread(const Image& s, const float* grad, const T* v, T* out, Sums& sums) {
-  for_planes(s, 0, [&](int64_t group, int64_t n, int64_t c, int lanes, float*) {
-    const vg<1> g{{rounded(read<1>(grad + n * s.C + c, s.C, lanes).v[0] * (1.0f / s.pixels()), out)}};
-    const vf sum = sum_of_pixels(s, [&](int64_t p) {
-      const int64_t i = (n * s.pixels() + p) * s.C + c;
-      write(out + i, s.C, g, lanes);
-      return total(activate<T, ACT>(read<1>(v + i, s.C, lanes)));
-    });
-    sums.add(group, 0, c, g.v[0] * (float)s.pixels());
-    sums.add(group, 1, c, g.v[0] * sum);
+  const vf share = splat(1.0f / s.pixels());
+  torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; slot++)
+      for (int64_t n = slot * s.N / SLOTS; n < (slot + 1) * s.N / SLOTS; n++)
+        along(s.C, [&](auto count, int64_t c, int lanes) {
+          constexpr int N = decltype(count)::value;
+          const auto of_image = read<N>(grad + n * s.C + c, L, lanes) * share;
+          const auto g = each<N>([&](int j) { return rounded(of_image.v[j], out); });
+          const auto sum = sum_of_pixels<N>(s, [&](int64_t p) {
+            const int64_t i = (n * s.pixels() + p) * s.C + c;
+            const auto a = activate<T, ACT>(read<N>(v + i, L, lanes));
+            write(out + i, L, g, lanes);
+            return a;
+          });
+          for (int j = 0; j < N; j++) {
+            sums.add(slot, 0, c + j * L, g.v[j] * (float)s.pixels());
+            sums.add(slot, 1, c + j * L, g.v[j] * sum.v[j]);
+          }
+        });
   });
 }
 
@@ -680,7 +690,7 @@ Tensor act_norm_pool(const Tensor& v, const Tensor& norm, int64_t act) {
 std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tensor& v, int64_t act) {
   const Image s = image_of(v);
   Tensor dy = like(v);
-  Sums sums(Split(s).groups, 2, s.C);
+  Sums sums(SLOTS, 2, s.C);
   const float* g = grad.const_data_ptr<float>();
   dispatch(v, act, [&](auto t, auto a) {
     using T = decltype(t);
