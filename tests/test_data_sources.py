@@ -393,7 +393,7 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path, kind: str) -> 
         write_tar(tmp_path / "train.tar", range(90))
     spec = "digits" if kind == "digits" else tmp_path
     images = parts(load(spec))[0].subset(np.arange(48))
-    transform = train_transform(Config(hflip=0.5, random_erasing=0.5), Preprocessing(8, 1, (0.5,), (0.5,)))
+    transform = train_transform(Config(hflip=0.5, color_jitter=0.5), Preprocessing(8, 1, (0.5,), (0.5,)))
     runs = []
     for source, workers in ((images, 0), (images, 2), (pickle.loads(pickle.dumps(images)), 0)):
         iterator = iter(train_loader(source, transform, batch_size=16, seed=0, workers=workers))

@@ -55,6 +55,17 @@ def test_parts_of_a_batch_add_up_to_the_batch() -> None:
         torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-5, atol=1e-6)
 
 
+def test_images_are_erased_after_they_are_mixed() -> None:
+    seen: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    config = Config(precision="fp32", mixup=1.0, cutmix=0.0, random_erasing=0.5, erasing_mode="const")
+    _train(model, config, [(torch.ones(16, 3, 8, 8), torch.arange(16) % 4)])
+    whole = (seen[0] - 1).abs() < 1e-5  # ones mixed with ones
+    assert 0.5 < whole.float().mean() < 1
+    assert not seen[0][~whole].any()  # a box that was there before would have been mixed with ones
+
+
 def test_gradients_are_clipped_to_the_norm_before_the_step() -> None:
     norms = []
     for clip in (0.0, 0.05):

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from convmixer.config import Config
 from convmixer.data.sampler import sample_seed, seed_everything
-from convmixer.data.transforms import auto_augment, eval_transform, mix, train_transform
+from convmixer.data.transforms import auto_augment, erase, eval_transform, mix, train_transform
 from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing
 
@@ -49,7 +49,7 @@ def test_policies_work_on_grey_and_colour(policy: str, interpolation: str) -> No
 
 @pytest.mark.parametrize("policy", ["torchvision-randaugment-2-12", *POLICIES])
 def test_transforms_reach_worker_processes(policy: str) -> None:
-    transform = train_transform(Config(auto_augment=policy, random_erasing=0.5, hflip=0.5), Preprocessing(32))
+    transform = train_transform(Config(auto_augment=policy, hflip=0.5), Preprocessing(32))
     seed_everything(1)
     wanted = transform(SQUARE)
     seed_everything(1)
@@ -94,16 +94,18 @@ def test_probabilities() -> None:
             assert torch.equal(result, wanted) or torch.equal(result, plain)
             flipped += torch.equal(result, wanted)
         assert 0.15 < flipped / count < 0.35
-    erased = means(Config(random_erasing=0.25, erasing_mode="const"), SQUARE, p, count) != plain.mean()
+    config, generator = Config(random_erasing=0.25, erasing_mode="const"), torch.Generator().manual_seed(0)
+    erased = erase(plain.expand(count, -1, -1, -1), config, generator).flatten(1).mean(1) != plain.mean()
     assert 0.15 < erased.float().mean() < 0.35
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const", "rand"])
 def test_erasing_modes(mode: str) -> None:
-    p = Preprocessing(32)
-    seed_everything(5)
-    result = train_transform(Config(random_erasing=1.0, erasing_mode=mode), p)(SQUARE)
-    changed = (result != eval_transform(p)(SQUARE)).any(0)
+    plain = eval_transform(Preprocessing(32))(SQUARE)
+    config, images = Config(random_erasing=1.0, erasing_mode=mode), plain[None].clone()
+    result = erase(images, config, torch.Generator().manual_seed(5))[0]
+    assert torch.equal(images[0], plain)  # not changed
+    changed = (result != plain).any(0)
     rows, columns = changed.any(1), changed.any(0)
     box = result[:, rows][:, :, columns]
     assert 0.01 < changed.float().mean() < 0.4
@@ -152,3 +154,11 @@ def test_without_mixing_targets_are_smoothed_only() -> None:
     same, targets = mix(images, labels, 4, Config(smoothing=0.2), torch.Generator())
     assert same is images
     assert torch.allclose(targets[0], torch.tensor([0.85, 0.05, 0.05, 0.05]))
+
+
+def test_erasing_depends_on_the_generator_alone() -> None:
+    config, images = Config(random_erasing=0.5, erasing_mode="const"), batch()[0]
+    first, second = (erase(images, config, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, erase(images, config, torch.Generator().manual_seed(4)))
+    assert erase(images, Config(), torch.Generator()) is images

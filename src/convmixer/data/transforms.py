@@ -1,7 +1,7 @@
-"""Per-image transforms for training and evaluation, and the mixing of a batch.
+"""Per-image transforms for training and evaluation, and what is done to a whole batch: mixing and erasing.
 
-Random numbers come from the global generators of Python, numpy and torch, which the loader seeds for every image (see
-`sampler`), except for `mix`, which is given a generator.
+Random numbers of the transforms come from the global generators of Python, numpy and torch, which the loader seeds
+for every image (see `sampler`). `mix` and `erase` are given a generator.
 """
 
 import functools
@@ -59,8 +59,8 @@ def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
 def train_transform(config: Config, p: Preprocessing) -> Transform:
     """Return the random training transform: PIL image (L or RGB as `p.in_chans` says) to float32 (C, H, W).
 
-    Order: random resized crop, flips, automatic augmentation, colour jitter, normalisation, random erasing. This is
-    the order of timm and of locuslab/convmixer-cifar10.
+    Order: random resized crop, flips, automatic augmentation, colour jitter, normalisation; then, on the batch, `mix`
+    and `erase`. This is the order of timm and of locuslab/convmixer-cifar10.
 
     Args:
         config: The augmentation settings.
@@ -81,22 +81,20 @@ def train_transform(config: Config, p: Preprocessing) -> Transform:
         steps.append(auto_augment(config.auto_augment, config.train_interpolation, p))
     if config.color_jitter:
         steps.append(transforms.ColorJitter(*(config.color_jitter,) * 3))
-    erase = RandomErasing(config.random_erasing, mode=config.erasing_mode, device="cpu")
-    return TrainTransform(steps, p, erase if config.random_erasing else None)
+    return TrainTransform(steps, p)
 
 
 class TrainTransform:
     """The steps of `train_transform` in order; a class so that worker processes can receive it."""
 
-    def __init__(self, steps: list[Any], p: Preprocessing, erase: RandomErasing | None) -> None:
-        self.steps, self.p, self.erase = steps, p, erase
+    def __init__(self, steps: list[Any], p: Preprocessing) -> None:
+        self.steps, self.p = steps, p
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return one random version of the image, float32 (C, H, W)."""
         for step in self.steps:
             image = step(image)
-        tensor = torch.from_numpy(normalise(image, self.p))
-        return self.erase(tensor) if self.erase else tensor
+        return torch.from_numpy(normalise(image, self.p))
 
 
 def _crop(config: Config, p: Preprocessing) -> Callable[[Image.Image], Image.Image]:
@@ -197,3 +195,23 @@ def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     return mixed, float(lam)
+
+
+def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Return a batch after random erasing: each image loses a box by its own chance, after mixing as in timm.
+
+    Args:
+        images: Normalised, (B, C, H, W); not changed.
+        config: `random_erasing`, `erasing_mode`.
+        generator: Decides which boxes; one draw is taken from it. What fills them comes from torch's own generator.
+
+    Returns:
+        Images like the input.
+    """
+    if not config.random_erasing:
+        return images
+    random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's class draws from
+    erased: Tensor = RandomErasing(config.random_erasing, mode=config.erasing_mode, device=images.device)(
+        images.clone()
+    )
+    return erased

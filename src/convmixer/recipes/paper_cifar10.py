@@ -9,7 +9,6 @@ paper-cifar10`.
 
 Not in that command, so the defaults of the timm fork it ran in: smoothing 0.1, flip 0.5, aspect ratio 3/4 to 4/3,
 random interpolation, no decay of biases and 1-D parameters. That fork's "onecycle" is the piecewise schedule.
-Different here: an image is erased before it is mixed with another, there after.
 """
 
 from convmixer.config import Config

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from convmixer.data.datasets import DataSplits
-from convmixer.data.transforms import mix
+from convmixer.data.transforms import erase, mix
 from convmixer.models import inspection
 from convmixer.results import plots
 from convmixer.train.scores import Scores
@@ -20,9 +20,11 @@ SHOWN = 32
 
 
 def augmented(job: Job, path: Path) -> None:
-    """Draw the first images of the first step as the model gets them: augmented, mixed, named by their targets."""
+    """Draw the first images of the first step as the model gets them, named by their targets."""
     images, labels = next(iter(job.train_loader(workers=0)))
-    images, targets = mix(images, labels, len(job.data.classes), job.config, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images, targets = mix(images, labels, len(job.data.classes), job.config, generator)
+    images = erase(images, job.config, generator)
     p = job.preprocessing
     mean, std = (torch.tensor(values)[:, None, None] for values in (p.mean, p.std))
     pixels = (images[:SHOWN] * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, C)

@@ -1,4 +1,4 @@
-"""One optimiser step: mixing, soft-target cross entropy, clipping, AdamW, moving average.
+"""One optimiser step: mixing, erasing, soft-target cross entropy, clipping, AdamW, moving average.
 
 A step is a pure function of the weights, the optimiser's state, the batch and its number: the learning rate and every
 random number come from the number. That is why a checkpoint holds no scheduler and no generator. A batch is computed
@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 
 from convmixer.config import Config
 from convmixer.data.sampler import sample_seed
-from convmixer.data.transforms import mix
+from convmixer.data.transforms import erase, mix
 from convmixer.train.distributed import rank
 from convmixer.train.optim import build_optimizer
 from convmixer.train.schedule import rate_at_step
@@ -69,6 +69,7 @@ class TrainingModule(pl.LightningModule):
         self.in_step = True
         self._seed()
         images, targets = mix(batch[0], batch[1], self.num_classes, self.config, self._generator)
+        images = erase(images, self.config, self._generator)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +127,7 @@ class TrainingModule(pl.LightningModule):
         return total
 
     def _seed(self) -> None:
-        """Key every random number of this step (dropout, mixing) by seed, step and rank.
+        """Key every random number of this step (dropout, mixing, erasing) by seed, step and rank.
 
         Here, after the batch was fetched: fetching draws from the same generators. `torch.manual_seed` would cost
         144 microseconds a step.
