@@ -8,8 +8,7 @@ folder per class. `--grad-accum` saves memory at the same batch of 640. ConvMixe
 paper-imagenet-300. Other sizes: `--model convmixer_1024_20`.
 
 Not in that command, so the defaults of the timm fork it ran in: weight decay 2e-5 with none on biases and 1-D
-parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42. Different
-here: of several processes the first one's BatchNorm statistics are evaluated, there the mean of all.
+parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42.
 """
 
 from convmixer.config import Config

@@ -1,4 +1,4 @@
-"""What several processes need beyond Lightning's DDP: one process group, equal buffers, BatchNorm over all images.
+"""What several processes need beyond Lightning's DDP: one process group, equal weights, BatchNorm over all images.
 
 Started by `torchrun`; alone, every function here does nothing.
 """
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.utils import distribute_bn
 
 T = TypeVar("T")
 
@@ -61,11 +62,17 @@ def from_first(value: T) -> T:
     return cast(T, box[0])
 
 
-def copy_from_first(model: nn.Module, parameters: bool = False) -> None:
-    """Give all processes the first one's buffers (BatchNorm statistics), and parameters where asked."""
+def copy_from_first(model: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
     if world_size() > 1:
-        for tensor in (*model.buffers(), *(model.parameters() if parameters else ())):
+        for tensor in (*model.buffers(), *model.parameters()):
             dist.broadcast(tensor.detach(), src=0)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Give all processes the mean of their BatchNorm statistics, as timm's training does before it evaluates."""
+    if world_size() > 1:
+        distribute_bn(model, world_size(), reduce=True)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -19,6 +19,7 @@ from convmixer.train import gallery
 from convmixer.train.checkpoint import load_checkpoint, save_checkpoint
 from convmixer.train.distributed import (
     any_process,
+    average_statistics,
     copy_from_first,
     from_first,
     process_group,
@@ -273,7 +274,7 @@ class Run:
         train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())
         module.loss_sum.zero_()
         self._check_loss(train_loss)
-        copy_from_first(module.evaluated)
+        average_statistics(module.evaluated)
         found = self._score(self._val_loader)
         return {
             "epoch": round(done / self.steps_per_epoch, 6),
@@ -322,7 +323,7 @@ class Run:
         if self.writes:
             best = load_model(self.folder.weights("best")).model
             self.module.evaluated.load_state_dict(best.state_dict())
-        copy_from_first(self.module.evaluated, parameters=True)
+        copy_from_first(self.module.evaluated)
         test = self._score(self.job.eval_loader("test"))
         val = self._score(self._val_loader)
         results = self._results(val, test)
