@@ -232,6 +232,13 @@ def test_the_time_left_counts_what_is_done(whole: Path, tmp_path: Path) -> None:
     metrics.write_text("epoch,train_loss\n1.0,2.0\n")  # of two epochs
     assert runner._estimate("none-seed0") == probed / 2
     assert Runner(study, "digits", queue, tmp_path, math.inf, whole)._estimate("none-seed0") == 0
+    elsewhere, here = (json.loads((whole / "records.jsonl").read_text().splitlines()[0]) for _ in range(2))
+    elsewhere["results"] |= {"arm": "none", "seconds": 1e6}
+    here["results"] |= {"arm": "none", "seconds": 8.0}
+    elsewhere["environment"]["gpus"] = ["another machine's"]
+    for record, expected in ((elsewhere, probed), (here, 8.0)):
+        queue.take(lambda _, record=record: record)  # type: ignore[misc]
+        assert runner._estimate("none-seed1") == expected
 
 
 def test_a_study_does_not_go_on_with_other_data(whole: Path, tmp_path: Path) -> None:

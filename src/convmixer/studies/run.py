@@ -102,6 +102,7 @@ class Runner:
     ) -> None:
         self.reuse = reuse
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
+        self.machine = _machine(records.environment())
         self.plan: Plan = queue.plan()
         self.of_run = {run_name(arm, seed): (arm, seed) for arm, seed in study.runs()}
         self._write("study.json", json.dumps(self.plan, indent=2))
@@ -246,11 +247,12 @@ class Runner:
     # Time
 
     def _estimate(self, run: str) -> float:
-        """Return the seconds a run will still take: as its arm's finished ones, else as the probe says."""
+        """Return the seconds a run will still take: as its arm's finished ones on this machine, or as the probe."""
         arm = self.of_run[run][0]
         if self._elsewhere(run):
             return 0.0
-        done = [r["results"]["seconds"] for r in self.queue.records().values() if r["results"]["arm"] == arm]
+        same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
+        done = [r["results"]["seconds"] for r in same if r["results"]["arm"] == arm]
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
         metrics = self.out / "runs" / run / "metrics.csv"
         epochs = [row["epoch"] for row in _history(metrics)] if metrics.exists() else []
@@ -268,6 +270,10 @@ class Runner:
             print(text)
         time.sleep(min(self.queue.heartbeat_seconds, max(0.1, self.deadline - time.monotonic())))
         return text
+
+
+def _machine(environment: dict[str, Any]) -> list[Any]:
+    return [environment.get(key) for key in ("processor", "cores", "gpus")]
 
 
 def _dry_run(study: Study, spec: str) -> dict[str, Any]:
