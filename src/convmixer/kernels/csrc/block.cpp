@@ -340,12 +340,15 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
 // ---- the pointwise half with our own products: a block of rows goes through all steps while it is in the cache ----
 
 // body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
-template <class Body> void over_blocks(int64_t rows, int64_t C, int64_t group, int64_t groups, const Body& body) {
-  const int64_t step = block_rows(C);
+template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
   for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
-    const int64_t last = (slot + 1) * rows / SLOTS;
-    for (int64_t first = slot * rows / SLOTS; first < last; first += step)
-      body(slot, first, std::min(step, last - first));
+    const int64_t begin = slot * rows / SLOTS, last = (slot + 1) * rows / SLOTS;
+    const int64_t blocks = (last - begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t first = begin, left = blocks; left > 0; left--) {  // of nearly one size, in whole tiles
+      const int64_t count = std::min(((last - first + left - 1) / left + TALL - 1) / TALL * TALL, last - first);
+      body(slot, first, count);
+      first += count;
+    }
   }
 }
 
@@ -361,10 +364,10 @@ template <class T, int ACT>
 void channel_forward_all(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
                          const float* panels, const Coefficients& bias, T* v, int64_t rows, int64_t C, Sums* sums) {
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
-    const int64_t step = row_step(C), block = block_rows(C);
-    float *h = scratch(block * (step + PANEL)), *out = h + block * step;
+    const int64_t step = row_step(C);
+    float *h = scratch(BLOCK_ROWS * (step + PANEL)), *out = h + BLOCK_ROWS * step;
     for (int64_t slot = begin; slot < end; slot++)
-      over_blocks(rows, C, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
+      over_blocks(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
         residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
         for (int64_t panel = 0; panel < C; panel += PANEL) {
           product<false, false>(count, h, step, panels + panel * C, PANEL, C, out, PANEL);
@@ -394,13 +397,13 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
                           const T* before, const Coefficients& norm_before, const float* panels, float* weight_sums,
                           int64_t groups, int64_t rows, int64_t C, Sums& sums, Sums& bias_sums) {
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const int64_t step = row_step(C), block = block_rows(C), columns = whole_panels(C);
-    float *h = scratch(block * (2 * step + PANEL) + columns), *dv = h + block * step;
-    float *out = dv + block * step, *bias_rows = out + block * PANEL;
+    const int64_t step = row_step(C), columns = whole_panels(C);
+    float *h = scratch(BLOCK_ROWS * (2 * step + PANEL) + columns), *dv = h + BLOCK_ROWS * step;
+    float *out = dv + BLOCK_ROWS * step, *bias_rows = out + BLOCK_ROWS * PANEL;
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * C * columns;
       std::memset(weight_sum, 0, C * columns * sizeof(float));
-      over_blocks(rows, C, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
+      over_blocks(rows, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
         std::memset(bias_rows, 0, columns * sizeof(float));
         for (int64_t r = 0; r < count; r++)
           along(C, [&](auto n, int64_t c, int lanes) {

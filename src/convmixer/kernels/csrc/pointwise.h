@@ -22,10 +22,11 @@ inline int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PA
 // A step between rows in the cache that is no multiple of a power of two: the rows of a panel would share few sets.
 inline int64_t row_step(int64_t columns) { return whole_panels(columns) + 16; }
 
-// Rows that are taken through all steps together: as many as fill half of a common second-level cache.
-inline int64_t block_rows(int64_t columns) {
-  return std::clamp<int64_t>((int64_t{1} << 15) / columns / 6 * 6, 12, 120);
-}
+constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as there are registers for
+
+// Rows that are taken through all steps together, at most. Each block reads all weights and adds to all their
+// gradients, so wide layers want many rows, even where those fill more than the second-level cache.
+constexpr int64_t BLOCK_ROWS = 120 / TALL * TALL;
 
 // (rows, columns) with any steps -> [columns / PANEL][rows][PANEL], zeros after the last column.
 template <class T>
@@ -35,7 +36,7 @@ void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_ste
     for (int64_t c = begin * PANEL; c < end * PANEL; c += PANEL)
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < PANEL; i++)
-          *to++ = c + i < columns ? load_part(matrix + r * row_step + (c + i) * column_step, 1)[0] : 0.0f;
+          *to++ = c + i < columns ? value_of(matrix[r * row_step + (c + i) * column_step]) : 0.0f;
   });
 }
 
@@ -71,7 +72,6 @@ __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const
 template <bool Transposed, bool Add>
 void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* out,
              int64_t out_row) {
-  constexpr int TALL = L >= 16 ? 14 : 6;  // as many sums as there are registers for
   const int64_t step = Transposed ? 1 : a_row;
   int64_t r = 0;
   const auto some = [&](auto count) {

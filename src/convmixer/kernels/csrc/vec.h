@@ -71,6 +71,14 @@ INLINE vh narrow(vf x) {
 #endif
 }
 
+INLINE float value_of(float x) { return x; }
+INLINE float value_of(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 INLINE vf load(const float* p) { return load_vector<vf>(p); }
 INLINE vf load(const bf16* p) { return widen(load_vector<vh>(p)); }
 INLINE void store(float* p, vf x) { store_vector(p, x); }
