@@ -38,7 +38,7 @@ def features(
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
     C = len(parameters[0])
-    if (more := wide(C) - C) and eps > 0:
+    if more := wide(C) - C:
         v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
         parameters, running = _wider(parameters, running, more)
     y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool, torch.is_grad_enabled())
