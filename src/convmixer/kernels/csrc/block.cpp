@@ -398,12 +398,23 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
                           int64_t groups, int64_t rows, int64_t C, Sums& sums, Sums& bias_sums) {
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     const int64_t step = row_step(C), columns = whole_panels(C);
-    float *h = scratch(BLOCK_ROWS * (2 * step + PANEL) + columns), *dv = h + BLOCK_ROWS * step;
-    float *out = dv + BLOCK_ROWS * step, *bias_rows = out + BLOCK_ROWS * PANEL;
+    float *all_h = scratch(BLOCK_ROWS * (2 * step + PANEL) + columns), *all_dv = all_h + BLOCK_ROWS * step;
+    float *out = all_dv + BLOCK_ROWS * step, *bias_rows = out + BLOCK_ROWS * PANEL;
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * C * columns;
       std::memset(weight_sum, 0, C * columns * sizeof(float));
+      int64_t held = 0;  // rows that the weights' gradient still lacks: it is added to for many at once
+      const auto add_to_weights = [&] {
+        for (int64_t r = 0; r < C; r += SUM_ROWS)
+          for (int64_t c = 0; c < C; c += PANEL)
+            product<true, true>(std::min(SUM_ROWS, C - r), all_dv + r, step, all_h + c, step, held,
+                                weight_sum + r * columns + c, columns);
+        held = 0;
+      };
       over_blocks(rows, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
+        if (held + count > BLOCK_ROWS) add_to_weights();
+        float *h = all_h + held * step, *dv = all_dv + held * step;
+        held += count;
         std::memset(bias_rows, 0, columns * sizeof(float));
         for (int64_t r = 0; r < count; r++)
           along(C, [&](auto n, int64_t c, int lanes) {
@@ -416,8 +427,6 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
           });
         for (int64_t c = 0; c < C; c += L) bias_sums.add(slot, 0, c, aligned(bias_rows + c));
         residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
-        for (int64_t c = 0; c < C; c += PANEL)
-          product<true, true>(C, dv, step, h + c, step, count, weight_sum + c, columns);
         for (int64_t panel = 0; panel < C; panel += PANEL) {
           product<false, false>(count, dv, step, panels + panel * C, PANEL, C, out, PANEL);
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
@@ -435,6 +444,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
           }
         }
       });
+      add_to_weights();
     }
   });
 }

@@ -26,7 +26,10 @@ constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as there
 
 // Rows that are taken through all steps together, at most. Each block reads all weights and adds to all their
 // gradients, so wide layers want many rows, even where those fill more than the second-level cache.
-constexpr int64_t BLOCK_ROWS = 120 / TALL * TALL;
+constexpr int64_t BLOCK_ROWS = 132 / TALL * TALL;
+
+// Rows of the weights' gradient that are added to at once: their share of the values stays in the first-level cache.
+constexpr int64_t SUM_ROWS = 8 * TALL;
 
 // (rows, columns) with any steps -> [columns / PANEL][rows][PANEL], zeros after the last column.
 template <class T>
