@@ -11,9 +11,7 @@ from convmixer.data.loader import eval_loader, train_loader
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
 
-CONFIG = Config(
-    scale=(0.5, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.2, random_erasing=0.5
-)
+CONFIG = Config(scale=(0.5, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.2)
 
 
 @pytest.fixture(scope="module")

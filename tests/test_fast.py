@@ -287,6 +287,18 @@ def test_a_batch_of_many_rows_and_images() -> None:
     _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(20, (64, 64)), False, factor=5)
 
 
+def test_a_layer_wider_than_its_parts() -> None:
+    """More channels than are taken at once of the weights' gradient, with a remainder, and off every vector."""
+    plain = _model(dim=132, kernel_size=3)
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), False)
+
+
+def test_features_are_channels_last_at_any_width() -> None:
+    features = accelerate(_model()).forward_features(_images())
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert features.shape[1] == 44
+
+
 def _flat(fast: nn.Module) -> list[torch.Tensor]:
     from convmixer.fast import _parameters
 

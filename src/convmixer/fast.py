@@ -217,7 +217,7 @@ def _stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution before the kernels gives."""
     conv, dtype = model.stem[0], _dtype(model)
     if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
-        return _patch_embedding(conv, x, dtype)
+        return _patch_embedding(conv, x, dtype, wider=type(model.blocks[0][0].fn[0]) is DepthwiseConv2d)
     if _plain_blocks(model):
         block = model.blocks[0]
         v: Tensor = block[1](block[0](_pooled_stem(model, x)))
@@ -226,22 +226,30 @@ def _stem(model: Any, x: Tensor) -> Tensor:
     return v.permute(0, 2, 3, 1).to(dtype).contiguous()
 
 
-def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
     """(B, in_chans, H, W) -> (B, H // p, W // p, dim): every patch is a row, so the convolution is a product."""
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
     h, w = H // p, W // p
     patches = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-    return _product(conv, patches.reshape(B * h * w, C * p * p), dtype).view(B, h, w, conv.out_channels)
+    v = _product(conv, patches.reshape(B * h * w, C * p * p), dtype, wider)
+    return v.view(B, h, w, v.shape[1])
 
 
-def _product(conv: Any, rows: Tensor, dtype: torch.dtype, more: int = 0) -> Tensor:
-    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim + more)."""
+def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
+    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim).
+
+    With `wider` (M, `blocks.wide(dim)`), the last columns zero.
+    """
+    from convmixer.kernels.blocks import wide
+
     product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
     with torch.autocast("cpu", enabled=False):
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
-        bias = None if bias is None else nn.functional.pad(bias.to(product), (0, more))
-        weight = nn.functional.pad(weight, (0, 0, 0, more))
+        bias = None if bias is None else bias.to(product)
+        if wider and (more := wide(conv.out_channels) - conv.out_channels):
+            weight = nn.functional.pad(weight, (0, 0, 0, more))
+            bias = None if bias is None else nn.functional.pad(bias, (0, more))
         return nn.functional.linear(rows.to(product), weight, bias).to(dtype)
 
 
@@ -250,8 +258,6 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
 
     Each window of the pool is an image of its own to the kernels, which take the mean over images.
     """
-    from convmixer.kernels.blocks import wide
-
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
     p, dtype = pool.kernel_size, _dtype(model)
@@ -262,10 +268,9 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     # (B, in_chans, h, p, w, p, k, k)
     around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
     rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
-    dim = conv.out_channels
-    windows = _product(conv, rows, dtype, wide(dim) - dim).view(B * h * w, p, p, wide(dim))
-    y = _features(windows, [norm], type(act), [], pool=True)
-    return y.to(dtype).reshape(B, h, w, dim).permute(0, 3, 1, 2)
+    v = _product(conv, rows, dtype, wider=True)
+    y = _features(v.view(B * h * w, p, p, v.shape[1]), [norm], type(act), [], pool=True)
+    return y.to(dtype).view(B, h, w, y.shape[1]).permute(0, 3, 1, 2)
 
 
 def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:

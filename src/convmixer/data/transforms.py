@@ -198,20 +198,17 @@ def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
 
 
 def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return a batch after random erasing: each image loses a box by its own chance, after mixing as in timm.
+    """Return a batch after random erasing, each image by its own chance; it comes after mixing, as in timm.
 
     Args:
-        images: Normalised, (B, C, H, W); not changed.
+        images: Normalised, (B, C, H, W); changed in place, since `mix` has copied most batches already.
         config: `random_erasing`, `erasing_mode`.
         generator: Decides which boxes; one draw is taken from it. What fills them comes from torch's own generator.
 
     Returns:
-        Images like the input.
+        The same images.
     """
-    if not config.random_erasing:
-        return images
-    random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's class draws from
-    erased: Tensor = RandomErasing(config.random_erasing, mode=config.erasing_mode, device=images.device)(
-        images.clone()
-    )
-    return erased
+    if config.random_erasing:
+        random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's class draws from
+        RandomErasing(config.random_erasing, mode=config.erasing_mode, device=images.device)(images)
+    return images

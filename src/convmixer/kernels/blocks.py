@@ -42,11 +42,14 @@ def features(
         v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
         parameters, running = _wider(parameters, running, more)
     y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool, torch.is_grad_enabled())
-    return y[..., :C], kept[-1][..., :C]
+    return y[..., :C].contiguous(), kept[-1][..., :C]
 
 
 def wide(channels: int) -> int:
-    """Return how many channels the blocks compute for so many: rows that do not begin with a vector cost a sixth."""
+    """Return how many channels the blocks compute for so many: a multiple of 8, the vector of AVX2.
+
+    Rows that begin in the middle of a vector cost a sixth of a step there. Other processors were not measured.
+    """
     return channels + -channels % 8
 
 

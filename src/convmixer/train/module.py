@@ -136,4 +136,6 @@ class TrainingModule(pl.LightningModule):
         torch.default_generator.manual_seed(key)
         if self.place.type == "cuda":
             torch.cuda.manual_seed(key)
+        elif self.place.type == "mps":
+            torch.mps.manual_seed(key)
         self._generator.manual_seed(key)

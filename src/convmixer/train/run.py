@@ -274,7 +274,8 @@ class Run:
         train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())
         module.loss_sum.zero_()
         self._check_loss(train_loss)
-        average_statistics(module.evaluated)
+        average_statistics(module.model)
+        copy_from_first(module.evaluated)  # a moving average's statistics: a checkpoint holds the first process's
         found = self._score(self._val_loader)
         return {
             "epoch": round(done / self.steps_per_epoch, 6),

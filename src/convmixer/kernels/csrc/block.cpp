@@ -337,7 +337,7 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
   });
 }
 
-// ---- the pointwise half with our own products: a block of rows goes through all steps while it is in the cache ----
+// ---- the pointwise half with our own products: a block of rows goes through all steps while it is in a cache ----
 
 // body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
 template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {

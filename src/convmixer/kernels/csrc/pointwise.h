@@ -1,5 +1,5 @@
-// Matrix products of our own for the pointwise half of a block: rows that lie in a core's own cache times a packed
-// matrix, in float.
+// Matrix products of our own for the pointwise half of a block: rows that lie in a cache (of wide layers, in the shared
+// one) times a packed matrix, in float.
 //
 // What goes into a product was just computed and what comes out is used at once, so a row never goes to memory in
 // between. Where the processor multiplies bf16 itself and the storage is bf16, the library's products win (block.cpp).
@@ -25,11 +25,12 @@ inline int64_t row_step(int64_t columns) { return whole_panels(columns) + 16; }
 constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as there are registers for
 
 // Rows that are taken through all steps together, at most. Each block reads all weights and adds to all their
-// gradients, so wide layers want many rows, even where those fill more than the second-level cache.
-constexpr int64_t BLOCK_ROWS = 132 / TALL * TALL;
+// gradients, so wide layers want many rows, even where those fill more than the second-level cache. 128, in whole
+// tiles: batches of a power of two make shares of a power of two.
+constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
 
 // Rows of the weights' gradient that are added to at once: their share of the values stays in the first-level cache.
-constexpr int64_t SUM_ROWS = 8 * TALL;
+constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
 
 // (rows, columns) with any steps -> [columns / PANEL][rows][PANEL], zeros after the last column.
 template <class T>
