@@ -85,6 +85,13 @@ def test_other_mixers_and_stems_are_as_exact(option: tuple[str, str], bf16: bool
 
 
 @pytest.mark.parametrize("training", [True, False])
+def test_blocks_with_different_mixers_are_as_exact(training: bool) -> None:
+    plain = _isotropic(mixer="depthwise").train(training)
+    plain.blocks[1][0].fn[0] = nn.AvgPool2d(3, 1, 1)
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(5, (12, 12)), False)
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_a_pool_that_leaves_pixels_out_is_as_exact(training: bool) -> None:
     plain = _isotropic(stem="stride1-pool").train(training)
     _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(5, (14, 13)), False)

@@ -116,7 +116,7 @@ def _unfit(model: Any, x: Tensor) -> str | None:
         return "gradient checkpointing is on"
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return _QUIETLY
-    if torch.compiler.is_compiling() and type(model.blocks[0][0].fn[0]) is not DepthwiseConv2d:
+    if torch.compiler.is_compiling() and not _all_depthwise(model.blocks):
         return _QUIETLY  # the ops around another mixer have no fake kernels
     return _unusual(model)
 
@@ -202,10 +202,10 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     training = norms[0].training
     running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
     settings = norms[0].eps, _ACTS[act], training
-    mixers = [block[0].fn[0] for block in rest]
-    if all(type(mixer) is DepthwiseConv2d for mixer in mixers):
+    if _all_depthwise(rest):
         y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
     else:
+        mixers = [block[0].fn[0] for block in rest]
         y, statistics = mixed.features(v, mixers, _parameters(norms[0], rest, mixer=False), running, *settings)
         y = y.mean((1, 2), dtype=torch.float32) if pool else y
     if training:
@@ -213,11 +213,16 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     return y
 
 
+def _all_depthwise(blocks: Any) -> bool:
+    """Return whether every block mixes places by a depthwise convolution, so that the kernels compute all of it."""
+    return all(type(getattr(block[0], "fn", block[0])[0]) is DepthwiseConv2d for block in blocks)
+
+
 def _stem(model: Any, x: Tensor) -> Tensor:
-    """(B, in_chans, H, W) -> (B, h, w, dim): what the last convolution before the kernels gives."""
+    """(B, in_chans, H, W) -> (B, h, w, dim or wider): what the last convolution before the kernels gives."""
     conv, dtype = model.stem[0], _dtype(model)
     if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
-        return _patch_embedding(conv, x, dtype, wider=type(model.blocks[0][0].fn[0]) is DepthwiseConv2d)
+        return _patch_embedding(conv, x, dtype, wider=_all_depthwise(model.blocks))
     if _plain_blocks(model):
         block = model.blocks[0]
         v: Tensor = block[1](block[0](_pooled_stem(model, x)))
@@ -227,7 +232,7 @@ def _stem(model: Any, x: Tensor) -> Tensor:
 
 
 def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """(B, in_chans, H, W) -> (B, H // p, W // p, dim): every patch is a row, so the convolution is a product."""
+    """(B, in_chans, H, W) -> (B, H // p, W // p, dim or wider): a patch is a row, so the convolution is a product."""
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
     h, w = H // p, W // p
