@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from convmixer.records import RunRecord, append
+from convmixer.results import study_plots
 from convmixer.results.report import write_report
 from convmixer.results.study import StudyResults
 from convmixer.studies.schema import load_study
@@ -111,6 +113,22 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', page)) <= set(ids)
 
 
+@pytest.mark.parametrize("study", ["mixers", "models", "stems", "smoke"])
+def test_nothing_of_a_picture_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: str) -> None:
+    margins = {}
+
+    def look(figure: Figure, name: str) -> str:
+        figure.canvas.draw()
+        drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+        margins[name] = min(drawn.x0, drawn.y0, whole.x1 - drawn.x1, whole.y1 - drawn.y1)
+        return ""
+
+    monkeypatch.setattr(study_plots, "_themed", look)
+    study_plots.figures(StudyResults(made_up(tmp_path, study=study)))
+    assert {"accuracy", "verdicts", "time", "train-loss"} <= set(margins)
+    assert {name: margin for name, margin in margins.items() if margin < 0} == {}
+
+
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no readable study"):
         write_report(tmp_path)
@@ -135,10 +153,10 @@ def test_the_report_opens_in_a_browser_offline(tmp_path: Path) -> None:
             page.goto((tmp_path / "report.html").as_uri())
             assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
             assert wrong == []
-            boxes = page.evaluate(
+            spaces = page.evaluate(
                 "[...document.querySelectorAll('figure svg, figure img')].map(e => e.getBoundingClientRect().height)"
             )
-            assert len(boxes) >= 5
-            assert min(boxes) > 60
+            assert len(spaces) >= 5
+            assert min(spaces) > 60
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()

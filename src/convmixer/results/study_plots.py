@@ -174,13 +174,11 @@ def _claims(results: StudyResults, axes: Axes) -> bool:
     pairs = [f"{labels[c['first']]}\n− {labels[c['second']]}" for c in reversed(claims)]
     axes.set_yticks(range(len(claims)), pairs, fontsize=8)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="difference in test top-1, points; bar | : what matters", ylim=(-0.7, len(claims) - 0.3))
+    axes.set(xlabel="test top-1, points; bar: what matters", ylim=(-0.7, len(claims) - 0.3))
     axes.grid(axis="y", visible=False)
-    handles = [axes.plot([], [], m, color=c, label=name)[0] for name, (m, c) in look.items()]
-    axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.35 / max(1, len(claims)) - 0.12), ncols=3
-    )
-    return bool(claims)
+    for name, (marker, colour) in look.items():
+        axes.plot([], [], marker, color=colour, label=name)
+    return _legend(axes, len(claims), columns=3)
 
 
 def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes], bool]:
@@ -219,9 +217,9 @@ def _curves(key: str, label: str) -> Callable[[StudyResults, Axes], bool]:
     return draw
 
 
-def _legend(axes: Axes, entries: int) -> bool:
+def _legend(axes: Axes, entries: int, columns: int = 2) -> bool:
     if entries:
         handles: Sequence[Any] = axes.get_legend_handles_labels()[0]
         figure = axes.figure
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     return bool(entries)
