@@ -133,6 +133,32 @@ def _hang(url: str, taken: Any) -> None:
     Queue(url, "test", 1).take(train)
 
 
+def _take_all(url: str, ready: Any, trained: Any) -> None:
+    def train(run: str) -> dict[str, Any]:
+        trained.put(run)
+        return record(run)
+
+    queue = Queue(url, "test")
+    ready.wait()
+    while queue.waiting():
+        queue.take(train)
+
+
+def test_workers_that_take_at_the_same_moment_take_different_runs(url: str) -> None:
+    runs = [f"arm-seed{seed}" for seed in range(24)]
+    Queue(url, "test").start(runs, {"k": 1})
+    context = multiprocessing.get_context("spawn")
+    ready, trained = context.Barrier(6), context.Queue()
+    workers = [context.Process(target=_take_all, args=(url, ready, trained)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    assert sorted(trained.get(timeout=5) for _ in range(trained.qsize())) == sorted(runs)
+    assert sorted(Queue(url, "test").records()) == sorted(runs)
+
+
 def _killed_worker(url: str) -> None:
     context = multiprocessing.get_context("spawn")
     taken = context.Queue()

@@ -144,8 +144,10 @@ class Queue:
         """
         taken: list[str] = []
         ids: list[int] = []
+        taking = contextlib.ExitStack()
 
         def objective(trial: optuna.Trial) -> float:
+            taking.close()
             run = _run_of(self._storage.get_trial(trial._trial_id))
             if run is None:  # another worker took the last one a moment before
                 raise optuna.TrialPruned
@@ -157,7 +159,9 @@ class Queue:
 
         if self.waiting():
             try:
-                self._study().optimize(objective, n_trials=1, catch=(Exception,))
+                with taking:  # in SQLite, Optuna gives two workers that ask at the same moment the same run
+                    taking.enter_context(_one_at_a_time(self.name))
+                    self._study().optimize(objective, n_trials=1, catch=(Exception,))
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
                 if not (ids and self._storage.get_trial(ids[0]).state.is_finished()):
                     raise
@@ -203,7 +207,7 @@ def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None
 
 @contextlib.contextmanager
 def _one_at_a_time(name: str) -> Iterator[None]:
-    """Let the workers of a study on this machine look for dead ones one after the other."""
+    """Let the workers of a study on this machine take runs, and look for dead workers, one after the other."""
     with (Path(tempfile.gettempdir()) / f"convmixer-{os.getuid()}-{name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
