@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,14 @@ def test_sizes_by_hand_are_put_over_the_models() -> None:
     case = case_of("train", "convmixer_768_32", {"img_size": 64, "depth": None}, precision="bf16", threads=2)
     assert (case.dim, case.depth, case.act, case.img_size, case.batch_size) == (768, 32, "relu", 64, 64)
     assert case_of("infer", None, {"dim": 8, "depth": 1}, precision="int8", threads=1).model == "convmixer_8_1_p7_k9"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to cores")
+def test_threads_are_those_of_the_cores_that_may_be_used() -> None:
+    case = "case_of('infer', 'convmixer_768_32', {}, precision='fp32')"
+    code = f"from convmixer.benchmark.case import case_of; print({case}.threads)"
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def _add_benchmark(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--act", choices=("gelu", "relu"))
     sub.add_argument("--batch-size", type=int, metavar="N", help="default: 64 up to 64 pixels, else 4")
     sub.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="bf16", help="default: bf16")
-    sub.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    sub.add_argument("--threads", type=int, help="default: the cores that this process may use")
     sub.add_argument("--peers", metavar="A,B", help="measure these peers alone; none: ours alone (default: all)")
     sub.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
     sub.add_argument("--sample-seconds", type=float, default=0.3, help="least time of a turn (default: 0.3)")

@@ -61,14 +61,24 @@ class Case:
         return self.batch_size * (self.img_size // self.patch_size) ** 2
 
 
-def case_of(task: str, model: str | None, overrides: dict[str, Any], **rest: Any) -> Case:
+def case_of(
+    task: str,
+    model: str | None,
+    overrides: dict[str, Any],
+    *,
+    precision: str,
+    batch_size: int | None = None,
+    threads: int | None = None,
+) -> Case:
     """Return the case of a model name with sizes given by hand put over it.
 
     Args:
         task: "train" or "infer".
         model: A ConvMixer's name; None takes the sizes alone.
         overrides: Sizes by name; None leaves the model's own.
-        **rest: `precision`, `threads`, and `batch_size` (None: 64 for images up to 64 pixels, else 4).
+        precision: See `Case`.
+        batch_size: Images per step; None: 64 for images up to 64 pixels, else 4.
+        threads: Of every contender; None: torch's own number, which heeds the cores that this process may use.
 
     Raises:
         RequestError: The name is no ConvMixer's, or a size is missing.
@@ -82,8 +92,9 @@ def case_of(task: str, model: str | None, overrides: dict[str, Any], **rest: Any
         raise RequestError(f"give --model, or the shape itself: --{' and --'.join(missing)} missing")
     args.setdefault("num_classes", 1000)
     args.setdefault("img_size", 224 if args["num_classes"] == 1000 else 32)
-    batch_size = rest.pop("batch_size", None) or (64 if args["img_size"] <= 64 else 4)
-    return Case(task=task, batch_size=batch_size, **args, **rest)
+    batch_size = batch_size or (64 if args["img_size"] <= 64 else 4)
+    threads = torch.get_num_threads() if threads is None else threads
+    return Case(task=task, batch_size=batch_size, precision=precision, threads=threads, **args)
 
 
 def build(case: Case) -> ConvMixer:
