@@ -1,9 +1,7 @@
 """What this installation runs on: versions, devices, the processor, and the CPU kernels, or why there are none."""
 
-import importlib.metadata
 import os
 import platform
-import sys
 from typing import Any
 
 import torch
@@ -12,20 +10,21 @@ import convmixer
 from convmixer import kernels
 from convmixer.device import gpu_names
 from convmixer.kernels import build
+from convmixer.records import processor_name, version_of
 
-PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")
+_PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")
 _SHOWN = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def info() -> dict[str, Any]:
     """Print and return the versions, devices, processor and kernels; builds the kernels on first use."""
     found = {"convmixer": convmixer.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    found |= {name: version for name in PACKAGES if (version := _version(name))}
+    found |= {name: version for name in _PACKAGES if (version := version_of(name))}
     reason = kernels.why_not()
     described = {
         "versions": found,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "instructions": [name for name in _SHOWN if name in build.processor().split()],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -39,22 +38,6 @@ def info() -> dict[str, Any]:
     }
     _print(described)
     return described
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor_name() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _devices() -> list[str]:

@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpu_names(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in _PACKAGES if (version := version_of(name))},
         "commit": commit(),
     }
 
@@ -132,8 +132,9 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _version(name: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None

@@ -28,20 +28,18 @@ class Contender:
 
     Args:
         name: As shown and selected, e.g. "eager-bf16-nhwc".
-        precision: What its arithmetic is in.
         prepare: Case -> step; everything that is done once happens here.
         slow_start: Compiles for long, so that the time limit applies.
     """
 
     name: str
-    precision: str
     prepare: Callable[[Case], Step]
     slow_start: bool = False
 
 
 def ours(task: str) -> Contender:
     """Return this package's way: `accelerate` for training, `optimize_for_inference` for inference."""
-    return Contender("ours", "as asked", _ours_train if task == "train" else _ours_infer)
+    return Contender("ours", _ours_train if task == "train" else _ours_infer)
 
 
 def peers(task: str, precision: str) -> list[Contender]:
@@ -50,14 +48,14 @@ def peers(task: str, precision: str) -> list[Contender]:
         return _infer_peers(precision)
     precisions = ("fp32", "bf16") if precision == "bf16" else ("fp32",)
     eager = [_eager(p, layout, _train_step) for p in precisions for layout in ("nchw", "nhwc")]
-    return eager + [Contender(f"compile-{p}", p, _compiled_train(p), True) for p in precisions]
+    return eager + [Contender(f"compile-{p}", _compiled_train(p), True) for p in precisions]
 
 
 def _infer_peers(precision: str) -> list[Contender]:
     torch_peers = [_eager(precision, layout, _infer_step) for layout in ("nchw", "nhwc")]
-    torch_peers.append(Contender(f"compile-freezing-{precision}", precision, _compiled_infer(precision), True))
-    onnx = Contender(f"onnxruntime-{precision}", precision, _onnxruntime)
-    openvino = Contender(f"openvino-{precision}", precision, _openvino)
+    torch_peers.append(Contender(f"compile-freezing-{precision}", _compiled_infer(precision), True))
+    onnx = Contender(f"onnxruntime-{precision}", _onnxruntime)
+    openvino = Contender(f"openvino-{precision}", _openvino)
     # eager PyTorch has no int8 of its own, ONNX Runtime no bf16 on CPUs
     return {
         "fp32": [*torch_peers, onnx, openvino],
@@ -74,7 +72,7 @@ def _eager(precision: str, layout: str, step: Callable[[nn.Module, Case, str], S
         model = build(case)
         return step(model.to(memory_format=torch.channels_last) if layout == "nhwc" else model, case, precision)
 
-    return Contender(f"eager-{precision}-{layout}", precision, prepare)
+    return Contender(f"eager-{precision}-{layout}", prepare)
 
 
 def _ours_train(case: Case) -> Step:
