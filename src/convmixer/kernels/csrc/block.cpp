@@ -116,7 +116,9 @@ void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) 
       for (int64_t first = slot * rows / SLOTS; first < last; first += ROWS) {
         std::memset(sums, 0, Count * padded * sizeof(float));
         for (int64_t r = first; r < std::min(first + ROWS, last); r++)
-          along(C, [&](auto count, int64_t c, int lanes) { element(count, r * C + c, c, lanes, sums + Count * c); });
+          along(C, [&](auto count, int64_t c, int lanes) INLINED {
+            element(count, r * C + c, c, lanes, sums + Count * c);
+          });
         for (int64_t c = 0; c < C && gathered; c += L)
           for (int which = 0; which < Count; which++)
             gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
@@ -132,7 +134,7 @@ template <int Count, int N> INLINE void add_to(float* sums, int which, vg<N> x) 
 }
 
 template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) {
+  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) INLINED {
     const auto a = activate<T, ACT>(read<count.value>(v + i, L, lanes));
     add_to<2>(sum, 0, a);
     add_to<2>(sum, 1, a * a);
@@ -142,7 +144,7 @@ template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int
 // v += bias, which the library's product does not add as cheaply; then the statistics of act(v).
 template <class T, int ACT>
 void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
-  over_rows<2>(rows, C, sums, [=, &bias](auto count, int64_t i, int64_t c, int lanes, float* sum) {
+  over_rows<2>(rows, C, sums, [=, &bias](auto count, int64_t i, int64_t c, int lanes, float* sum) INLINED {
     const auto sum_of_both = read<count.value>(v + i, L, lanes) + bias.some<count.value>(0, c);
     const auto stored = write_rounded(v + i, L, sum_of_both, lanes);
     const auto a = activate<T, ACT>(stored);
@@ -164,7 +166,7 @@ template <class T> void accumulate(const T* x, float* out, int64_t count, bool f
 
 // Sums of g and of g * act(v).
 template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t rows, int64_t C, Sums& sums) {
-  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) {
+  over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) INLINED {
     const auto gradient = read<count.value>(g + i, L, lanes);
     add_to<2>(sum, 0, gradient);
     add_to<2>(sum, 1, gradient * activate<T, ACT>(read<count.value>(v + i, L, lanes)));
@@ -173,7 +175,7 @@ template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t
 
 template <class T, int ACT>
 void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_t C) {
-  over_rows<0>(rows, C, nullptr, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float*) {
+  over_rows<0>(rows, C, nullptr, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float*) INLINED {
     write(y + i, L, norms_of<T, ACT>(count, norm, c)(read<count.value>(v + i, L, lanes)), lanes);
   });
 }
@@ -183,7 +185,7 @@ template <class T, int ACT, class H>
 INLINE void residual_rows(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
                           H* h, int64_t step, int64_t rows, int64_t C) {
   for (int64_t r = 0; r < rows; r++)
-    along(C, [&](auto count, int64_t c, int lanes) {
+    along(C, [&](auto count, int64_t c, int lanes) INLINED {
       constexpr int N = decltype(count)::value;
       const int64_t i = r * C + c;
       const auto x = norms_of<T, ACT>(count, norm_before, c)(read<N>(before + i, L, lanes));
@@ -203,7 +205,7 @@ void apply_residual(const T* u, const Coefficients& norm, const T* before, const
 template <class T, int ACT>
 void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
                          Sums& sums) {
-  over_rows<1>(rows, C, &sums, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float* sum) {
+  over_rows<1>(rows, C, &sums, [=, &norm](auto count, int64_t i, int64_t c, int lanes, float* sum) INLINED {
     constexpr int N = count.value;
     const NormBackward<T, ACT, vg<N>> back{norm.some<N>(0, c), norm.some<N>(1, c), norm.some<N>(2, c)};
     const auto gradient = back(read<N>(g + i, L, lanes), read<N>(v + i, L, lanes));
@@ -339,10 +341,15 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
 
 // ---- the pointwise half with our own products: a block of rows goes through all steps while it is in a cache ----
 
+// The first row of a slot: shares in whole tiles, since a row alone takes as long as several.
+inline int64_t first_row(int64_t slot, int64_t rows) {
+  return std::min(rows, (rows + TALL - 1) / TALL * slot / SLOTS * TALL);
+}
+
 // body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
 template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
   for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
-    const int64_t begin = slot * rows / SLOTS, last = (slot + 1) * rows / SLOTS;
+    const int64_t begin = first_row(slot, rows), last = first_row(slot + 1, rows);
     const int64_t blocks = (last - begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
     for (int64_t first = begin, left = blocks; left > 0; left--) {  // of nearly one size, in whole tiles
       const int64_t count = std::min(((last - first + left - 1) / left + TALL - 1) / TALL * TALL, last - first);
@@ -375,7 +382,7 @@ void channel_forward_all(const T* u, const Coefficients& norm, const T* before, 
             const int lanes = std::min<int64_t>(L, C - c);
             const vf b = bias.at(0, c);
             vf sum{}, squares{};
-            down(count, out + c - panel, [&](int64_t r, auto n, auto values) {
+            down(count, out + c - panel, [&](int64_t r, auto n, auto values) INLINED {
               const auto stored = write_rounded(v + (first + r) * C + c, C, values + b, lanes);
               if (!sums) return;
               const auto a = activate<T, ACT>(stored);
@@ -417,7 +424,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
         held += count;
         std::memset(bias_rows, 0, columns * sizeof(float));
         for (int64_t r = 0; r < count; r++)
-          along(C, [&](auto n, int64_t c, int lanes) {
+          along(C, [&](auto n, int64_t c, int lanes) INLINED {
             constexpr int N = decltype(n)::value;
             const NormBackward<T, ACT, vg<N>> back{norm_v.some<N>(0, c), norm_v.some<N>(1, c), norm_v.some<N>(2, c)};
             const int64_t i = (first + r) * C + c;
@@ -432,7 +439,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
             const int lanes = std::min<int64_t>(L, C - c);
             vf sum{}, products{};
-            down(count, out + c - panel, [&](int64_t r, auto n, auto values) {
+            down(count, out + c - panel, [&](int64_t r, auto n, auto values) INLINED {
               constexpr int N = decltype(n)::value;
               const int64_t i = (first + r) * C + c;
               const auto gradient = write_rounded(grad + i, C, values, lanes);

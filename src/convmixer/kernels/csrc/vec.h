@@ -18,6 +18,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 constexpr int L = CONVMIXER_LANES;
 typedef float vf __attribute__((vector_size(4 * L)));
