@@ -6,7 +6,7 @@ ConvMixer-256/8 p2 k5 with the settings of `authors-cifar10`, 300 steps of 64 im
 PyTorch, and plain PyTorch on one thread, whose sums have another order. Training amplifies every rounding, so two
 plain runs drift apart as well: their distance is what the kernels' is judged by. fp32 must also agree within 1e-4
 over the first 10 steps. Appends to records/training_parity.jsonl and draws records/training_parity_<precision>.png.
-Expect about 20 minutes on 2 cores. bf16 without bf16 instructions takes plain PyTorch hours.
+Expect about 20 minutes on 2 cores. bf16 without bf16 instructions takes plain PyTorch four times as long.
 """
 
 import argparse
