@@ -22,12 +22,12 @@ constexpr int HEIGHTS[] = {L >= 16 ? 14 : 6, L >= 16 ? 8 : 4, 2, 1};
 
 // Calls f with 0 .. N - 1 as constants, so that arrays indexed by them become registers.
 template <int N, class F> INLINE void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+  [&]<int... I>(std::integer_sequence<int, I...>) INLINED {
     (f(std::integral_constant<int, I>{}), ...);
   }(std::make_integer_sequence<int, N>{});
 }
 
-#define EACH(index) [&](auto index) __attribute__((always_inline))
+#define EACH(index) [&](auto index) INLINED
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -26,7 +26,7 @@ constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as there
 
 // Rows that are taken through all steps together, at most. Each block reads all weights and adds to all their
 // gradients, so wide layers want many rows, even where those fill more than the second-level cache. 128, in whole
-// tiles: batches of a power of two make shares of a power of two.
+// tiles: batches of a power of two make shares of nearly one.
 constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
 
 // Rows of the weights' gradient that are added to at once: their share of the values stays in the first-level cache.

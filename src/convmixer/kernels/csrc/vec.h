@@ -17,8 +17,8 @@
 #endif
 #endif
 
-#define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // of a lambda
+#define INLINE inline INLINED
 
 constexpr int L = CONVMIXER_LANES;
 typedef float vf __attribute__((vector_size(4 * L)));
