@@ -153,10 +153,10 @@ def test_the_report_opens_in_a_browser_offline(tmp_path: Path) -> None:
             page.goto((tmp_path / "report.html").as_uri())
             assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
             assert wrong == []
-            spaces = page.evaluate(
+            boxes = page.evaluate(
                 "[...document.querySelectorAll('figure svg, figure img')].map(e => e.getBoundingClientRect().height)"
             )
-            assert len(spaces) >= 5
-            assert min(spaces) > 60
+            assert len(boxes) >= 5
+            assert min(boxes) > 60
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()
