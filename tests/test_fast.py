@@ -29,10 +29,10 @@ def _model(dim: int = 44, kernel_size: int = 5, act: str = "gelu", depth: int = 
     return _with_odd_norms(ConvMixer(dim, depth, kernel_size, patch_size=2, num_classes=7, act=act))
 
 
-def _isotropic(**options: str) -> Isotropic:
+def _isotropic(dim: int = 20, **options: str) -> Isotropic:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"kernel_size": 3, "patch_size": 2, "num_classes": 7, "img_size": 12}
-    return _with_odd_norms(Isotropic(20, 2, **options, **sizes))
+    return _with_odd_norms(Isotropic(dim, 2, **options, **sizes))
 
 
 def _with_odd_norms(model: Any) -> Any:
@@ -82,6 +82,13 @@ def test_other_mixers_and_stems_are_as_exact(option: tuple[str, str], bf16: bool
     assert type(fast) is FastIsotropic
     assert uses_kernels(fast)
     _check_exactness(plain, fast, _images(5, (12, 12)), bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_odd_number_of_channels_and_of_rows_is_as_exact(bf16: bool) -> None:
+    """Where bf16 are multiplied in pairs, the last of each has no partner."""
+    plain = _isotropic(21, mixer="none")
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(3, (10, 10)), bf16)
 
 
 @pytest.mark.parametrize("training", [True, False])

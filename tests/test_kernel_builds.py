@@ -1,4 +1,4 @@
-"""The AVX2 and the scalar build pass the parity tests too; a broken compiler is no crash; builders do not collide."""
+"""Builds for other processors pass the parity tests too; a broken compiler is no crash; builders do not collide."""
 
 import os
 import subprocess
@@ -14,9 +14,16 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("march", ["x86-64-v3", "scalar"])
+@pytest.mark.parametrize(
+    "march",
+    [
+        "pairs",
+        "library",
+        pytest.param("x86-64-v3", marks=pytest.mark.slow),
+        pytest.param("scalar", marks=pytest.mark.slow),
+    ],
+)
 def test_other_processors(march: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],

@@ -21,7 +21,12 @@ import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
-MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one; "scalar": no vectors at all
+MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
+VARIANTS = {  # each runs on any processor, so that what others are given can be tested, or timed, on this one
+    "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
+    "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
+    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch's library, as where it has matrix instructions
+}
 BUILD_SECONDS = 300
 _OFF_VALUES = ("0", "off", "false", "no")
 
@@ -83,9 +88,10 @@ def cache_folder() -> Path:
 
 def flags() -> list[str]:
     """Return the compiler's flags. Nothing that changes NaN, Inf or the order of a sum: no fast-math."""
-    march = ["-march=x86-64", "-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-march={target()}"]
-    if platform.machine() in ("aarch64", "arm64"):
-        march = ["-DCONVMIXER_LANES=1"] if target() == "scalar" else [f"-mcpu={target()}"]
+    option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
+    march = VARIANTS.get(target(), [])
+    if target() != "scalar":
+        march = [f"{option}={'native' if march else target()}", *march]
     # predictive commoning turns the unrolled sums of a convolution into register moves and spills
     shape = ["-fno-math-errno", "-fno-trapping-math", "-fno-predictive-commoning"]
     return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]

@@ -180,24 +180,19 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
   });
 }
 
-// h = norm(act(u)) + norm(act(v before)), where rows of h are `step` apart.
-template <class T, int ACT, class H>
-INLINE void residual_rows(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
-                          H* h, int64_t step, int64_t rows, int64_t C) {
-  for (int64_t r = 0; r < rows; r++)
-    along(C, [&](auto count, int64_t c, int lanes) INLINED {
-      constexpr int N = decltype(count)::value;
-      const int64_t i = r * C + c;
-      const auto x = norms_of<T, ACT>(count, norm_before, c)(read<N>(before + i, L, lanes));
-      write(h + r * step + c, L, norms_of<T, ACT>(count, norm, c)(read<N>(u + i, L, lanes)) + x, lanes);
-    });
-}
-template <class T, int ACT>
-void apply_residual(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before, T* h,
-                    int64_t rows, int64_t C) {
-  torch::stable::parallel_for(0, rows, ROWS, [&](int64_t begin, int64_t end) {
-    const int64_t i = begin * C;
-    residual_rows<T, ACT>(u + i, norm, before + i, norm_before, h + i, C, end - begin, C);
+// h = norm(act(u)) + norm(act(v before)), of vectors at offset i and channel c.
+template <class T, int ACT> struct Residual {
+  const T *u, *before;
+  const Coefficients &norm, &norm_before;
+  template <int N> INLINE vg<N> operator()(Size<N> count, int64_t i, int64_t c, int lanes) const {
+    const auto x = norms_of<T, ACT>(count, norm_before, c)(read<N>(before + i, L, lanes));
+    return norms_of<T, ACT>(count, norm, c)(read<N>(u + i, L, lanes)) + x;
+  }
+  Residual from(int64_t offset) const { return {u + offset, before + offset, norm, norm_before}; }
+};
+template <class T, int ACT> void apply_residual(const Residual<T, ACT>& residual, T* h, int64_t rows, int64_t C) {
+  over_rows<0>(rows, C, nullptr, [&](auto count, int64_t i, int64_t c, int lanes, float*) INLINED {
+    write(h + i, L, residual(count, i, c, lanes), lanes);
   });
 }
 
@@ -289,7 +284,7 @@ void spatial_forward_all(const Image& s, int K, const T* before, const Coefficie
       sums->add(group, 1, c, squares);
       sum = squares = vf{};
     };
-    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) {
+    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) INLINED {
       if (sums && column == 0 && row % 2 == 0) end_row();
       const auto stored = write_rounded(u + at(row, column), s.C, values + b, lanes);
       if (!sums) return;
@@ -327,13 +322,14 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
     correlate<PAIRS<T>>(of_x, x_tile, grad_tile + of_grad.top * of_grad.row_floats() + of_grad.left * L,
                         weight_sums + group * group_floats + c * K * K);
     vf sum{}, products{};
-    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, [&](int64_t row, int64_t column, auto count, auto dx) {
+    const auto add_dx = [&](int64_t row, int64_t column, auto count, auto dx) INLINED {
       constexpr int N = count.value;
       const int64_t i = at(row, column);
       const auto gradient = write_rounded(grad + i, s.C, dx + read<N>(grad + i, s.C, lanes), lanes);
       sum += total(gradient);
       products += total(gradient * activate<T, ACT>(read<N>(before + i, s.C, lanes)));
-    });
+    };
+    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, add_dx);
     sums.add(group, 0, c, sum);
     sums.add(group, 1, c, products);
   });
@@ -368,16 +364,21 @@ template <class Element> INLINE void down(int64_t rows, const float* panel, cons
 
 // v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
 template <class T, int ACT>
-void channel_forward_all(const T* u, const Coefficients& norm, const T* before, const Coefficients& norm_before,
-                         const float* panels, const Coefficients& bias, T* v, int64_t rows, int64_t C, Sums* sums) {
+void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, const Coefficients& bias, T* v,
+                         int64_t rows, int64_t C, Sums* sums) {
+  using K = Operand<T>;
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
-    const int64_t step = row_step(C);
+    const int64_t depth = words_of<K>(C), step = row_step(depth);
     float *h = scratch(BLOCK_ROWS * (step + PANEL)), *out = h + BLOCK_ROWS * step;
     for (int64_t slot = begin; slot < end; slot++)
       over_blocks(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
-        residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
+        const Residual here = residual.from(first * C);  // by value: else it is read again after every store
+        for (int64_t r = 0; r < count; r++)
+          along(C, [=](auto n, int64_t c, int lanes) INLINED {
+            write(values_at<K>(h + r * step, c), L, here(n, r * C + c, c, lanes), L);
+          });
         for (int64_t panel = 0; panel < C; panel += PANEL) {
-          product<false, false>(count, h, step, panels + panel * C, PANEL, C, out, PANEL);
+          product<K, false, false>(count, h, step, panels + panel * depth, PANEL, depth, out, PANEL);
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
             const int lanes = std::min<int64_t>(L, C - c);
             const vf b = bias.at(0, c);
@@ -400,42 +401,57 @@ void channel_forward_all(const T* u, const Coefficients& norm, const T* before, 
 
 // The gradient of y becomes that of h; the gradients of the weights, one (C, whole panels) matrix for each group.
 template <class T, int ACT>
-void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const T* u, const Coefficients& norm,
-                          const T* before, const Coefficients& norm_before, const float* panels, float* weight_sums,
-                          int64_t groups, int64_t rows, int64_t C, Sums& sums, Sums& bias_sums) {
+void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const Residual<T, ACT>& residual,
+                          const float* panels, float* weight_sums, int64_t groups, int64_t rows, int64_t C, Sums& sums,
+                          Sums& bias_sums) {
+  using K = Operand<T>;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    const int64_t step = row_step(C), columns = whole_panels(C);
-    float *all_h = scratch(BLOCK_ROWS * (2 * step + PANEL) + columns), *all_dv = all_h + BLOCK_ROWS * step;
-    float *out = all_dv + BLOCK_ROWS * step, *bias_rows = out + BLOCK_ROWS * PANEL;
+    // dv is read along its rows for the gradient of h. For that of the weights dv and h are read down their columns,
+    // where a word holds values of neighbouring rows.
+    const int64_t depth = words_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
+    const int64_t held_words = words_of<K>(BLOCK_ROWS) * step, own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0;
+    float *all_h = scratch(2 * held_words + own_words + BLOCK_ROWS * PANEL + columns), *all_dv = all_h + held_words;
+    float *own_dv = all_dv + held_words, *out = own_dv + own_words, *bias_rows = out + BLOCK_ROWS * PANEL;
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * C * columns;
       std::memset(weight_sum, 0, C * columns * sizeof(float));
-      int64_t held = 0;  // rows that the weights' gradient still lacks: it is added to for many at once
+      int64_t held = 0;  // words of rows that the weights' gradient still lacks: it is added to for many at once
       const auto add_to_weights = [&] {
         for (int64_t r = 0; r < C; r += SUM_ROWS)
           for (int64_t c = 0; c < C; c += PANEL)
-            product<true, true>(std::min(SUM_ROWS, C - r), all_dv + r, step, all_h + c, step, held,
-                                weight_sum + r * columns + c, columns);
+            product<K, true, true>(std::min(SUM_ROWS, C - r), all_dv + r, step, all_h + c, step, held,
+                                   weight_sum + r * columns + c, columns);
         held = 0;
       };
       over_blocks(rows, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
-        if (held + count > BLOCK_ROWS) add_to_weights();
-        float *h = all_h + held * step, *dv = all_dv + held * step;
-        held += count;
+        if (held + words_of<K>(count) > words_of<K>(BLOCK_ROWS)) add_to_weights();
+        float *h = all_h + held * step, *down_dv = all_dv + held * step, *dv = K::GROUP > 1 ? own_dv : down_dv;
+        held += words_of<K>(count);
         std::memset(bias_rows, 0, columns * sizeof(float));
-        for (int64_t r = 0; r < count; r++)
-          along(C, [&](auto n, int64_t c, int lanes) INLINED {
-            constexpr int N = decltype(n)::value;
-            const NormBackward<T, ACT, vg<N>> back{norm_v.some<N>(0, c), norm_v.some<N>(1, c), norm_v.some<N>(2, c)};
-            const int64_t i = (first + r) * C + c;
-            const auto gradient = back(read<N>(grad + i, L, lanes), read<N>(v + i, L, lanes));
-            add_to<1>(bias_rows + c, 0, gradient);
-            write(dv + r * step + c, L, gradient, lanes);
-          });
+        const auto in_words = [&](float* to, const auto& row_values) INLINED {
+          for (int64_t r = 0; r < count; r += K::GROUP)
+            along(C, [&](auto n, int64_t c, int lanes) INLINED {
+              vg<decltype(n)::value> values[K::GROUP] = {};
+#pragma GCC unroll 2
+              for (int i = 0; i < K::GROUP; i++)
+                if (r + i < count) values[i] = row_values(n, r + i, c, lanes);
+              write(to + r / K::GROUP * step + c, L, K::words(values), L);
+            });
+        };
+        in_words(down_dv, [&](auto n, int64_t r, int64_t c, int lanes) INLINED {
+          constexpr int N = decltype(n)::value;
+          const NormBackward<T, ACT, vg<N>> back{norm_v.some<N>(0, c), norm_v.some<N>(1, c), norm_v.some<N>(2, c)};
+          const int64_t i = (first + r) * C + c;
+          const auto gradient = back(read<N>(grad + i, L, lanes), read<N>(v + i, L, lanes));
+          add_to<1>(bias_rows + c, 0, gradient);
+          if constexpr (K::GROUP > 1) write(values_at<K>(dv + r * row, c), L, gradient, L);
+          return gradient;
+        });
         for (int64_t c = 0; c < C; c += L) bias_sums.add(slot, 0, c, aligned(bias_rows + c));
-        residual_rows<T, ACT>(u + first * C, norm, before + first * C, norm_before, h, step, count, C);
+        const Residual here = residual.from(first * C);
+        in_words(h, [=](auto n, int64_t r, int64_t c, int lanes) INLINED { return here(n, r * C + c, c, lanes); });
         for (int64_t panel = 0; panel < C; panel += PANEL) {
-          product<false, false>(count, dv, step, panels + panel * C, PANEL, C, out, PANEL);
+          product<K, false, false>(count, dv, row, panels + panel * depth, PANEL, depth, out, PANEL);
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
             const int lanes = std::min<int64_t>(L, C - c);
             vf sum{}, products{};
@@ -444,7 +460,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
               const int64_t i = (first + r) * C + c;
               const auto gradient = write_rounded(grad + i, C, values, lanes);
               sum += total(gradient);
-              products += total(gradient * activate<T, ACT>(read<N>(u + i, C, lanes)));
+              products += total(gradient * activate<T, ACT>(read<N>(residual.u + i, C, lanes)));
             });
             sums.add(slot, 0, c, sum);
             sums.add(slot, 1, c, products);
@@ -564,42 +580,38 @@ int64_t chunk_rows(int64_t rows, int64_t C) {
 }
 
 template <class T, int ACT>
-void channel_forward_by_library(const Tensor& u, const Coefficients& norm, const Tensor& before,
-                                const Coefficients& norm_before, const Tensor& weight, const Coefficients& bias,
+void channel_forward_by_library(const Residual<T, ACT>& residual, const Tensor& weight, const Coefficients& bias,
                                 Tensor& v, int64_t rows, int64_t C, Sums* sums) {
   const int64_t step = chunk_rows(rows, C);
-  Tensor h = pooled({step, C}, u.scalar_type());
+  Tensor h = pooled({step, C}, v.scalar_type());
   const Tensor v_rows = as_matrix(v), transposed = torch::stable::transpose(weight, 0, 1);
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t count = std::min(step, rows - begin), offset = begin * C;
     Tensor h_rows = rows_of(h, 0, count), out = rows_of(v_rows, begin, count);
-    apply_residual<T, ACT>(data<T>(u) + offset, norm, data<T>(before) + offset, norm_before, mutable_data<T>(h),
-                           count, C);
+    apply_residual(residual.from(offset), mutable_data<T>(h), count, C);
     multiply(h_rows, transposed, out);
     add_bias<T, ACT>(mutable_data<T>(v) + offset, bias, count, C, sums);
   }
 }
 
 template <class T, int ACT>
-void channel_backward_by_library(const Tensor& grad, const Tensor& v, const Coefficients& norm_v, const Tensor& u,
-                                 const Coefficients& norm, const Tensor& before, const Coefficients& norm_before,
-                                 const Tensor& weight, Tensor& weight_grad, int64_t rows, int64_t C, Sums& sums,
-                                 Sums& bias_sums) {
+void channel_backward_by_library(const Tensor& grad, const Tensor& v, const Coefficients& norm_v,
+                                 const Residual<T, ACT>& residual, const Tensor& weight, Tensor& weight_grad,
+                                 int64_t rows, int64_t C, Sums& sums, Sums& bias_sums) {
   const int64_t step = chunk_rows(rows, C);
-  Tensor h = pooled({step, C}, u.scalar_type()), dv = pooled({step, C}, u.scalar_type());
-  Tensor product = pooled({C, C}, u.scalar_type());
+  Tensor h = pooled({step, C}, v.scalar_type()), dv = pooled({step, C}, v.scalar_type());
+  Tensor product = pooled({C, C}, v.scalar_type());
   const Tensor grad_rows = as_matrix(grad);
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t count = std::min(step, rows - begin), offset = begin * C;
     Tensor dv_rows = rows_of(dv, 0, count), h_rows = rows_of(h, 0, count), dh = rows_of(grad_rows, begin, count);
     apply_norm_backward<T, ACT>(data<T>(grad) + offset, data<T>(v) + offset, norm_v, mutable_data<T>(dv), count, C,
                                 bias_sums);
-    apply_residual<T, ACT>(data<T>(u) + offset, norm, data<T>(before) + offset, norm_before, mutable_data<T>(h),
-                           count, C);
+    apply_residual(residual.from(offset), mutable_data<T>(h), count, C);
     multiply(torch::stable::transpose(dv_rows, 0, 1), h_rows, product);
     accumulate<T>(data<T>(product), weight_grad.mutable_data_ptr<float>(), C * C, begin == 0);
     multiply(dv_rows, weight, dh);
-    gather_products<T, ACT>(data<T>(grad) + offset, data<T>(u) + offset, count, C, sums);
+    gather_products<T, ACT>(data<T>(grad) + offset, residual.u + offset, count, C, sums);
   }
 }
 
@@ -617,14 +629,13 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
   Sums* gathered = statistics ? &sums : nullptr;
   dispatch(u, act, [&](auto t, auto a) {
     using T = decltype(t);
-    constexpr int ACT = decltype(a)::value;
+    const Residual<T, decltype(a)::value> residual{data<T>(u), data<T>(before), norms, norms_before};
     if constexpr (LIBRARY_PRODUCTS<T>) {
-      channel_forward_by_library<T, ACT>(u, norms, before, norms_before, weight, biases, v, rows, s.C, gathered);
+      channel_forward_by_library(residual, weight, biases, v, rows, s.C, gathered);
     } else {
-      Tensor panels = pooled({whole_panels(s.C), s.C}, ScalarType::Float);
-      pack_panels(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
-      channel_forward_all<T, ACT>(data<T>(u), norms, data<T>(before), norms_before, panels.const_data_ptr<float>(),
-                                  biases, mutable_data<T>(v), rows, s.C, gathered);
+      Tensor panels = pooled({whole_panels(s.C), words_of<Operand<T>>(s.C)}, ScalarType::Float);
+      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
+      channel_forward_all(residual, panels.const_data_ptr<float>(), biases, mutable_data<T>(v), rows, s.C, gathered);
     }
   });
   return {v, sums.total()};
@@ -643,18 +654,16 @@ std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Te
   Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);
   dispatch(u, act, [&](auto t, auto a) {
     using T = decltype(t);
-    constexpr int ACT = decltype(a)::value;
+    const Residual<T, decltype(a)::value> residual{data<T>(u), data<T>(before), norms, norms_before};
     if constexpr (LIBRARY_PRODUCTS<T>) {
-      channel_backward_by_library<T, ACT>(grad, v, norms_v, u, norms, before, norms_before, weight, weight_grad, rows,
-                                          s.C, sums, bias_sums);
+      channel_backward_by_library(grad, v, norms_v, residual, weight, weight_grad, rows, s.C, sums, bias_sums);
     } else {
       const int64_t groups = std::min<int64_t>(SLOTS, torch::stable::get_num_threads()), columns = whole_panels(s.C);
-      Tensor panels = pooled({columns, s.C}, ScalarType::Float);
+      Tensor panels = pooled({columns, words_of<Operand<T>>(s.C)}, ScalarType::Float);
       Tensor partial = pooled({groups, s.C, columns}, ScalarType::Float);
-      pack_panels(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
-      channel_backward_all<T, ACT>(mutable_data<T>(grad), data<T>(v), norms_v, data<T>(u), norms, data<T>(before),
-                                   norms_before, panels.const_data_ptr<float>(), partial.mutable_data_ptr<float>(),
-                                   groups, rows, s.C, sums, bias_sums);
+      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
+      channel_backward_all(mutable_data<T>(grad), data<T>(v), norms_v, residual, panels.const_data_ptr<float>(),
+                           partial.mutable_data_ptr<float>(), groups, rows, s.C, sums, bias_sums);
       add_weight_groups(partial.const_data_ptr<float>(), groups, s.C, columns,
                         weight_grad.mutable_data_ptr<float>());
     }

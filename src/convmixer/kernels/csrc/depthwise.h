@@ -4,7 +4,7 @@
 // zero-bordered scratch tile, (rows, columns, L), small enough for the core's own caches whatever C is: the rows of a
 // channel block lie C*W apart in memory and would alias there. From the tile everything is whole aligned vectors.
 //
-// With AVX-512 BF16 and bf16 storage a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits. One
+// Where bf16 are multiplied in pairs, a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits. One
 // dot-product instruction then does two taps. It multiplies exactly and adds in float, as the plain tile does.
 #pragma once
 #include <algorithm>
@@ -28,16 +28,6 @@ struct Tile {
   size_t floats() const { return rows() * row_floats(); }
 };
 
-#if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
-constexpr bool HAVE_PAIRS = true;
-INLINE vf dot_pairs(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-#else
-constexpr bool HAVE_PAIRS = false;
-INLINE vf dot_pairs(vf sum, vf, vf) { return sum; }
-#endif
-template <class T> constexpr bool PAIRS = HAVE_PAIRS && std::is_same_v<T, bf16>;
-
-INLINE vf low_half(vf pair) { return (vf)((vu)pair << 16); }
 INLINE vf aligned(const float* p) { return *(const vf*)p; }
 INLINE void put(float* p, vf x) { *(vf*)p = x; }
 
@@ -110,7 +100,7 @@ INLINE void convolve_row(const Tile& t, const float* tile, const float* weights,
 #pragma GCC unroll 16
       for (int j = 0; j < Columns; j++) {
         const vf value = aligned(x + j * L);
-        sum[j] += w * (Pairs ? low_half(value) : value);
+        sum[j] += w * (Pairs ? first_of(value) : value);
       }
     }
 }
@@ -164,12 +154,12 @@ INLINE void correlate_taps(const Tile& t, const float* x, const float* grad, int
     }
   if (Pairs && row < t.H)  // the last of an odd number of rows has no partner
     for (int64_t c = 0; c < t.W; c++) {
-      const vf g = low_half(aligned(grad + row * line + c * L));
+      const vf g = first_of(aligned(grad + row * line + c * L));
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < Cols; j++)
-          sum[i][j] += low_half(aligned(x0 + (row + i) * line + (c + j) * L)) * g;
+          sum[i][j] += first_of(aligned(x0 + (row + i) * line + (c + j) * L)) * g;
     }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; i++)

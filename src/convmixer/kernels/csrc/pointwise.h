@@ -1,8 +1,8 @@
 // Matrix products of our own for the pointwise half of a block: rows that lie in a cache (of wide layers, in the shared
-// one) times a packed matrix, in float.
+// one) times a packed matrix, summed in float.
 //
 // What goes into a product was just computed and what comes out is used at once, so a row never goes to memory in
-// between. Where the processor multiplies bf16 itself and the storage is bf16, the library's products win (block.cpp).
+// between. Where the processor multiplies whole matrices of bf16, the library's products win (block.cpp).
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -10,11 +10,46 @@
 #include "memory.h"
 #include "vec.h"
 
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
-template <class T> constexpr bool LIBRARY_PRODUCTS = std::is_same_v<T, bf16>;
+#ifndef CONVMIXER_LIBRARY
+#if defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+#define CONVMIXER_LIBRARY 1
 #else
-template <class T> constexpr bool LIBRARY_PRODUCTS = false;
+#define CONVMIXER_LIBRARY 0
 #endif
+#endif
+template <class T> constexpr bool LIBRARY_PRODUCTS = CONVMIXER_LIBRARY && std::is_same_v<T, bf16>;
+
+// What a product reads: words of 32 bits. Each is one float, or two bf16 that follow one another in the sum.
+struct Floats {
+  using Value = float;
+  static constexpr int GROUP = 1;
+  INLINE static float word(const float (&value)[1]) { return value[0]; }
+  INLINE static float word(const bf16 (&value)[1]) { return value_of(value[0]); }
+  template <int N> INLINE static vg<N> words(const vg<N> (&row)[1]) { return row[0]; }
+  INLINE static vf dot(vf sum, const float* a, vf b) { return sum + *a * b; }
+};
+struct Pairs {
+  using Value = bf16;
+  static constexpr int GROUP = 2;
+  INLINE static float word(const bf16 (&value)[2]) {
+    float word;
+    std::memcpy(&word, value, sizeof word);
+    return word;
+  }
+  template <int N> INLINE static vg<N> words(const vg<N> (&row)[2]) {
+    return each<N>([&](int j) { return pair_of(narrow(row[0].v[j]), narrow(row[1].v[j])); });
+  }
+  INLINE static vf dot(vf sum, const float* a, vf b) {
+    int32_t word;
+    std::memcpy(&word, a, sizeof word);
+    return dot_pairs(sum, (vf)(vi{} + word), b);
+  }
+};
+template <class T> using Operand = std::conditional_t<PAIRS<T>, Pairs, Floats>;
+
+// Words of so many values that follow one another in a sum.
+template <class K> int64_t words_of(int64_t values) { return (values + K::GROUP - 1) / K::GROUP; }
+template <class K> typename K::Value* values_at(float* words, int64_t i) { return (typename K::Value*)words + i; }
 
 constexpr int PANEL = 2 * L;  // columns that are computed at once
 inline int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
@@ -32,24 +67,30 @@ constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
 // Rows of the weights' gradient that are added to at once: their share of the values stays in the first-level cache.
 constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
 
-// (rows, columns) with any steps -> [columns / PANEL][rows][PANEL], zeros after the last column.
-template <class T>
+// (rows, columns) with any steps -> [columns / PANEL][words of rows][PANEL], zeros after the last row and column.
+template <class K, class T>
 void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* out) {
   torch::stable::parallel_for(0, whole_panels(columns) / PANEL, 1, [=](int64_t begin, int64_t end) {
-    float* to = out + begin * PANEL * rows;
+    float* to = out + begin * PANEL * words_of<K>(rows);
     for (int64_t c = begin * PANEL; c < end * PANEL; c += PANEL)
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < PANEL; i++)
-          *to++ = c + i < columns ? value_of(matrix[r * row_step + (c + i) * column_step]) : 0.0f;
+      for (int64_t r = 0; r < rows; r += K::GROUP)
+        for (int64_t i = 0; i < PANEL; i++) {
+          T values[K::GROUP];
+          for (int64_t j = 0; j < K::GROUP; j++)
+            values[j] = c + i < columns && r + j < rows ? matrix[(r + j) * row_step + (c + i) * column_step] : T{};
+          *to++ = K::word(values);
+        }
   });
 }
 
-// One tile of a product. a(r, k) lies at a[r * a_row + k], transposed at a[k * a_row + r]; b has PANEL columns.
-template <int Rows, bool Transposed, bool Add>
+// One tile of a product, all in words. a(r, k) lies at a[r * a_row + k], transposed at a[k * a_row + r]; b has PANEL
+// columns.
+template <class K, int Rows, bool Transposed, bool Add>
 __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
                                             int64_t depth, float* out, int64_t out_row) {
   if constexpr (Add)  // the sums may lie in a farther cache: they come while the tile is computed
-    for (int r = 0; r < Rows; r++) __builtin_prefetch(out + r * out_row, 1);
+    for (int r = 0; r < Rows; r++)
+      for (int line = 0; line < PANEL; line += 16) __builtin_prefetch(out + r * out_row + line, 1);
   vf sum[Rows][2] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k++) {
@@ -57,9 +98,9 @@ __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const
     b += b_row;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
-      const float value = Transposed ? a[r] : a[r * a_row + k];
-      sum[r][0] += value * b0;
-      sum[r][1] += value * b1;
+      const float* value = Transposed ? a + r : a + r * a_row + k;
+      sum[r][0] = K::dot(sum[r][0], value, b0);
+      sum[r][1] = K::dot(sum[r][1], value, b1);
     }
     if (Transposed) a += a_row;
   }
@@ -73,7 +114,7 @@ __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const
 }
 
 // out = a b, or out += a b, for `rows` rows and one panel of columns.
-template <bool Transposed, bool Add>
+template <class K, bool Transposed, bool Add>
 void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* out,
              int64_t out_row) {
   const int64_t step = Transposed ? 1 : a_row;
@@ -81,7 +122,7 @@ void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_
   const auto some = [&](auto count) {
     constexpr int N = decltype(count)::value;
     for (; r + N <= rows; r += N)
-      product_tile<N, Transposed, Add>(a + r * step, a_row, b, b_row, depth, out + r * out_row, out_row);
+      product_tile<K, N, Transposed, Add>(a + r * step, a_row, b, b_row, depth, out + r * out_row, out_row);
   };
   some(Size<TALL>{});
   some(Size<4>{});
