@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: install demo check format test test-slow docs clean
+.PHONY: install demo check format test test-slow benchmark benchmark-train benchmark-infer docs clean
 
 install: $(VENV)/.installed  ## the environment, with the development extras
 
@@ -35,6 +35,21 @@ test: install  ## the whole suite but the slow tests
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# The README's rows of speed, measured on this machine, which has to be idle: an hour or more.
+ROW = $(BIN)/convmixer benchmark $(1) --record build/benchmark.jsonl $(OPTIONS)
+benchmark: benchmark-train benchmark-infer
+
+benchmark-train: install
+	$(call ROW,train --model convmixer_256_8_p2_k5 --batch-size 64)
+	$(call ROW,train --model convmixer_256_8_p1_k9 --batch-size 64)
+	$(call ROW,train --model convmixer_768_32 --batch-size 4)
+	$(call ROW,train --model convmixer_1536_20 --batch-size 2)
+
+benchmark-infer: install
+	for model in convmixer_256_8_p2_k5 convmixer_768_32 convmixer_1536_20; do for batch in 1 16; do \
+	  $(call ROW,infer --model $$model --batch-size $$batch) || exit 1; done; done
+	$(call ROW,infer --model convmixer_768_32 --batch-size 1 --precision int8)
 
 docs: install  ## the API's pages, built from the docstrings, in build/docs
 	$(BIN)/python docs/build_api.py build/docs
