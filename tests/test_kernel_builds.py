@@ -14,16 +14,11 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
+_SLOW = [pytest.param(march, marks=pytest.mark.slow) for march in ("wide-pairs", "x86-64-v3", "scalar")]
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "march",
-    [
-        "pairs",
-        "library",
-        pytest.param("x86-64-v3", marks=pytest.mark.slow),
-        pytest.param("scalar", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("march", ["pairs", "library", *_SLOW])
 def test_other_processors(march: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],

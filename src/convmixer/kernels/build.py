@@ -25,6 +25,7 @@ MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this 
 VARIANTS = {  # each runs on any processor, so that what others are given can be tested, or timed, on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
+    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch's library, as where it has matrix instructions
 }
 BUILD_SECONDS = 300
