@@ -294,17 +294,19 @@ def test_weights_of_any_strides_are_read_as_they_are() -> None:
     _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(), False)
 
 
-def test_a_batch_of_many_rows_and_images() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_batch_of_many_rows_and_images(bf16: bool) -> None:
     """Every thread has several rounds of rows, and every group several images."""
     plain = _model(kernel_size=3)
     # torch adds pairwise, we row by row: 20,000 gradients that nearly cancel
-    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(20, (64, 64)), False, factor=5)
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(20, (64, 64)), bf16, factor=5)
 
 
-def test_a_layer_wider_than_its_parts() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_layer_wider_than_its_parts(bf16: bool) -> None:
     """More channels than are taken at once of the weights' gradient, with a remainder, and off every vector."""
     plain = _model(dim=132, kernel_size=3)
-    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), False)
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), bf16)
 
 
 def test_features_are_channels_last_at_any_width() -> None:

@@ -1,6 +1,7 @@
 """Builds for other processors pass the parity tests too; a broken compiler is no crash; builders do not collide."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,31 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
+def _check_parity(**environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
+
+
 _SLOW = [pytest.param(march, marks=pytest.mark.slow) for march in ("wide-pairs", "x86-64-v3", "scalar")]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("march", ["pairs", "library", *_SLOW])
 def test_other_processors(march: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],
-        env=os.environ | {"CONVMIXER_KERNELS_MARCH": march},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "skipped" not in done.stdout
+    _check_parity(CONVMIXER_KERNELS_MARCH=march)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+def test_another_compiler() -> None:
+    _check_parity(CXX="clang++")
 
 
 @pytest.mark.slow

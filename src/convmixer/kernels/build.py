@@ -87,14 +87,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer" / "kernels"
 
 
-def flags() -> list[str]:
-    """Return the compiler's flags. Nothing that changes NaN, Inf or the order of a sum: no fast-math."""
+def flags(version: str) -> list[str]:
+    """Return the flags for the compiler that calls itself `version`. No fast-math: NaN, Inf and all sums stay."""
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     march = VARIANTS.get(target(), [])
     if target() != "scalar":
         march = [f"{option}={'native' if march else target()}", *march]
-    # predictive commoning turns the unrolled sums of a convolution into register moves and spills
-    shape = ["-fno-math-errno", "-fno-trapping-math", "-fno-predictive-commoning"]
+    shape = ["-fno-math-errno", "-fno-trapping-math"]
+    if "clang" not in version:  # it turns the unrolled sums of a convolution into register moves and spills
+        shape.append("-fno-predictive-commoning")
     return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]
 
 
@@ -114,7 +115,8 @@ def _sources() -> list[Path]:
 
 def _key(compiler: str, version: str) -> str:
     digest = hashlib.sha256()
-    for part in (compiler, version, *flags(), processor(), torch.__version__, str(Path(torch.__file__).parent)):
+    torch_is = torch.__version__, str(Path(torch.__file__).parent)
+    for part in (compiler, version, *flags(version), processor(), *torch_is):
         digest.update(part.encode() + b"\0")
     for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -126,16 +128,16 @@ def _build(compiler: list[str], version: str, built: Path) -> None:
     print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
-        _compile(compiler, Path(folder), out)
+        _compile(compiler, version, Path(folder), out)
         os.replace(out, built)  # atomic: no process ever sees half a library
     print(f"convmixer: built in {time.monotonic() - start:.0f} s: {built}", file=sys.stderr, flush=True)
 
 
-def _compile(compiler: list[str], folder: Path, out: Path) -> None:
+def _compile(compiler: list[str], version: str, folder: Path, out: Path) -> None:
     include = Path(torch.__file__).parent / "include"
     libraries = Path(torch.__file__).parent / "lib"
     units = [source for source in _sources() if source.suffix == ".cpp"]
-    common = [*compiler, *flags(), f"-I{include}", "-c"]
+    common = [*compiler, *flags(version), f"-I{include}", "-c"]
     jobs = [
         subprocess.Popen(
             [*common, str(unit), "-o", str(folder / f"{unit.stem}.o")], stderr=subprocess.PIPE, text=True

@@ -506,6 +506,12 @@ template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.m
 
 Tensor like(const Tensor& x) { return pooled({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); }
 
+void check_pointwise(const Tensor& weight, const Tensor& x) {
+  check(weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == 2 &&
+            weight.size(0) == x.size(3) && weight.size(1) == x.size(3),
+        "pointwise weights must be contiguous (C, C), of the activations' type");
+}
+
 Tensor row_of(const Tensor& vector) {  // (C) -> (1, C)
   return torch::stable::unsqueeze(vector, 0);
 }
@@ -622,7 +628,7 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
                                            int64_t act, bool statistics) {
   const Image s = image_of(u);
   const int64_t rows = s.N * s.pixels();
-  check(weight.is_contiguous(), "weights must be contiguous");
+  check_pointwise(weight, u);
   Tensor v = like(u);
   const Coefficients norms(norm, s.C), norms_before(norm_before, s.C), biases(row_of(bias), s.C);
   Sums sums(SLOTS, 2, s.C);
@@ -648,7 +654,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Te
                                                     const Tensor& norm_before, const Tensor& weight, int64_t act) {
   const Image s = image_of(grad);
   const int64_t rows = s.N * s.pixels();
-  check(weight.is_contiguous(), "weights must be contiguous");
+  check_pointwise(weight, u);
   Tensor weight_grad = pooled({s.C, s.C}, ScalarType::Float);
   const Coefficients norms_v(norm_v, s.C), norms(norm, s.C), norms_before(norm_before, s.C);
   Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);

@@ -11,7 +11,7 @@
 #include "vec.h"
 
 #ifndef CONVMIXER_LIBRARY
-#if defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+#if defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define CONVMIXER_LIBRARY 1
 #else
 #define CONVMIXER_LIBRARY 0

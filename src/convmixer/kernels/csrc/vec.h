@@ -91,6 +91,8 @@ INLINE vf dot_pairs(vf sum, vf a, vf b) {
 }
 #endif
 
+static_assert(!CONVMIXER_PAIRS || L % 2 == 0);  // rows end in a whole vector: an odd channel's partner is a zero
+
 // Whether values that are stored as T are multiplied in pairs.
 template <class T> constexpr bool PAIRS = CONVMIXER_PAIRS && std::is_same_v<T, bf16>;
 
