@@ -67,6 +67,7 @@ def test_imports_flow_one_way(path: Path) -> None:
 def test_public_names_are_sorted_and_exist() -> None:
     assert convmixer.__all__ == sorted(convmixer.__all__)
     assert all(getattr(convmixer, name) is not None for name in convmixer.__all__)
+    assert dir(convmixer) == sorted([*convmixer.__all__, "__version__"])  # what a console completes
 
 
 def test_the_api_pages_hold_every_public_name(tmp_path: Path) -> None:

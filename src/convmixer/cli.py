@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from convmixer import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convmixer", description="Train, evaluate, compare and deploy ConvMixer image classifiers."
     )
+    parser.add_argument("--version", action="version", version=f"convmixer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, doc: str) -> argparse.ArgumentParser:
