@@ -288,6 +288,20 @@ def test_parquet_without_labels_in_test(tmp_path: Path) -> None:
     assert "split test has no labels: not used" in data.notes
 
 
+def test_parquet_labels_come_from_the_column_called_so(tmp_path: Path) -> None:
+    words = pa.array([label(i) for i in range(60)])
+    sides = pa.array([(320, 640)[i % 2] for i in range(60)])
+    images = pa.array([png(i) for i in range(60)])
+    pq.write_table(pa.table({"width": sides, "image": images, "label": words}), tmp_path / "a.parquet")
+    data = load(tmp_path / "a.parquet")
+    assert data.classes == tuple(f"digit {i}" for i in range(10))
+    assert "labels are those of column 'label'" in data.notes
+    pq.write_table(pa.table({"image": images, "number": sides, "text": words}), tmp_path / "b.parquet")
+    data = load(tmp_path / "b.parquet")  # no such name: the one column of integers
+    assert data.classes == ("320", "640")
+    assert "labels are those of column 'number'" in data.notes
+
+
 def write_tar(path: Path, indices: range, labels: Callable[[int], str] = label) -> None:
     with tarfile.open(path, "w") as tar:
         for i in indices:

@@ -249,6 +249,8 @@ def find_parquet(path: Path, files: Sequence[Path], name: str) -> Found:
         split: (Column(split, binary_column(table[image])), labels[split]) for split, table in used.items()
     }
     notes = [f"split {split} has no labels: not used" for split in unlabelled]
+    if features.get(label, {}).get("_type") != "ClassLabel":
+        notes.append(f"labels are those of column {label!r}")
     return Found(name, splits, classes, files_checksum(files), notes=notes)
 
 
@@ -312,9 +314,9 @@ def _image_column(file: Path, features: Mapping[str, Any]) -> str:
 def _label_column(file: Path, features: Mapping[str, Any]) -> str:
     schema = pq.read_schema(file)
     found = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
-    found = found or [column.name for column in schema if pa.types.is_integer(column.type)]
     preferred = ("label", "labels", "fine_label", "class", "target")
     found = found or [column.name for column in schema if column.name in preferred]
+    found = found or [column.name for column in schema if pa.types.is_integer(column.type)]
     return _only("label", found, preferred, file, schema.names)
 
 
