@@ -202,6 +202,13 @@ def test_csv(tmp_path: Path) -> None:
     assert plain.classes == named.classes == tuple(f"digit {i}" for i in range(10))
 
 
+def test_classes_of_one_number_keep_their_order() -> None:
+    spellings = ["0" * zeros + number for zeros in range(9) for number in ("1", "2")]
+    classes, labels = finder.encode_labels({"train": spellings})
+    assert list(classes) == sorted(spellings, key=lambda name: (int(name), name))
+    assert [classes[i] for i in labels["train"]] == spellings
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -404,7 +404,7 @@ def encode_labels(labels: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...],
     """
     known = set(labels.get("train") or [label for split in labels.values() for label in split])
     numbers = all(re.fullmatch(r"-?\d+", label) for label in known)
-    classes = sorted(known, key=int) if numbers else sorted(known)
+    classes = sorted(known, key=lambda name: (int(name), name)) if numbers else sorted(known)  # "01" ties with "1"
     index = {label: i for i, label in enumerate(classes)}
     for split, names in labels.items():
         if missing := sorted(set(names) - known):
