@@ -128,6 +128,19 @@ def test_folder_with_splits(tmp_path: Path, name: str) -> None:
     assert any("notes.txt" in note for note in data.notes)
 
 
+def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
+    for split, indices in (("train", range(60)), ("val", range(60, 90)), ("Validation", range(90, 120))):
+        write_folder(tmp_path / split, indices)
+    with pytest.raises(RequestError, match=r"Validation and .*val are both the val split: put them together"):
+        load(tmp_path)
+    (tmp_path / "Validation").rename(tmp_path / "more")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "loose.png").write_bytes(png(0))
+    data = load(tmp_path)  # no class folders in one of them: not used, and the run says so
+    assert len(parts(data)[1]) == 30
+    assert any(note.endswith("dev holds no class folders: not used") for note in data.notes)
+
+
 def test_val_serves_as_test_where_nothing_is_selected(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", range(60))
     write_folder(tmp_path / "val", range(60, 90))

@@ -108,11 +108,24 @@ def find_digits() -> Found:
 
 
 def find_folder(path: Path, name: str) -> Found:
-    """Return the images of a folder `<split>/<class>/*` or `<class>/*`."""
-    named = {SPLIT_NAMES[f.name.lower()]: f for f in _subfolders(path) if f.name.lower() in SPLIT_NAMES}
-    folders = {split: folder for split, folder in named.items() if _subfolders(folder)} or {"train": path}
-    flat = {folder.name for split, folder in named.items() if split not in folders}  # images without a class
-    walks = {split: _walk(folder, flat if folder == path else set()) for split, folder in folders.items()}
+    """Return the images of a folder `<split>/<class>/*` or `<class>/*`.
+
+    Raises:
+        RequestError: No images, or two folders of one split, e.g. val and validation.
+    """
+    named = [folder for folder in _subfolders(path) if folder.name.lower() in SPLIT_NAMES]
+    flat = [folder for folder in named if not _subfolders(folder)]  # images without a class
+    folders: dict[str, Path] = {}
+    for folder in (folder for folder in named if folder not in flat):
+        split = SPLIT_NAMES[folder.name.lower()]
+        if split in folders:
+            raise RequestError(
+                f"{folders[split]} and {folder} are both the {split} split: put them together, or move one elsewhere"
+            )
+        folders[split] = folder
+    folders = folders or {"train": path}
+    left_out = [folder.name for folder in flat]
+    walks = {split: _walk(folder, left_out if folder == path else []) for split, folder in folders.items()}
     labels = {split: [Path(p).parts[0] for p in paths] for split, (paths, _) in walks.items()}
     if not any(labels.values()):
         raise RequestError(
@@ -124,19 +137,18 @@ def find_folder(path: Path, name: str) -> Found:
     splits: dict[str, tuple[Source, np.ndarray]] = {
         s: (Files(folders[s], _bytes(paths)), encoded[s]) for s, (paths, _) in walks.items()
     }
-    return Found(name, splits, classes, listing_checksum(sizes), notes=_folder_notes(named, folders, walks, labels))
+    return Found(name, splits, classes, listing_checksum(sizes), notes=_folder_notes(flat, folders, walks, labels))
 
 
 def _folder_notes(
-    named: Mapping[str, Path], used: Mapping[str, Path], walks: Mapping[str, Any], labels: Mapping[str, Any]
+    flat: Sequence[Path], used: Mapping[str, Path], walks: Mapping[str, Any], labels: Mapping[str, Any]
 ) -> list[str]:
-    notes = [f"{f} holds no class folders: not used" for split, f in named.items() if split not in used]
+    notes = [f"{folder} holds no class folders: not used" for folder in flat]
     for split, folder in used.items():
         ignored = walks[split][1]
         if ignored:
             notes.append(f"{len(ignored)} files ignored, not an image in a class folder: {', '.join(ignored[:5])}")
-        unused = {f.name for other, f in named.items() if other not in used}
-        empty = sorted(f.name for f in _subfolders(folder) if f.name not in {*labels[split], *unused})
+        empty = sorted(f.name for f in _subfolders(folder) if f not in flat and f.name not in labels[split])
         notes += [f"class folder {folder / name} has no images" for name in empty]
     return notes
 
