@@ -42,7 +42,10 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         classes: Class names.
         indices: Which images of the source, (N,); None: all.
         in_chans: 1 for mode L, 3 for mode RGB.
-        max_bad: Images that may fail to decode before reading raises RequestError.
+        max_bad: Images that may be marked before reading raises RequestError.
+        marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
+            sets of the data; None: of this source alone, none marked.
+        first: Where in `marks` the source's images begin.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         indices: np.ndarray | None = None,
         in_chans: int = 3,
         max_bad: int = 0,
+        marks: torch.Tensor | None = None,
+        first: int = 0,
     ) -> None:
         self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
         self.labels = np.asarray(labels, np.int64)
         self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
         self.max_bad = max_bad
-        self._failed = torch.zeros(len(self.labels), dtype=torch.uint8).share_memory_()
+        self.marks, self.first = _marks([False] * len(source)) if marks is None else marks, first
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +72,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         """Return an image and its label; where it cannot be decoded, those of the next one that can.
 
         Raises:
-            RequestError: More than `max_bad` images have failed.
+            RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
         """
         for candidate in range(index, index + len(self)):
             found = self.read(candidate % len(self))
@@ -85,16 +90,17 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return image, int(self.labels[index])
 
     def _fail(self, index: int, error: Exception) -> None:
-        if not self._failed[index]:
-            self._failed[index] = 1
+        place = self.first + int(self.indices[index])
+        if not self.marks[place]:
+            self.marks[place] = 1
             print(f"unreadable image left out: {_told(self.name(index), error)}", file=sys.stderr, flush=True)
-        if int(self._failed.sum()) > self.max_bad:
-            raise _too_many(self.failed, len(self))
+        if (count := int(self.marks.sum())) > self.max_bad:
+            raise _too_many(self.failed, len(self.marks), count)
 
     @property
     def failed(self) -> list[str]:
         """Names of the images that could not be decoded so far, in any process."""
-        return [self.name(int(i)) for i in torch.nonzero(self._failed).flatten()]
+        return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
 
     def name(self, index: int) -> str:
         """Return what to call an image."""
@@ -109,6 +115,8 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             self.indices[positions],
             self.in_chans,
             self.max_bad,
+            self.marks,
+            self.first,
         )
 
 
@@ -174,7 +182,9 @@ def load_data(
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
     notes = list(found.notes)
-    max_bad = int(max_bad_fraction * total) - len(bad)
+    max_bad = int(max_bad_fraction * total)
+    marks = _marks([_bad(h) for scan in scans.values() for h in scan])
+    first = dict(zip(scans, np.cumsum([0] + [len(scan) for scan in scans.values()]), strict=False))
     sets = {}
     for split, (source, labels) in found.splits.items():
         good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
@@ -182,7 +192,7 @@ def load_data(
             notes.append(f"split {split} is empty: not used")
             continue
         cached = _cached(source, in_chans, sizes)
-        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad)
+        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad, marks, int(first[split]))
     if bad:
         notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
     train, val, test = _complete(sets, val_fraction, seed, notes)
@@ -291,10 +301,16 @@ def _told(name: str, problem: object) -> str:
     return str(problem) if name in str(problem) else f"{name}: {problem}"
 
 
-def _too_many(bad: Sequence[str], total: int) -> RequestError:
+def _marks(bad: Sequence[bool]) -> torch.Tensor:
+    return torch.tensor(bad, dtype=torch.uint8).share_memory_()
+
+
+def _too_many(bad: Sequence[str], total: int, count: int | None = None) -> RequestError:
+    """Return the error that names some of the bad images; `count` where there are more than those in `bad`."""
+    count = count or len(bad)
     return RequestError(
-        f"{len(bad)} of {total} images cannot be read, more than max_bad_fraction allows: "
-        f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+        f"{count} of {total} images cannot be read, more than max_bad_fraction allows: "
+        f"{'; '.join(bad[:5])}{' ...' if count > len(bad[:5]) else ''}"
     )
 
 
