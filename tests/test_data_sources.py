@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_digits() -> None:
     where = int(test.name(5)[7:-1])
     assert number == DIGITS.target[where]
     assert np.abs(np.asarray(image) / 255 - DIGITS.images[where] / 16).max() < 0.01
+
+
+def test_statistics_of_grey_images_hold_one_image_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "scan").mkdir()
+    for i in range(30):
+        PHOTO.convert("L").rotate(i).resize((500, 500)).save(tmp_path / "scan" / f"{i}.png")
+    tracemalloc.start()
+    data = load(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    train = parts(data)[0]
+    stacked = np.stack([np.asarray(train[i][0]) for i in range(len(train))]) / 255
+    assert data.mean == (round(float(stacked.mean()), 4),)
+    assert data.std == (round(float(stacked.std()), 4),)
+    assert peak < stacked.nbytes / 4
 
 
 def test_splits_share_no_image_and_test_stays_the_same() -> None:

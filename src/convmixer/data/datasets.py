@@ -332,9 +332,10 @@ def _statistics(
     if images is None or not len(images):
         return (0.5,), (0.5,)
     chosen = np.linspace(0, len(images) - 1, min(len(images), STATISTICS_IMAGES)).astype(int)
-    arrays = [np.asarray(images[int(i)][0], np.float64) / 255 for i in chosen]
-    pixels = sum(array.size for array in arrays)
-    mean = sum(array.sum() for array in arrays) / pixels
-    std = math.sqrt(sum(((array - mean) ** 2).sum() for array in arrays) / pixels)
+    values, counts = np.arange(256) / 255, np.zeros(256)
+    for i in chosen:  # one image in memory at a time
+        counts += images[int(i)][0].histogram()
+    mean = np.average(values, weights=counts)
+    std = math.sqrt(np.average((values - mean) ** 2, weights=counts))
     notes.append(f"mean {mean:.4f} and deviation {std:.4f} computed on {len(chosen)} images")
     return (round(float(mean), 4),), (max(round(float(std), 4), 1e-3),)
