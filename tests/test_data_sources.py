@@ -18,9 +18,11 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
 from convmixer.config import Config
+from convmixer.data import datasets
 from convmixer.data import find as finder
 from convmixer.data.datasets import DataSplits, ImageSet, load_data, stratified
 from convmixer.data.loader import eval_loader, train_loader
+from convmixer.data.sources import Cached
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing
@@ -451,6 +453,19 @@ def test_workers_read_what_the_main_process_reads(tmp_path: Path, kind: str) -> 
     for other in runs[1:]:
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(runs[0], other, strict=True))
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("room", "kept"), [(120, ["train", "val", "test"]), (100, ["train", "test"]), (59, ["test"])]
+)
+def test_the_splits_share_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, kept: list[str]
+) -> None:
+    monkeypatch.setattr(datasets, "CACHE_BYTES", room * 64)
+    for split, indices in (("train", range(60)), ("val", range(60, 90)), ("test", range(90, 120))):
+        write_folder(tmp_path / split, indices)
+    sets = zip(("train", "val", "test"), parts(load(tmp_path)), strict=True)
+    assert [split for split, images in sets if isinstance(images.source, Cached)] == kept
 
 
 # bad files

@@ -25,7 +25,7 @@ from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
 TEST_FRACTION = 0.2  # of data that come without a test split
 TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
 DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
-CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this
+CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
 CACHE_SIDE = 128  # and up to this side, pixels
 STATISTICS_IMAGES = 2000  # images that mean and deviation of unknown grey data are computed on
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -185,13 +185,15 @@ def load_data(
     max_bad = int(max_bad_fraction * total)
     marks = _marks([_bad(h) for scan in scans.values() for h in scan])
     first = dict(zip(scans, np.cumsum([0] + [len(scan) for scan in scans.values()]), strict=False))
-    sets = {}
-    for split, (source, labels) in found.splits.items():
+    sets, cache = {}, CACHE_BYTES
+    # train first: it is read most
+    for split, (source, labels) in sorted(found.splits.items(), key=lambda item: item[0] != "train"):
         good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
         if not len(good):
             notes.append(f"split {split} is empty: not used")
             continue
-        cached = _cached(source, in_chans, sizes)
+        cached = _cached(source, in_chans, sizes, cache)
+        cache -= cached.nbytes if isinstance(cached, Cached) else 0
         sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad, marks, int(first[split]))
     if bad:
         notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
@@ -314,12 +316,12 @@ def _too_many(bad: Sequence[str], total: int, count: int | None = None) -> Reque
     )
 
 
-def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]]) -> Source:
-    """Return the source with a cache where its images are small and of one size."""
+def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: int) -> Source:
+    """Return the source with a cache where its images are small, of one size and together not above `limit` bytes."""
     if isinstance(source, Arrays) or len(sizes) != 1:
         return source
     width, height = next(iter(sizes))
-    small = max(width, height) <= CACHE_SIDE and len(source) * width * height * in_chans <= CACHE_BYTES
+    small = max(width, height) <= CACHE_SIDE and len(source) * width * height * in_chans <= limit
     return Cached(source, in_chans, (width, height)) if small else source
 
 

@@ -205,6 +205,11 @@ class Cached:
         self.source, self.in_chans, self.size = source, in_chans, size
         self._allocate()
 
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the pixels, bytes."""
+        return self._pixels.nbytes
+
     def _allocate(self) -> None:
         shape = (len(self.source), self.size[1], self.size[0]) + ((3,) if self.in_chans == 3 else ())
         self._pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
