@@ -9,8 +9,11 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 from convmixer import ConvMixerClassifier
+from convmixer.data.datasets import load_data
 from convmixer.errors import RequestError
+from convmixer.estimator import _write
 from convmixer.models.weights import load_model
+from convmixer.preprocess import to_mode
 
 SMALL = {"recipe": "digits", "model": "convmixer_32_2_p1_k3", "epochs": 14, "lr": 0.01, "workers": 0}
 
@@ -43,6 +46,18 @@ def test_the_run_can_be_kept(tmp_path: Path) -> None:
     assert model.run_ == tmp_path / "run"
     assert load_model(tmp_path / "run").classes == ("0", "1")
     assert model.predict(files[:3]).dtype == model.classes_.dtype
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.int32, 255), (np.int32, 65535), (np.uint16, 65535)])
+def test_wide_integers_are_trained_on_as_they_are_predicted(tmp_path: Path, dtype: type, white: int) -> None:
+    scans = load_digits()
+    wide = [Image.fromarray(np.round(pixels * white / 16).astype(dtype)) for pixels in scans.images[:60]]
+    data = load_data(str(_write(wide, scans.target[:60] % 2, tmp_path)), val_fraction=0, seed=0, max_bad_fraction=0)
+    assert data.in_chans == 1
+    assert data.train is not None
+    for i in range(len(data.train)):
+        expected = to_mode(wide[int(Path(data.train.name(i)).stem)], 1)
+        assert data.train[i][0].tobytes() == expected.tobytes()
 
 
 def test_parameters() -> None:

@@ -27,7 +27,7 @@ from convmixer.recipes import load_recipe
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back as they are
 
 
 class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
@@ -113,7 +113,9 @@ def _write(X: Images, labels: np.ndarray, folder: Path) -> Path:
     for number, (image, label) in enumerate(zip(X, labels, strict=True)):
         path = folder / f"{number:07d}.png"
         decoded = _image(image)
-        (decoded if decoded.mode in PNG_MODES else to_mode(decoded, 3)).save(path, compress_level=1)
+        if decoded.mode not in PNG_MODES:
+            decoded = to_mode(decoded, 1 if decoded.mode.startswith("I") else 3)
+        decoded.save(path, compress_level=1)
         writer.writerow([path.name, str(label)])
     table = folder / "images.csv"
     table.write_text(text.getvalue(), encoding="utf-8")
