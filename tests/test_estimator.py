@@ -45,6 +45,10 @@ def test_the_run_can_be_kept(tmp_path: Path) -> None:
     model.fit(files, scans.target[:60] % 2)
     assert model.run_ == tmp_path / "run"
     assert load_model(tmp_path / "run").classes == ("0", "1")
+    for again in (model, clone(model)):  # each in a folder of its own
+        again.fit(files, scans.target[:60] % 2)
+    assert (model.run_, again.run_) == (tmp_path / "run-2", tmp_path / "run-3")
+    assert load_model(tmp_path / "run-3").classes == ("0", "1")
     assert model.predict(files[:3]).dtype == model.classes_.dtype
 
 

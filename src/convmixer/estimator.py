@@ -10,6 +10,7 @@ for tables of numbers do not apply; `clone`, `get_params` and cross-validation o
 
 import csv
 import io
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +36,13 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         recipe: Name of the recipe whose settings are the start.
-        out: Folder for the run; None: a temporary one, gone with the process.
+        out: Folder for the run, or where it holds one already, e.g. of an earlier `fit`, the next free one beside it
+            (out-2, out-3, ...); None: a temporary one, gone with the process.
         **settings: Any setting of `Config`, over the recipe, e.g. epochs=10, weights="convmixer_256_8.cifar10".
 
     Attributes:
         classes_: The labels seen in `fit`, sorted.
-        run_: The run folder with weights, curves and record; None where it was temporary.
+        run_: The run folder of the last `fit` with weights, curves and record; None where it was temporary.
         classifier_: The trained `inference.Classifier`.
     """
 
@@ -72,10 +74,10 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         config = override(recipe, self.settings)
         with tempfile.TemporaryDirectory(prefix="convmixer-") as folder:
             table = _write(X, labels, Path(folder))
-            out = Path(self.out) if self.out is not None else Path(folder) / "run"
+            out = _unused(Path(self.out)) if self.out is not None else Path(folder) / "run"
             result = train(str(table), config, out=out, recipe=recipe, recipe_name=self.recipe)
             self.classifier_: Classifier = load_classifier(result["run"])
-        self.run_ = self.out and Path(self.out)
+        self.run_ = out if self.out is not None else None
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
@@ -103,6 +105,15 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         self.recipe, self.out = params.pop("recipe", self.recipe), params.pop("out", self.out)
         self.settings = self.settings | params
         return self
+
+
+def _unused(folder: Path) -> Path:
+    """Return the folder, or where it holds a run, the first of folder-2, folder-3, ... that holds none."""
+    names = (f"{folder}-{number}" for number in itertools.count(2))
+    path = folder
+    while (path / "config.yaml").exists():
+        path = Path(next(names))
+    return path
 
 
 def _write(X: Images, labels: np.ndarray, folder: Path) -> Path:
