@@ -195,6 +195,27 @@ def test_loose_test_images_beside_class_folders_are_no_class(tmp_path: Path) -> 
     assert not any("has no images" in note for note in data.notes)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_stray_archive_beside_class_folders_is_ignored(tmp_path: Path, split: bool) -> None:
+    for name, indices in (("train", range(60)), ("test", range(60, 90))):
+        write_folder(tmp_path / name if split else tmp_path, indices)
+    expected = load(tmp_path)
+    (tmp_path / "backup.tar").write_bytes(b"anything")
+    write_parquet(tmp_path / "more.parquet", range(90, 120))
+    data = load(tmp_path)
+    assert (data.classes, data.checksum) == (expected.classes, expected.checksum)
+    assert [pixels(part) for part in parts(data)] == [pixels(part) for part in parts(expected)]
+    for stray in ("backup.tar", "more.parquet"):
+        assert any(stray in note and "ignored" in note for note in data.notes)
+
+
+def test_pictures_beside_parquet_are_no_class_folder(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", range(60))
+    (tmp_path / "assets").mkdir()
+    PHOTO.save(tmp_path / "assets" / "readme.png")
+    assert load(tmp_path).classes == tuple(f"digit {i}" for i in range(10))
+
+
 def test_odd_names_and_links_that_lead_back(tmp_path: Path) -> None:
     write_folder(tmp_path, range(60))
     (tmp_path / label(0) / "all").symlink_to(tmp_path)

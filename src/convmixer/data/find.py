@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+SHARDS = (".parquet", ".tar")
 IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
 HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
 
@@ -86,7 +88,7 @@ def find_path(path: Path, name: str | None = None) -> Found:
     name = name or path.resolve().name
     if path.suffix.lower() in (".csv", ".tsv"):
         return find_csv(path, name)
-    if path.is_file() and path.suffix not in (".tar", ".parquet"):
+    if path.is_file() and path.suffix not in SHARDS:
         raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")
     kind, files = _shards(path)
     if kind == ".parquet":
@@ -137,7 +139,10 @@ def find_folder(path: Path, name: str) -> Found:
     splits: dict[str, tuple[Source, np.ndarray]] = {
         s: (Files(folders[s], _bytes(paths)), encoded[s]) for s, (paths, _) in walks.items()
     }
-    return Found(name, splits, classes, listing_checksum(sizes), notes=_folder_notes(flat, folders, walks, labels))
+    notes = _folder_notes(flat, folders, walks, labels)
+    if path not in folders.values():
+        notes += [f"{f} ignored: the images are in folders" for f in sorted(path.iterdir()) if f.suffix in SHARDS]
+    return Found(name, splits, classes, listing_checksum(sizes), notes=notes)
 
 
 def _folder_notes(
@@ -446,12 +451,24 @@ def _shards(path: Path) -> tuple[str, list[Path]]:
         return path.suffix, [path]
     for where, below, files in os.walk(path):
         below.sort()
-        for kind in (".parquet", ".tar"):
+        for kind in SHARDS:
             if any(file.endswith(kind) for file in files):
+                if Path(where) == path and _class_folders(path):
+                    return "", []
                 return kind, _one_configuration(path, sorted(path.rglob(f"*{kind}")))
         if any(Path(file).suffix.lower() in SUFFIXES for file in files) and Path(where) != path:
             break
     return "", []
+
+
+def _class_folders(path: Path) -> bool:
+    """Return whether images lie in class folders: in two or more, as one may hold the pictures of a readme."""
+    folders = [c for f in _subfolders(path) for c in (_subfolders(f) if f.name.lower() in SPLIT_NAMES else [f])]
+    return sum(1 for _ in itertools.islice(filter(_holds_images, folders), 2)) == 2
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(Path(file).suffix.lower() in SUFFIXES for _, _, files in os.walk(folder) for file in files)
 
 
 def _one_configuration(root: Path, files: list[Path]) -> list[Path]:
