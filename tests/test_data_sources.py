@@ -434,6 +434,25 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load("cifar100")
     with pytest.raises(RequestError, match="cannot be downloaded from the hub"):
         load("nobody/nothing")
+    (tmp_path / "nobody").mkdir()
+    for spec in ("nobody/nothing", "nobody/nothing/more"):  # a path with a slip in it
+        with pytest.raises(RequestError, match=f"no data '{spec}': the folder nobody is here, but"):
+            load(spec)
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "copy" / "small" / "train.parquet", range(60))
+    asked = []
+
+    def download(repo: str, **_: object) -> str:
+        asked.append(repo)
+        return str(tmp_path / "copy")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    for spec in ("owner/name", "owner/name/small"):
+        assert sum(len(part) for part in parts(load(spec))) == 60
+    assert asked == ["owner/name"] * 2
 
 
 def cifar_folder() -> Path:

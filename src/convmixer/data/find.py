@@ -76,6 +76,11 @@ def find(spec: str) -> Found:
         return find_path(local[0] if local else _download(spec, HUB_NAMES[spec]), spec)
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", spec):
         owner, name, *config = spec.split("/")
+        if Path(owner).is_dir():
+            raise RequestError(
+                f"no data {spec!r}: the folder {owner} is here, but nothing of that name is in it "
+                "(for the hub's data set of that name, start from another folder)"
+            )
         return find_path(_download(spec, f"{owner}/{name}").joinpath(*config), spec)
     raise RequestError(
         f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
