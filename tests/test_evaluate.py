@@ -14,6 +14,7 @@ from convmixer.errors import RequestError
 from convmixer.inference import predict_files
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import LoadedModel, load_model, save_model
+from convmixer.preprocess import Preprocessing
 from convmixer.train.evaluate import (
     batchnorm_disagreement,
     class_index,
@@ -71,6 +72,28 @@ def test_per_class_by_hand() -> None:
     assert [row.name for row in rows] == ["a", "b"]  # c has no images
     assert (rows[0].precision, rows[0].recall, rows[0].n) == (50, 50, 2)
     assert rows[1].f1 == pytest.approx(200 / 3, abs=1e-4)
+
+
+def test_one_class_is_always_right(tmp_path: Path) -> None:
+    for number in range(8):
+        path = tmp_path / "data" / "only" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 30 * number, np.uint8)).save(path)
+    p, model = Preprocessing(8), ConvMixer(4, 1, 3, 2, num_classes=1)
+    data = {"spec": str(tmp_path / "data")}
+    save_model(
+        tmp_path / "one",
+        model,
+        architecture="convmixer_4_1_p2_k3",
+        model_args={},
+        classes=("only",),
+        preprocessing=p,
+        data=data,
+    )
+    result = val(tmp_path / "one", precision="fp32", out=tmp_path / "out")
+    (row,) = result["per_class"]
+    assert (row["precision"], row["recall"], row["f1"], row["n"]) == (100, 100, 100, result["n"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["confusion_matrix"] == [[result["n"]]]
 
 
 def test_evaluate_leaves_the_model_as_it_was() -> None:

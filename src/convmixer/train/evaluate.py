@@ -122,8 +122,8 @@ class ClassResult:
 def per_class(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[ClassResult]:
     """Return precision, recall and F1 for every class that has images, in the order of `classes`."""
     predicted, count = logits.argmax(1), len(classes)
-    scores = [
-        100 * score(predicted, labels, num_classes=count, average=None).double()
+    scores = [  # torchmetrics knows no single class
+        100 * score(predicted, labels, num_classes=max(2, count), average=None)[:count].double()
         for score in (tm.multiclass_precision, tm.multiclass_recall, tm.multiclass_f1_score)
     ]
     support = torch.bincount(labels, minlength=count)
@@ -185,7 +185,8 @@ def val(
     }
     _print(result, classes)
     if out is not None:
-        counts = tm.multiclass_confusion_matrix(logits.argmax(1), labels, len(classifier.classes)).numpy()
+        n = len(classifier.classes)
+        counts = tm.multiclass_confusion_matrix(logits.argmax(1), labels, max(2, n)).numpy()[:n, :n]
         _write(out, result, classes, counts, classifier.classes)
     return result
 
