@@ -96,6 +96,22 @@ def test_one_class_is_always_right(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["confusion_matrix"] == [[result["n"]]]
 
 
+def test_data_that_changed_since_the_training_are_warned_of(
+    digits_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(digits_weights)
+    loaded.metadata["data"] = {**loaded.metadata["data"], "checksum": "sha256:other"}
+    changed = resave(loaded, tmp_path / "changed")
+    for data in (None, "digits"):
+        (warning,) = val(changed, data, limit=20)["warnings"]
+        assert "may have been trained on" in warning
+    assert "warning: the data at digits have changed" in capsys.readouterr().out
+    assert not val(changed, split="train", limit=20)["warnings"]
+    loaded.metadata["data"]["spec"] = "elsewhere"
+    other = resave(loaded, tmp_path / "other")
+    assert not val(other, "digits", limit=20)["warnings"]  # other data than the training's
+
+
 def test_evaluate_leaves_the_model_as_it_was() -> None:
     torch.manual_seed(0)
     model = ConvMixer(8, 1, 3, 2, num_classes=3).train()

@@ -152,7 +152,8 @@ def val(
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
 
     Returns:
-        See `metrics`, and "data", "split", "checksum", "per_class", "warnings", "batchnorm".
+        See `metrics`, and "data", "split", "checksum", "per_class", "warnings", "batchnorm". One of the warnings is
+        that the data have changed since the weights were trained on them.
 
     Raises:
         RequestError: Bad arguments, no such split, or classes that the model does not know.
@@ -169,7 +170,8 @@ def val(
     loader = eval_loader(images, eval_transform(classifier.preprocessing), batch_size, workers=0)
     logits, labels = collect(classifier.logits, _progress(loader, "evaluating"))
     labels = index[labels]
-    warnings = [*_numbers_for_names(splits.classes, classifier.classes), *unreadable(images)]
+    warnings = [*_changed(data, splits, split, classifier.describe), *unreadable(images)]
+    warnings += _numbers_for_names(splits.classes, classifier.classes)
     batchnorm = _check_batchnorm(weights, images, index, classifier.preprocessing) if _is_torch(classifier) else {}
     if batchnorm.get("bad"):
         warnings.append(_batchnorm_warning(batchnorm, weights))
@@ -215,6 +217,19 @@ def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -
         raise RequestError(f"{weights} does not say what it was trained on: name the data, e.g. cifar10 or a folder")
     settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.01}
     return load_data(str(spec), **{key: trained_on.get(key, value) for key, value in settings.items()})
+
+
+def _changed(data: str | None, splits: DataSplits, split: str, metadata: dict[str, Any]) -> list[str]:
+    """Return a line where the data of the weights are not what they were, since splits are made from what is there."""
+    trained_on = metadata.get("data") or {}
+    spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
+    own = data is None or (spec is not None and Path(data).absolute() == Path(spec).absolute())
+    if split == "train" or not own or checksum in (None, splits.checksum):
+        return []
+    return [
+        f"the data at {spec} have changed since the training: images of this {split} split may have been trained on, "
+        "and the accuracy may be too high; measure on images that the training never saw"
+    ]
 
 
 def pick(splits: DataSplits, split: str) -> ImageSet:
