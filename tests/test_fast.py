@@ -73,6 +73,15 @@ def test_gradients_are_as_exact_as_torch(kernel_size: int, act: str, bf16: bool,
     _check_exactness(plain, fast, _images(), bf16)
 
 
+@pytest.mark.parametrize("model", [_model(), _isotropic()])
+@pytest.mark.parametrize("size", [(1, 8), (8, 1)])
+def test_an_image_smaller_than_a_patch_is_refused(model: Any, size: tuple[int, int]) -> None:
+    fast = accelerate(copy.deepcopy(model)).train()
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        fast(_images(size=size))
+    assert all(torch.isfinite(buffer).all() for buffer in fast.buffers())
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("option", [*(("mixer", name) for name in MIXERS), *(("stem", name) for name in STEMS)])

@@ -235,6 +235,8 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> T
     """(B, in_chans, H, W) -> (B, H // p, W // p, dim or wider): a patch is a row, so the convolution is a product."""
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
+    if min(H, W) < p:
+        raise ValueError(f"an image of {H} x {W} pixels is smaller than a patch of {p} x {p}")
     h, w = H // p, W // p
     patches = x[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
     v = _product(conv, patches.reshape(B * h * w, C * p * p), dtype, wider)
