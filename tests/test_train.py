@@ -152,6 +152,9 @@ def test_training_from_weights_for_the_same_and_for_other_classes(
         (["digits", "--recipe", "digit"], "did you mean 'digits'"),
         (["digits", "--auto-augment", "magic"], "auto_augment 'magic'"),
         (["digits", "--mean", "0.1,0.2,0.3"], "must each have 1"),
+        (["digits", "--model", "convmixer_8_2_p9_k3"], "does not take images of 8 pixels"),
+        (["digits", "--model", "vit_tiny_patch16_224"], "does not take images of 8 pixels"),
+        (["digits", "--max-time", "1s"], "max_time 1s is too short"),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", "nowhere", "--max-time", "1h"], "leave out --max-time"),
         (["digits", "--weights", "nowhere"], "nowhere"),
@@ -168,6 +171,7 @@ def test_bad_requests_are_one_line_and_exit_2(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.count("\n") == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_auto_precision_is_that_of_what_computes() -> None:

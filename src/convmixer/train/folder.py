@@ -53,9 +53,7 @@ class RunFolder:
             RequestError: The folder holds something already.
         """
         path = path or _next_free(name)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"continue it with --resume {path}" if (path / "config.yaml").exists() else "choose another --out"
-            raise RequestError(f"{path} is not empty: {hint}")
+        check_empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -105,6 +103,13 @@ class RunFolder:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         records.write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+
+def check_empty(path: Path) -> None:
+    """Raise RequestError where a new run cannot go: it is a file, or a folder that holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        hint = f"continue it with --resume {path}" if (path / "config.yaml").exists() else "choose another --out"
+        raise RequestError(f"{path} is not empty: {hint}")
 
 
 class Board:

@@ -28,7 +28,7 @@ from convmixer.train.distributed import (
     world_size,
 )
 from convmixer.train.engine import StopSignals, fit, measure_speed
-from convmixer.train.folder import Board, RunFolder, describe, model_card
+from convmixer.train.folder import Board, RunFolder, check_empty, describe, model_card
 from convmixer.train.module import TrainingModule
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
@@ -66,11 +66,13 @@ def train(
     """
     started = time.time()
     with _processes(config):
+        if out is not None and rank() == 0:
+            check_empty(out)  # at once, and again below: what is refused leaves no folder
+        job = prepare(data, config, build)
+        epochs, steps = _length(job, started)
         folder = RunFolder.create(out, recipe_name or data.rstrip("/").rpartition("/")[2]) if rank() == 0 else None
         folder = from_first(folder)
         assert folder is not None
-        job = prepare(data, config, build)
-        epochs, steps = _length(job, started)
         schedule = {"epochs": epochs, "steps": steps, "steps_per_epoch": job.steps_per_epoch}
         contents = describe(
             job.config, config, recipe, recipe_name, data, job.data, job.preprocessing, job.build, schedule

@@ -111,6 +111,7 @@ def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
     preprocessing = _preprocessing(config, data, loaded)
+    train_transform(config, preprocessing)  # refuses what is no augmentation before anything is written
     name, args = build or _choose(config, preprocessing.img_size, loaded)
     config = dataclasses.replace(config, model=name, img_size=preprocessing.img_size)
     torch.manual_seed(config.seed)
@@ -118,6 +119,7 @@ def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
     if loaded:
         _start_from(model, loaded, data.classes)
     model.to(device)
+    _check_side(model, name, preprocessing)
     model, kernels = _fast(model, config, device)
     if asked == "auto" and type(model) is FastConvMixer:  # where products stay fp32, bf16 halves what goes to memory
         config = dataclasses.replace(config, precision="bf16")
@@ -148,6 +150,23 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     if config.drop_rate:
         args["drop_rate"] = config.drop_rate
     return name, args
+
+
+@torch.no_grad()
+def _check_side(model: nn.Module, name: str, p: Preprocessing) -> None:
+    """Let a model see one image before anything is written: only it knows which sizes it takes.
+
+    Raises:
+        RequestError: It does not take images of this size.
+    """
+    device = next(model.parameters()).device
+    try:
+        model.eval()(torch.zeros(1, p.in_chans, p.img_size, p.img_size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"{name} does not take images of {p.img_size} pixels ({error}): choose another --img-size or --model"
+        ) from error
+    model.train()
 
 
 def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...]) -> None:
