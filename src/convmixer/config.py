@@ -5,10 +5,11 @@ parses arguments or touches a device.
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,16 @@ from convmixer.errors import RequestError, unknown
 def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     """Return a dataclass field whose metadata carry the line shown by `--help` and the values allowed."""
     return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+# settings, what holds of their values, and that in words
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("epochs batch_size grad_accum lr eps checkpoint_seconds", lambda x: x > 0, "above 0"),
+    ("workers color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
+    ("val_fraction max_bad_fraction drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,26 +106,23 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise RequestError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
-        positive = ("epochs", "batch_size", "grad_accum", "lr", "eps", "checkpoint_seconds")
-        shares = (
-            "val_fraction",
-            "max_bad_fraction",
-            "hflip",
-            "vflip",
-            "random_erasing",
-            "mixup_prob",
-            "smoothing",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise RequestError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise RequestError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for names, fits, words in _RANGES:
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise RequestError(f"{name} must be {words}, not {_text(getattr(self, name))}")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise RequestError(f"{f.name} must be finite, not {_text(value)}")
         if self.batch_size % self.grad_accum:
             raise RequestError(f"batch_size {self.batch_size} must be a multiple of grad_accum {self.grad_accum}")
         if self.max_time is not None:
             parse_seconds(self.max_time)
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse_seconds(text: str) -> float:
