@@ -36,6 +36,15 @@ def test_grids_and_kernels(tmp_path: Path) -> None:
     assert all(n > 20 for n in counts.values()), counts
 
 
+@pytest.mark.parametrize("names", [["$\\x$", "a$b$"], ["caf\udce9", "b"]])
+def test_names_are_drawn_as_they_are(tmp_path: Path, names: list[str]) -> None:
+    grey = np.zeros((2, 8, 8))
+    plots.image_grid(grey, names, tmp_path / "grid.png", "images")
+    plots.confusion_matrix(np.eye(2), names, tmp_path / "confusion.png")
+    plots.explanation(grey[0], np.eye(2), 4, names, [0.7, 0.3], tmp_path / "explained.png")
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("grid", "confusion", "explained"))
+
+
 @pytest.mark.parametrize("shape", [(4, 1, 2, 2), (4, 3, 2, 2)])
 def test_constant_filters_do_not_divide_by_zero(tmp_path: Path, shape: tuple[int, ...]) -> None:
     plots.patch_filters(np.ones(shape), tmp_path / "filters.png")

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,22 @@ def three_classes(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8)).save(path)
     return folder
+
+
+def test_names_of_classes_need_not_be_text(tmp_path: Path) -> None:
+    data, names = three_classes(tmp_path / "data"), ("a$b$c", "$\\x$", os.fsdecode(b"caf\xe9"))
+    try:
+        for label, name in enumerate(names):
+            (data / str(label)).rename(data / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    result = train(str(data), tiny(epochs=1), out=tmp_path / "run")
+    assert load_model(result["run"]).classes == tuple(sorted(names))
+    assert "a$b$c, caf?" in (tmp_path / "run" / "README.md").read_text()
+    out = tmp_path / "measured"
+    command = [sys.executable, "-m", "convmixer", "val", result["run"], "--out", str(out)]
+    assert subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}, stdout=subprocess.DEVNULL).returncode == 0
+    assert b"\ncaf\xe9," in (out / "per_class.csv").read_bytes()
 
 
 def test_an_explicit_model_keeps_the_activation_of_its_weights(tmp_path: Path) -> None:

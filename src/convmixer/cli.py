@@ -6,6 +6,7 @@ Heavy imports happen inside the command that needs them, so that `--help` answer
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ Command = Callable[[argparse.Namespace], dict[str, Any]]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names of files and classes need not be text
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if extra:

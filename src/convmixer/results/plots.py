@@ -77,7 +77,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
             axes.axis("off")
         for axes, image, text in zip(grid.flat, images, titles, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(_short(text), fontsize=8, pad=3)
+            axes.set_title(_short(text), fontsize=8, pad=3, parse_math=False)
         figure.suptitle(title, fontsize=11)
         _save(figure, path)
 
@@ -215,7 +215,7 @@ def explanation(
         bars = row[-1]
         bars.barh(range(len(classes)), [100 * share for share in shares], color=BLUE)
         bars.set(title="Probability, %", xlim=(0, 112), yticks=range(len(classes)))
-        bars.set_yticklabels([_short(name, 22) for name in classes])
+        bars.set_yticklabels([_short(name, 22) for name in classes], parse_math=False)
         bars.invert_yaxis()
         bars.grid(False, axis="y")
         for number, share in enumerate(shares):
@@ -232,7 +232,7 @@ def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray,
     shown = axes.imshow(
         evidence, cmap="RdBu_r", vmin=-bound, vmax=bound, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
     )
-    axes.set_title(f"Evidence for {_short(name, 22)}")
+    axes.set_title(f"Evidence for {_short(name, 22)}", parse_math=False)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="score of each patch; mean + bias = logit")
 
 
@@ -251,8 +251,8 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
         figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
         image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
         names = [_short(name) for name in classes] if few else []
-        axes.set_xticks(range(n) if few else [], names, rotation=90)
-        axes.set_yticks(range(n) if few else [], names)
+        axes.set_xticks(range(n) if few else [], names, rotation=90, parse_math=False)
+        axes.set_yticks(range(n) if few else [], names, parse_math=False)
         axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(counts.sum()):,} images")
         for row, column in np.ndindex(n, n) if n <= 15 else ():
             color = "white" if share[row, column] > 0.5 else "black"
@@ -285,6 +285,8 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, c
 
 
 def _short(text: str, most: int = 14) -> str:
+    """Return a name as it is drawn, with `parse_math=False`: a $ in it is a $."""
+    text = text.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

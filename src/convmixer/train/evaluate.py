@@ -220,7 +220,7 @@ def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -
 
 
 def _changed(data: str | None, splits: DataSplits, split: str, metadata: dict[str, Any]) -> list[str]:
-    """Return a line where the data of the weights are not what they were, since splits are made from what is there."""
+    """Return a line where the data of the weights have changed: their splits are then made anew."""
     trained_on = metadata.get("data") or {}
     spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
     own = data is None or (spec is not None and Path(data).absolute() == Path(spec).absolute())
@@ -443,6 +443,6 @@ def _write(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "precision", "recall", "f1", "images"])
     writer.writerows(vars(row).values() for row in classes)
-    write_atomic(out / "per_class.csv", text.getvalue().encode())
+    write_atomic(out / "per_class.csv", text.getvalue().encode(errors="surrogateescape"))
     confusion_matrix(counts, names, out / "confusion_matrix.png")
     print(f"tables and picture written to {out}")

@@ -361,7 +361,7 @@ class Run:
     def _write_results(self, results: dict[str, Any], found: Scores | None) -> None:
         gallery.results(self.folder.pictures, self.rows, self.module.evaluated, found, self.job.data.classes)
         card = model_card(self.contents, results)
-        records.write_atomic(self.folder.path / "README.md", card.encode())
+        records.write_atomic(self.folder.path / "README.md", card.encode(errors="replace"))  # names of classes
         results["seconds"] = self._seconds()
         record = records.RunRecord(
             name=self.folder.path.name,
