@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +43,23 @@ def test_a_trained_model_names_real_digits(digits_weights: Path, pngs: tuple[lis
         assert len(p["classes"]) == len(p["probabilities"]) == 3
         assert p["probabilities"] == sorted(p["probabilities"], reverse=True)
         assert 0 < sum(p["probabilities"]) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_name_that_is_no_text_is_written_as_its_bytes(
+    digits_weights: Path, pngs: tuple[list[Path], list[str]], tmp_path: Path, suffix: str
+) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    try:
+        odd.write_bytes(pngs[0][0].read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    out = tmp_path / f"out{suffix}"
+    command = [sys.executable, "-m", "convmixer", "predict", str(digits_weights), str(odd), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    assert b"caf\xe9.png" in out.read_bytes()
+    assert b"caf" in done.stdout
 
 
 def test_classifier_equals_the_model(digits_weights: Path, pngs: tuple[list[Path], list[str]]) -> None:

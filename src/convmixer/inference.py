@@ -216,7 +216,8 @@ def predict_files(
     classifier = load_classifier(weights, precision)
     predictions = list(_predict_each(classifier, files, topk, batch_size))
     if out is not None:
-        write_atomic(out, _WRITERS[out.suffix](predictions).encode())
+        # names of files are bytes to the system, and not always text
+        write_atomic(out, _WRITERS[out.suffix](predictions).encode(errors="surrogateescape"))
     _print_table(predictions, classifier, out)
     errors = [p["error"] for p in predictions if "error" in p]
     if len(errors) == len(predictions):
