@@ -99,6 +99,14 @@ def test_resuming_a_finished_run_returns_its_result(finished: tuple[Path, dict[s
     assert resume(finished[0]) == finished[1]
 
 
+def test_one_process_of_a_slurm_job_with_more_tasks_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"JOB_ID": "1", "JOB_NAME": "job", "NTASKS": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    assert train("digits", tiny(epochs=1), out=tmp_path / "run")["epochs"] == 1
+
+
 def test_without_validation_the_last_epoch_is_taken(tmp_path: Path) -> None:
     result = train("digits", tiny(val_fraction=0.0, epochs=1), out=tmp_path / "run")
     assert result["val_top1"] is None

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from convmixer.train.distributed import world_size
 from convmixer.train.module import TrainingModule
@@ -61,6 +62,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    alone: list[Any] = [LightningEnvironment()] if world_size() == 1 else []  # whatever a scheduler's variables say
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders, loggers and steps does not apply
         trainer = pl.Trainer(
@@ -68,6 +70,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             devices=local,
             num_nodes=world_size() // local,
             strategy="ddp" if world_size() > 1 else "auto",
+            plugins=alone,
             max_epochs=1,
             limit_train_batches=steps,
             callbacks=[_AfterStep(on_step)],
