@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from convmixer.config import override
 from convmixer.errors import RequestError
+from convmixer.models.weights import load_model
 from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import LATEST, load_checkpoint, save_checkpoint
-from convmixer.train.run import resume, train
+from convmixer.train.run import Run, resume, train
 
 EPOCHS, STEPS_PER_EPOCH = 6, 10
 # everything that draws random numbers or carries state from step to step
@@ -104,10 +106,25 @@ def test_killed_terminated_and_resumed_equals_uninterrupted(tmp_path: Path) -> N
     assert events.count('"event": "resume"') == 2
 
 
+def test_the_weights_it_began_from_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": "convmixer_8_1_p1_k3", "epochs": 2, "workers": 0}
+    train("digits", override(load_recipe("digits"), settings | {"mean": "0.4", "std": "0.2"}), out=tmp_path / "start")
+    from_start = override(load_recipe("digits"), settings | {"model": "auto", "weights": str(tmp_path / "start")})
+    whole = train("digits", from_start, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_finish", lambda run: 1 / 0)  # dies after its last checkpoint
+        with pytest.raises(ZeroDivisionError):
+            train("digits", from_start, out=tmp_path / "parts")
+    shutil.rmtree(tmp_path / "start")
+    assert resume(tmp_path / "parts")["test_top1"] == whole["test_top1"]
+    assert load_model(tmp_path / "parts").preprocessing.mean == (0.4,)
+
+
 def test_a_kill_while_writing_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import torch
 from pathlib import Path
+from convmixer.models.weights import load_model
 from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import save_checkpoint
 for step in range(10**6):

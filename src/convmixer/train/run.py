@@ -15,6 +15,7 @@ from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.errors import RequestError
 from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
+from convmixer.preprocess import Preprocessing
 from convmixer.train import gallery
 from convmixer.train.checkpoint import load_checkpoint, save_checkpoint
 from convmixer.train.distributed import (
@@ -105,7 +106,8 @@ def resume(path: Path, data: str | None = None, device: str | None = None) -> di
     with _processes(config):
         state = load_checkpoint(folder.checkpoints)
         build = (contents["build"]["name"], contents["build"]["arguments"])
-        job = prepare(data or contents["data"]["spec"], config, build)
+        known = Preprocessing(**contents["preprocessing"]) if state else None
+        job = prepare(data or contents["data"]["spec"], config, build, known)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {path} have changed since it began: start a new run")
         run = Run(job, folder, contents, time.time())

@@ -86,20 +86,21 @@ class Job:
         return eval_loader(images, eval_transform(self.preprocessing), batch, workers, rank(), world_size())
 
 
-def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
+def prepare(spec: str, config: Config, build: Build | None = None, preprocessing: Preprocessing | None = None) -> Job:
     """Return a job: data loaded, model built from the seed (or weights), everything on its device.
 
     Args:
         spec: The data argument.
         config: The settings.
         build: Name and arguments of the model instead of `config.model`.
+        preprocessing: That of a run whose checkpoint will replace the weights: those it began from are not loaded.
 
     Raises:
         RequestError: Data, model, weights or device cannot be had, or do not fit each other.
     """
     device, asked = choose_device(config.device), config.precision
     config = dataclasses.replace(config, device=device.type, precision=choose_precision(asked, device))
-    loaded = load_model(config.weights) if config.weights else None
+    loaded = load_model(config.weights) if config.weights and preprocessing is None else None
     side = config.img_size or (loaded.preprocessing.img_size if loaded else None)
     data = load_data(
         spec,
@@ -110,7 +111,7 @@ def prepare(spec: str, config: Config, build: Build | None = None) -> Job:
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
-    preprocessing = _preprocessing(config, data, loaded)
+    preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses what is no augmentation before anything is written
     name, args = build or _choose(config, preprocessing.img_size, loaded)
     config = dataclasses.replace(config, model=name, img_size=preprocessing.img_size)
