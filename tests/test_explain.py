@@ -68,7 +68,8 @@ def test_plot_draws_weights_growth_and_receptive_field(weights: Path, capsys: py
     model = create_model("convmixer_4_1_p4_k3", num_classes=2)
     growth = inspection.kernel_growth(model)
     events = [{"event": "epoch", "step": epoch, "epoch": epoch, "kernels": growth} for epoch in (1, 2)]
-    (weights / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    cut = '{"event": "epoch", "kernels": {"block 1": {"norm": 5.0}'  # by a kill, in mid-line
+    (weights / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + cut)
     assert main(["plot", str(weights), "--json"]) == 0
     pictures = [Path(path) for path in json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]]
     names = ["patch_embedding", "depthwise_kernels", "kernel_growth", "receptive_field"]

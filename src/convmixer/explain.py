@@ -98,10 +98,15 @@ def read_growth(log: Path) -> list[dict[str, Any]]:
     """Return "epoch" and "layers" (see `inspection.kernel_growth`) of each epoch in a run's log, if there is one."""
     if not log.is_file():
         return []
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [
-        {"epoch": e["epoch"], "layers": e["kernels"]} for e in events if e["event"] == "epoch" and e.get("kernels")
-    ]
+    rows = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            e = json.loads(line)
+            if e["event"] == "epoch" and e.get("kernels"):
+                rows.append({"epoch": e["epoch"], "layers": e["kernels"]})
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a kill
+    return rows
 
 
 def _probe(weights: str, p: Any) -> Any:
