@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from convmixer.backends import load_exported
+from convmixer.cli import main
 from convmixer.errors import RequestError
 from convmixer.export import PRECISIONS, SUFFIX, ExportError, Images, export_model
 from convmixer.models.maps import WithMaps
@@ -136,6 +137,16 @@ def test_int8_needs_training_images(model: torch.nn.Module, digits: Images, tmp_
     bare = Images("digits", digits.check, None, ())
     with pytest.raises(RequestError, match="--data"):
         export_model(model, CLASSES, P, bare, tmp_path / "model.onnx", precision="int8")
+
+
+@pytest.mark.parametrize("limit", ["0", "-5"])
+def test_a_check_on_no_images_is_refused(
+    digits_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    path = tmp_path / "model.onnx"
+    assert main(["export", str(digits_weights), "--out", str(path), "--limit", limit]) == 2
+    assert f"--limit must be at least 1, not {limit}" in capsys.readouterr().err
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])

@@ -118,6 +118,10 @@ def test_the_command(digits_weights: Path, tmp_path: Path, capsys: pytest.Captur
     assert create_model(name, num_classes=12).state_dict().keys() == loaded.model.state_dict().keys()
     for bad in (
         "--patch-size -1",
+        "--patch-size 0",
+        "--kernel-size 0",
+        "--in-chans 0",
+        "--img-size 0",
         "--num-classes 0",
         "--in-chans 4",
         "--classes a,a",

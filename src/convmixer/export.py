@@ -96,6 +96,8 @@ def export(
     """
     from convmixer.models.weights import load_model
 
+    if limit is not None and limit < 1:
+        raise RequestError(f"--limit must be at least 1, not {limit}")
     loaded = load_model(weights)
     p = loaded.preprocessing
     images = real_images(loaded, data, limit or (1000 if p.img_size <= SMALL_SIDE else 64))

@@ -89,9 +89,9 @@ def resize(
     new = ConvMixer(
         old.dim,
         old.depth,
-        kernel_size or old.kernel_size,
-        patch_size or old.patch_size,
-        in_chans or old.in_chans,
+        old.kernel_size if kernel_size is None else kernel_size,
+        old.patch_size if patch_size is None else patch_size,
+        old.in_chans if in_chans is None else in_chans,
         len(names),
         old.act,
     )
@@ -181,8 +181,9 @@ def _preprocessing(old: Preprocessing, in_chans: int, img_size: int | None) -> P
     if in_chans != old.in_chans:  # one channel: the colours' mean; three: the grey value thrice
         mean = (sum(mean) / len(mean),) * in_chans
         std = (sum(std) / len(std),) * in_chans
+    side = old.img_size if img_size is None else img_size
     try:
-        return replace(old, img_size=img_size or old.img_size, in_chans=in_chans, mean=mean, std=std)
+        return replace(old, img_size=side, in_chans=in_chans, mean=mean, std=std)
     except ValueError as error:
         raise RequestError(str(error)) from error
 
