@@ -186,7 +186,9 @@ def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...])
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if wrong or state.keys() - own.keys():
         key = wrong[0] if wrong else min(state.keys() - own.keys())
-        raise RequestError(f"the weights in {loaded.source} are of another model ({key} differs): leave --model out")
+        raise RequestError(
+            f"the weights in {loaded.source} are of another model ({key} differs): take theirs with --model auto"
+        )
     model.load_state_dict(state)
 
 
