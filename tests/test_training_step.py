@@ -167,3 +167,24 @@ def test_a_checkpoint_that_cannot_go_on_is_not_saved(tmp_path: Path) -> None:
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
     assert state is not None
     assert all(value.isfinite().all() for value in state["module"]["model"].values())
+
+
+@pytest.mark.parametrize("last", [3, 20])  # in an epoch, and at the end of one
+def test_weights_that_the_last_update_spoilt_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    step = TrainingModule.training_step
+
+    def spoil(module: TrainingModule, batch: Any, number: int) -> None:
+        step(module, batch, number)
+        if module.steps_done == last:
+            next(module.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(TrainingModule, "training_step", spoil)
+    config = Config(model="convmixer_8_1_p1_k3", workers=0, epochs=1, checkpoint_seconds=1e-6)
+    with pytest.raises(FloatingPointError, match=f"weights are not finite after step {last}"):
+        train("digits", config, out=tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assert state["module"]["steps_done"] == last - 1
+    assert not (tmp_path / "run" / "weights").exists()

@@ -220,7 +220,7 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         if self.writes:
-            self._check_loss(float(self.module.loss_sum))  # what cannot go on must not replace what can
+            self._check_finite(float(self.module.loss_sum))  # what cannot go on must not replace what can
             state = {
                 "module": self.module.state(),
                 "rows": self.rows,
@@ -232,10 +232,16 @@ class Run:
             save_checkpoint(self.folder.checkpoints, state)
             self._saved_at = time.monotonic()
 
-    def _check_loss(self, loss: float) -> None:
+    def _check_finite(self, loss: float) -> None:
+        """Raise where the loss is not finite, or the weights: the last update comes after the last loss."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss} at step {self.module.steps_done}: lower lr (now {self.config.lr:g}), "
+                "raise eps or set clip_norm; the checkpoint before is kept"
+            )
+        if not all(torch.isfinite(p).all() for p in self.module.model.parameters()):
+            raise FloatingPointError(
+                f"weights are not finite after step {self.module.steps_done}: lower lr (now {self.config.lr:g}), "
                 "raise eps or set clip_norm; the checkpoint before is kept"
             )
 
@@ -277,7 +283,7 @@ class Run:
         steps = (done - 1) % self.steps_per_epoch + 1
         train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())
         module.loss_sum.zero_()
-        self._check_loss(train_loss)
+        self._check_finite(train_loss)
         average_statistics(module.model)
         copy_from_first(module.evaluated)  # a moving average's statistics: a checkpoint holds the first process's
         found = self._score(self._val_loader)
