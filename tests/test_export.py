@@ -1,9 +1,14 @@
 """Exports agree with the model on real images, carry their meaning, and leave nothing behind when they do not."""
 
+import io
 import json
+import re
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +162,66 @@ def test_a_file_that_is_no_export_is_one_clear_error(tmp_path: Path, suffix: str
         load_exported(path)
     with pytest.raises(RequestError, match="does not exist"):
         load_exported(tmp_path / f"none{suffix}")
+
+
+def rewritten(source: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """Write a .pt2 file again with the contents of its members changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return path
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_a_torch_export_that_would_run_code_is_refused(
+    model: torch.nn.Module, digits: Images, tmp_path: Path
+) -> None:
+    good, mark = tmp_path / "model.pt2", tmp_path / "ran"
+    export_model(model, CLASSES, P, digits, good, "torch")
+    buffer = io.BytesIO()
+    torch.save(Evil(mark), buffer)
+
+    def pickled_weight(name: str, content: bytes) -> bytes:
+        if name.endswith("model_weights_config.json"):
+            return content.replace(b'"use_pickle": false', b'"use_pickle": true', 1)
+        return buffer.getvalue() if name.endswith("weight_0") else content
+
+    def pickled_sample(name: str, content: bytes) -> bytes:
+        return buffer.getvalue() if "sample_inputs" in name else content
+
+    def other_call(name: str, content: bytes) -> bytes:
+        return content.replace(b"torch.ops.aten.gelu.default", b"torch.os.system", 1)
+
+    def evaluated(name: str, content: bytes) -> bytes:
+        if not name.endswith("model.json"):
+            return content
+        code = f"__import__('pathlib').Path('{mark}').touch()"
+        return re.sub(rb'"expr_str": "[^"]+"', f'"expr_str": "{code}"'.encode(), content)
+
+    def compiled(name: str, content: bytes) -> bytes:
+        code = f"__import__('pathlib').Path('{mark}').touch() or True"
+        return content.replace(b'"guards_code": []', f'"guards_code": ["{code}"]'.encode())
+
+    for change in (pickled_weight, other_call, evaluated):
+        with pytest.raises(RequestError, match="could run code"):
+            load_exported(rewritten(good, tmp_path / "evil.pt2", change))
+        assert not mark.exists()
+    images = np.random.default_rng(0).normal(size=(3, 1, 16, 16)).astype(np.float32)
+    for change in (pickled_sample, compiled):  # left out when loading
+        loaded = load_exported(rewritten(good, tmp_path / "evil.pt2", change))
+        np.testing.assert_array_equal(loaded.run(images)[0], load_exported(good).run(images)[0])
+        assert not mark.exists()
+    with zipfile.ZipFile(good, "a") as archive:
+        archive.writestr("model/data/aotinductor/model/a.so", b"")
+    with pytest.raises(RequestError, match="could run code"):
+        load_exported(good)
 
 
 @pytest.mark.parametrize("format", ["onnx", "web"])

@@ -1,14 +1,17 @@
 """Running exported files: ONNX, OpenVINO, torch.export, and the model inside a web folder. Writing them: `export.py`.
 
 An exported file carries its class names and preprocessing, so it is used like weights. ONNX files and web folders are
-run without importing torch. Neither ONNX Runtime nor OpenVINO may call home: telemetry is off before the import.
+run without importing torch. A .pt2 that could run code of its own when loaded is refused. Neither ONNX Runtime nor
+OpenVINO may call home: telemetry is off before the import.
 """
 
 import base64
+import io
 import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,14 @@ from convmixer.preprocess import Preprocessing
 
 Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+# What may stand in a .pt2: PyTorch unpickles, evaluates and looks up by name whatever else does.
+_PT2_MEMBERS = r"(data/weights/\w+|data/constants/tensor_\w+|data/\w+/model_\w+_config\.json"
+_PT2_MEMBERS += r"|data/sample_inputs/model\.pt|models/model\.json|extra/convmixer\.json"
+_PT2_MEMBERS += r"|archive_format|archive_version|byteorder|\.data/\w+)"
+_PT2_CALLS = r"torch\.ops\.aten\.(?!from_file|save|load)\w+(\.\w+)?|torch\.sym_\w+"
+_PT2_CALLS += r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge)"
+_PT2_TYPES = r"builtins\.(tuple|list|dict)|cpu"  # of nested inputs and outputs; of devices
+_PT2_SIZES = r"(Symbol\('\w+'(, \w+=True)*\)|(Integer|Rational|Add|Mul|Pow|FloorDiv|Mod|Max|Min)\(|-?\d+|[,) ])*"
 
 
 @dataclass(frozen=True)
@@ -170,13 +181,72 @@ def _torch(path: Path, threads: int) -> tuple[Run, dict[str, str]]:
     import torch
 
     extra = {"convmixer.json": ""}
-    model = torch.export.load(path, extra_files=extra).module()
+    model = torch.export.load(_without_code(path), extra_files=extra).module()
 
     def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         with torch.inference_mode():
             return _split([part.numpy() for part in model(torch.from_numpy(batch))])
 
     return run, json.loads(extra["convmixer.json"])
+
+
+def _without_code(path: Path) -> io.BytesIO:
+    """Return a copy of a .pt2 file that holds tensors and a graph of PyTorch's operations, and nothing pickled.
+
+    Raises:
+        RequestError: The file holds anything else, which may run code when it is loaded.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as out:
+        for member in archive.namelist():
+            name, content = member.partition("/")[2], archive.read(member)
+            if not re.fullmatch(_PT2_MEMBERS, name):
+                raise _may_run_code(path, member)
+            if name.endswith("_config.json"):
+                entries = json.loads(content)["config"].values()
+                if any(entry["use_pickle"] or not re.fullmatch(r"\w+", entry["path_name"]) for entry in entries):
+                    raise _may_run_code(path, "pickled objects")
+            elif name == "models/model.json":
+                graph = json.loads(content)
+                graph["guards_code"] = []  # checks of the input, which would be compiled
+                _check_graph(graph, path)
+                content = json.dumps(graph).encode()
+            elif name.startswith("data/sample_inputs/"):
+                content = b""  # pickled, and not needed
+            out.writestr(f"model/{name}", content)
+    copy.seek(0)
+    return copy
+
+
+def _check_graph(part: Any, path: Path, key: str = "") -> None:
+    """Drop the notes on where a graph comes from, and refuse texts that an export of ours would not hold.
+
+    Args:
+        part: The graph or a part of it, as JSON.
+        path: The file.
+        key: What the part is called in the graph.
+    """
+    if isinstance(part, dict):
+        if "metadata" in part:
+            part["metadata"] = {}  # sources and classes, which would be looked up
+        for name, value in part.items():
+            _check_graph(name, path)
+            _check_graph(value, path, name)
+    elif isinstance(part, list):
+        for value in part:
+            _check_graph(value, path, key)
+    elif isinstance(part, str) and key in ("in_spec", "out_spec"):
+        _check_graph(json.loads(part), path)
+    elif isinstance(part, str):
+        # most are names, which become Python source: no more than letters, digits, "_" and "."
+        allowed = {"target": _PT2_CALLS, "expr_str": _PT2_SIZES, "torch_version": ".*", "type": _PT2_TYPES}
+        allowed["context"] = r"null|\[\]"
+        if not re.fullmatch(allowed.get(key, r"[\w.]*"), part):
+            raise _may_run_code(path, f"{part[:60]!r}")
+
+
+def _may_run_code(path: Path, what: str) -> RequestError:
+    return RequestError(f"{path} holds {what}, which could run code: write it again with `convmixer export`")
 
 
 def _split(outputs: Any) -> tuple[np.ndarray, np.ndarray | None]:
