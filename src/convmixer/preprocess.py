@@ -70,7 +70,7 @@ class Preprocessing:
             raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct}")
 
 
-def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
+def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False) -> Image.Image:
     """Return an image as 8-bit RGB or grey, upright.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit values keep their upper byte, CMYK and palette
@@ -79,11 +79,13 @@ def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 for mode RGB, 1 for mode L.
+        fast_only: Take no PPM and no compressed BMP, which PIL decodes in Python, byte by byte: a server would do
+            nothing else for many seconds.
 
     Raises:
         ImageError: Not an image, damaged, truncated, or larger than MAX_PIXELS.
     """
-    image = _open(source)
+    image = _open(source, fast_only)
     try:
         with image:  # closes the file, keeps the pixels
             image.load()
@@ -99,13 +101,13 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def read_header(source: Path | bytes) -> tuple[str, tuple[int, int]]:
-    """Return an image's mode and size (width, height) as stored, without decoding it.
+def read_header(source: Path | bytes, fast_only: bool = False) -> tuple[str, tuple[int, int]]:
+    """Return an image's mode and size (width, height) as stored, without decoding it; for `fast_only` see load_image.
 
     Raises:
         ImageError: Not an image, or larger than MAX_PIXELS.
     """
-    with _open(source) as image:
+    with _open(source, fast_only) as image:
         return image.mode, image.size
 
 
@@ -160,15 +162,18 @@ def normalise(image: Image.Image, p: Preprocessing) -> np.ndarray:
     return out
 
 
-def _open(source: Path | bytes) -> Image.Image:
+def _open(source: Path | bytes, fast_only: bool) -> Image.Image:
     try:
         if not (source if isinstance(source, bytes) else source.stat().st_size):
             raise ImageError("the file is empty")
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats(fast_only))
     except Image.UnidentifiedImageError:
         raise ImageError(_named(source, "not an image of a known format")) from None
     except Exception as error:
         raise ImageError(_named(source, error)) from error
+    if fast_only and any(tile[0] in Image.DECODERS for tile in image.tile):  # those written in Python
+        image.close()
+        raise ImageError(_named(source, f"this kind of {image.format} is not taken: send it as PNG"))
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
@@ -177,9 +182,9 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> list[str]:
+def _formats(fast_only: bool) -> list[str]:
     Image.init()  # registers what this build of PIL can read
-    return [name for name in FORMATS if name in Image.OPEN]
+    return [name for name in FORMATS if name in Image.OPEN and not (fast_only and name == "PPM")]
 
 
 def _named(source: Path | bytes, problem: object) -> str:
