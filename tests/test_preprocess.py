@@ -84,6 +84,26 @@ def test_modes(photo: Image.Image, mode: str, in_chans: int) -> None:
     )  # 1: dithered
 
 
+@pytest.mark.parametrize("brightest", [255, 256, 65535, 2**30])
+def test_a_pixel_does_not_depend_on_the_brightest_one(brightest: int) -> None:
+    integers = np.full((4, 4), 100 * 256 + 5, np.int32)
+    integers[0, 0] = brightest
+    seen = np.asarray(load_image(encoded(Image.fromarray(integers), "TIFF"), 1))
+    assert seen[1, 1] == 100
+    assert seen[0, 0] == min(brightest, 65535) >> 8
+    floats = np.full((4, 4), 0.5, np.float32)
+    floats[0] = -1, np.nan, 1, brightest
+    seen = np.asarray(load_image(encoded(Image.fromarray(floats), "TIFF"), 1))
+    assert seen[1, 1] == 127
+    assert seen[0].tolist() == [0, 0, 255, 255]
+
+
+def test_floats_to_255_are_refused() -> None:
+    data = encoded(Image.fromarray(np.full((4, 4), 128, np.float32)), "TIFF")
+    with pytest.raises(ImageError, match="floats go from 0 to 1"):
+        load_image(data)
+
+
 def test_exif_rotation_is_applied(photo: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees

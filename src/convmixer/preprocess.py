@@ -74,7 +74,8 @@ def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False)
     """Return an image as 8-bit RGB or grey, upright.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit values keep their upper byte, CMYK and palette
-    are converted, and of an animation the first frame is taken.
+    are converted, and of an animation the first frame is taken. 32-bit integers count as 16-bit values (so PIL gives
+    some 16-bit files), floats as 0 to 1.
 
     Args:
         source: A file, or the bytes of one.
@@ -83,7 +84,7 @@ def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False)
             nothing else for many seconds.
 
     Raises:
-        ImageError: Not an image, damaged, truncated, or larger than MAX_PIXELS.
+        ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, or floats that are mostly above 1.
     """
     image = _open(source, fast_only)
     try:
@@ -116,7 +117,7 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_bytes_of(np.asarray(image)))
+        image = _to_bytes(image)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = _over_white(image)
     mode = "L" if in_chans == 1 else "RGB"
@@ -193,12 +194,24 @@ def _named(source: Path | bytes, problem: object) -> str:
     return str(reason) if isinstance(source, bytes) else f"{source}: {reason}"
 
 
-def _bytes_of(values: np.ndarray) -> np.ndarray:
-    """Return 32-bit integers (16-bit scans as PIL stores them) or floats (0 to 1, else 0 to 255) as uint8."""
-    if values.dtype.kind == "f":
-        scale = 255.0 if np.nanmax(values) <= 1 else 1.0
-        return np.nan_to_num(values * scale).clip(0, 255).astype(np.uint8)
-    return (values.clip(0, 65535) >> 8).astype(np.uint8) if values.max() > 255 else values.clip(0).astype(np.uint8)
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Return an image of 32-bit integers (0 to 65535) or floats (0 to 1) in 8 bits; what is outside is clipped.
+
+    The range is that of the kind, not of the one image: a pixel must not depend on the brightest one beside it.
+    """
+    out = np.empty((image.height, image.width), np.uint8)
+    too_large = 0
+    rows = max(1, 2**20 // image.width)  # at a time: several copies of all would take gigabytes
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if values.dtype.kind == "f":
+            too_large += int((values > 1).sum())
+            out[top : top + rows] = np.nan_to_num(values * np.float32(255)).clip(0, 255)
+        else:
+            out[top : top + rows] = values.clip(0, 65535) >> 8
+    if 2 * too_large > out.size:
+        raise ImageError("most of its float values are above 1: floats go from 0 to 1, save it with 8 or 16 bits")
+    return Image.fromarray(out)
 
 
 def _over_white(image: Image.Image) -> Image.Image:
