@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -32,6 +33,7 @@ from convmixer.export import Images, export_model
 from convmixer.inference import Classifier, load_classifier
 from convmixer.models.registry import create_model
 from convmixer.preprocess import Preprocessing
+from convmixer.serve import app
 from convmixer.serve.app import Limits, create_app, read_token
 from convmixer.serve.batching import Batcher
 from convmixer.serve.http import Protocol
@@ -93,8 +95,8 @@ class Running:
 
     def __init__(self, classifier: Classifier, limits: Limits, token: str | None = None) -> None:
         protocol = type("Quick", (Protocol,), {"head_seconds": limits.send_seconds})
-        app = create_app(classifier, limits, token)
-        config = uvicorn.Config(app, port=0, http=protocol, ws="none", access_log=False, log_level="critical")
+        application = create_app(classifier, limits, token)
+        config = uvicorn.Config(application, port=0, http=protocol, ws="none", access_log=False, log_level="critical")
         self.socket = config.bind_socket()
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
@@ -424,6 +426,33 @@ def test_bodies_held_are_bounded(classifier: Classifier) -> None:
         slow.sendall(b"1" * 890)
         assert b"422" in slow.recv(100)
         assert server.post(b"2" * 900).status_code == 422
+
+
+def test_pixels_decoded_at_once_are_bounded(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, lock = app.load_image, threading.Lock()
+    pixels, most = 0, [0]
+
+    def load(*args: Any, **options: Any) -> Image.Image:
+        nonlocal pixels
+        image = decode(*args, **options)
+        with lock:
+            pixels += image.width * image.height
+            most.append(pixels)
+        time.sleep(0.05)
+        with lock:
+            pixels -= image.width * image.height
+        return image
+
+    monkeypatch.setattr(app, "load_image", load)
+    monkeypatch.setattr(app, "DECODING_PIXELS", 1000)
+    monkeypatch.setattr(app.os, "cpu_count", lambda: 8)
+    with Running(classifier, Limits()) as server:
+        images = (picture(), picture(size=(40, 40)), *[picture(size=(10, 50))] * 4)  # 480, 1600, 500 pixels
+        body = b"".join(multipart(1, image)[0].removesuffix(b"--b--\r\n") for image in images) + b"--b--\r\n"
+        answer = server.post(body, multipart(1)[1])
+        assert len(answer.json()["predictions"]) == 6
+    assert max(most) == 1600  # the large one alone
+    assert 1000 in most or 980 in most
 
 
 def test_limits_that_would_refuse_everything_are_refused() -> None:

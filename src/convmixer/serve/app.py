@@ -7,9 +7,9 @@
 
 A request holds one image as its body, or up to 32 as multipart parts. Limits (see `Limits`): 16 MiB a body, 50
 million pixels an image, 32 images a request, 256 images waiting, 512 MiB of bodies at once, 10 s to send it, 30 s to
-answer it. Every refusal is JSON: {"error": {"code", "message"}}. Requests that arrive together are computed together.
-Names and paths in a request are never used, and logs hold nothing of an image. What is no HTTP at all gets a plain
-400.
+answer it. No more than 100 million pixels are decoded at once. Every refusal is JSON: {"error": {"code", "message"}}.
+Requests that arrive together are computed together. Names and paths in a request are never used, and logs hold
+nothing of an image. What is no HTTP at all gets a plain 400.
 """
 
 import asyncio
@@ -19,10 +19,11 @@ import io
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,7 @@ STATIC = {
     "api.js": "text/javascript",
     "docs.js": "text/javascript",
 }
+DECODING_PIXELS = 100_000_000  # of all images being decoded at once; a pixel takes up to 12 bytes meanwhile
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 logger = logging.getLogger("convmixer.serve")
 
@@ -192,6 +194,7 @@ class Service:
         self.samples = [data_uri(path.read_bytes()) for path in samples]
         self.decoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="decode")
         self.reading = self.held_bytes = 0
+        self.decoding_pixels, self.decoded = 0, threading.Condition()
         self.metrics = CollectorRegistry()
         name = "convmixer"
         self.requests = Counter(f"{name}_requests", "Requests", ["path", "status"], registry=self.metrics)
@@ -278,12 +281,28 @@ class Service:
             if width * height > self.limits.pixels:
                 text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
                 raise Refusal(413, "too_many_pixels", text)
-            image = resize_and_crop(load_image(file, p.in_chans, fast_only=True), p)
+            with self._room_for(width * height):
+                image = resize_and_crop(load_image(file, p.in_chans, fast_only=True), p)
         except ImageError as error:
             raise Refusal(422, "bad_image", f"image {number} cannot be read: {error}") from None
         if width * height > LARGE_PIXELS:
             _trim_memory()
         return image
+
+    @contextmanager
+    def _room_for(self, pixels: int) -> Iterator[None]:
+        """Wait until an image of this size may be decoded beside the others: small files can hold large images."""
+        with self.decoded:
+            self.decoded.wait_for(
+                lambda: not self.decoding_pixels or self.decoding_pixels + pixels <= DECODING_PIXELS
+            )
+            self.decoding_pixels += pixels
+        try:
+            yield
+        finally:
+            with self.decoded:
+                self.decoding_pixels -= pixels
+                self.decoded.notify_all()
 
     def _prediction(
         self, logits: np.ndarray, maps: np.ndarray | None, seen: Image.Image, topk: int, explain: bool
