@@ -108,7 +108,9 @@ def sample_files(source: str | Path, most: int = 12) -> list[Path]:
         path = Path(__file__).parent / "pretrained" / path.name
     path = path.resolve()
     for home in (path, *path.parents[:3]):
-        if (home / "weights").is_dir() or (home / "config.json").is_file():  # no other folder's samples
+        # no other folder's samples: a project may have a folder `weights`, or a config.json, too
+        run = (home / "weights").is_dir() and (home / "config.yaml").is_file()
+        if run or ((home / "model.safetensors").is_file() and (home / "config.json").is_file()):
             files = sorted(file for file in (home / "samples").glob("*") if file.suffix in (".png", ".jpg", ".jpeg"))
             if files:
                 return files[:most]
