@@ -180,6 +180,41 @@ def test_a_worker_killed_on_this_machine_is_noticed_at_once(url: str) -> None:
     assert queue._study().get_trials(deepcopy=False)[0].user_attrs["pid"] is None
 
 
+def test_a_worker_in_another_container_is_not_robbed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = started(url, 15)
+    _killed_worker(url)  # alive, but in another PID namespace, so that its number is nobody's here
+    readlink = os.readlink
+    other = "pid:[1]"
+    monkeypatch.setattr(os, "readlink", lambda path: other if path == "/proc/self/ns/pid" else readlink(path))
+    queue.recover()
+    assert queue.running() == RUNS[:1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc on this system")
+def test_a_number_that_another_process_has_got_since_is_no_sign_of_life(url: str) -> None:
+    queue = started(url, 15)
+    _killed_worker(url)
+    trial = queue._study().get_trials(deepcopy=False)[0]
+    queue._storage.set_trial_user_attr(trial._trial_id, "pid", os.getpid())
+    queue.recover()
+    assert queue.waiting() == RUNS
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_was_put_back_while_its_worker_lived_is_kept(url: str, fails: bool) -> None:
+    queue = started(url)
+
+    def train(run: str) -> dict[str, Any]:
+        queue._put_back(queue._study().get_trials(deepcopy=False)[0]._trial_id)
+        if fails:
+            raise RuntimeError("no")
+        return record(run)
+
+    assert queue.take(train) == RUNS[0]
+    assert queue.records() == ({} if fails else {RUNS[0]: record(RUNS[0])})
+    assert queue.waiting() == RUNS[1:]
+
+
 def test_a_worker_killed_elsewhere_is_noticed_by_its_heartbeat(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = started(url, 1)
     _killed_worker(url)

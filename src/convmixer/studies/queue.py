@@ -127,8 +127,8 @@ class Queue:
         """Put back what dead workers had: at once on this machine, elsewhere when the heartbeat has stopped."""
         with _one_at_a_time(self.name):
             for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                host, pid = trial.user_attrs.get("host"), trial.user_attrs.get("pid")
-                if host == socket.gethostname() and pid is not None and not _alive(int(pid)):
+                place, pid, started = (trial.user_attrs.get(key) for key in ("place", "pid", "started"))
+                if place == _place() and pid is not None and not _alive(int(pid), started):
                     self._put_back(trial._trial_id)
         optuna.storages.fail_stale_trials(self._study())
 
@@ -153,8 +153,9 @@ class Queue:
                 raise optuna.TrialPruned
             ids.append(trial._trial_id)
             taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))
-            trial.set_user_attr("host", socket.gethostname())
-            trial.set_user_attr("pid", os.getpid())
+            trial.set_user_attr("place", _place())
+            trial.set_user_attr("started", _started(os.getpid()))
+            trial.set_user_attr("pid", os.getpid())  # last: only now is the run judged by these
             return self._train(trial, run, train)
 
         if self.waiting():
@@ -176,8 +177,10 @@ class Queue:
                 self._put_back(trial._trial_id)
             raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
         except Exception as error:
+            self._take_back(trial._trial_id)
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             raise
+        self._take_back(trial._trial_id)
         trial.set_user_attr("record", record)
         return float(record["results"]["test_top1"])
 
@@ -185,6 +188,11 @@ class Queue:
         # without the worker, or the next one's run would look like this one's until it has signed
         self._storage.set_trial_user_attr(trial_id, "pid", None)
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+    def _take_back(self, trial_id: int) -> None:
+        """Go on with a run that another worker has put back although this one lives, and that nobody has taken."""
+        if self._storage.get_trial(trial_id).state == TrialState.WAITING:
+            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
     def _attributes(self) -> dict[str, Any]:
         if self.name not in optuna.get_all_study_names(self._storage):
@@ -217,14 +225,33 @@ def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:
     return trial.params.get("run") or trial.system_attrs.get("fixed_params", {}).get("run")
 
 
-def _alive(pid: int) -> bool:
+def _place() -> str:
+    """Return where a process number holds: the machine and, where the system tells, its boot and PID namespace.
+
+    Containers may share a host name, and each counts its processes from 1.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, in ticks since the boot, or None where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(pid: int, started: str | None) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return started is None or _started(pid) in (None, started)  # not another process that got the number since
 
 
 def _without_password(url: str) -> str:
