@@ -41,3 +41,11 @@ def test_command_prints_json_and_advice(capsys: pytest.CaptureFixture[str]) -> N
 def test_bad_requests_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits", "--batch-size", "5", "--grad-accum", "2"]) == 2
     assert "multiple of grad_accum" in capsys.readouterr().err
+
+
+def test_json_has_null_for_what_is_not_finite(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convmixer.info.info", lambda: {"loss": float("nan"), "rows": [(1.5, float("inf"))]})
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [[1.5, None]]}

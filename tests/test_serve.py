@@ -415,6 +415,15 @@ def test_a_failing_model_is_a_500_that_is_counted(classifier: Classifier) -> Non
         assert 'convmixer_requests_total{path="/v1/predict",status="500"} 1.0' in metrics
 
 
+def test_an_answer_that_is_not_a_number_is_500(classifier: Classifier) -> None:
+    def logits(batch: np.ndarray) -> np.ndarray:
+        return np.full((len(batch), 3), np.nan, np.float32)
+
+    with Running(dataclasses.replace(classifier, logits=logits, with_maps=None), Limits()) as server:
+        answer = server.post(picture())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "not_a_number")
+
+
 def test_bodies_held_are_bounded(classifier: Classifier) -> None:
     limits = Limits(body_bytes=1000, held_bytes=1500, send_seconds=5)
     with Running(classifier, limits) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -44,8 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         return _fail(args, error, 1)
     if args.json:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(_finite(result)), flush=True)
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """Return a result with None for numbers that are not finite: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
@@ -74,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Command, doc: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
-        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line (null for NaN)")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(handler=run)
         return sub

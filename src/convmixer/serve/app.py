@@ -158,6 +158,7 @@ _REFUSALS = {
     413: "too many bytes, pixels or images",
     415: "not an image type",
     422: "not a readable image, or a bad parameter",
+    500: "the model failed, or its answer is not a number",
     503: "busy; see Retry-After",
     504: "no answer in time",
 }
@@ -308,6 +309,8 @@ class Service:
         self, logits: np.ndarray, maps: np.ndarray | None, seen: Image.Image, topk: int, explain: bool
     ) -> Prediction:
         probabilities = softmax(logits[None])[0]
+        if not np.isfinite(probabilities).all():
+            raise Refusal(500, "not_a_number", "the model's answer is not a number: are its weights damaged?")
         order = np.argsort(-probabilities, kind="stable")[:topk]
         evidence = None
         if explain:
