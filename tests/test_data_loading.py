@@ -1,15 +1,22 @@
 """Loaders: exact order and augmentation for any number of workers and processes, resume, reading all once."""
 
+import io
 import os
+import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from convmixer.config import Config
-from convmixer.data.datasets import DataSplits, load_data
+from convmixer.data.datasets import DataSplits, ImageSet, load_data
 from convmixer.data.loader import eval_loader, train_loader
+from convmixer.data.sources import Arrays
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
+from convmixer.preprocess import ImageError
 
 CONFIG = Config(scale=(0.5, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.2)
 
@@ -100,3 +107,34 @@ def test_workers_give_way_to_the_training(digits: DataSplits) -> None:
     images, _ = next(iter(train_loader(digits.train, niceness, batch_size=4, seed=0, workers=1)))
     assert images.tolist() == [19] * 4
     assert os.nice(0) == before
+
+
+class Damaged(Arrays):
+    """Images of which the first cannot be decoded."""
+
+    def image(self, index: int, in_chans: int) -> Image.Image:
+        if index == 0:
+            raise ImageError("damaged")
+        return super().image(index, in_chans)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_waits_for_no_lock_that_it_was_forked_with(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A worker names an unreadable image while a thread of the training draws the progress, through the same lock."""
+    drawing = threading.Lock()
+
+    class Progress(io.StringIO):
+        def write(self, text: str) -> int:
+            with drawing:
+                return super().write(text)
+
+    source = Damaged(np.zeros((4, 8, 8), np.uint8), ["one", "two", "three", "four"])
+    images = ImageSet(source, np.zeros(4), ["x", "y"], in_chans=1, max_bad=1)
+    loader = eval_loader(images, lambda _: torch.zeros(1), batch_size=4, workers=1)
+    monkeypatch.setattr(sys, "stderr", Progress())
+    with drawing:
+        batch, _ = next(iter(loader))
+    assert len(batch) == 3
+    assert "unreadable image left out: one: damaged" in capfd.readouterr().err

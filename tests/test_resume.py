@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from convmixer.config import override
@@ -123,6 +125,7 @@ def test_the_weights_it_began_from_may_be_gone(tmp_path: Path, monkeypatch: pyte
 def test_a_kill_while_writing_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import torch
+from PIL import Image
 from pathlib import Path
 from convmixer.models.weights import load_model
 from convmixer.recipes import load_recipe
@@ -160,3 +163,21 @@ def test_an_unwritable_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(tmp_path, {"step": 2, "bad": lambda: None})
     assert load_checkpoint(tmp_path) == {"step": 1}
+
+
+def test_unreadable_images_that_stopped_a_run_can_be_allowed(tmp_path: Path) -> None:
+    """Damage behind a good header shows only while training; the run's other settings and images stay."""
+    noise = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    for i in range(10):
+        file = tmp_path / "data" / "a" / f"{i}.png"
+        file.write_bytes(file.read_bytes()[:200])
+    config = override(load_recipe("finetune"), {"model": "convmixer_16_1_p4_k3", "epochs": 1, "batch_size": 8})
+    with pytest.raises(RequestError, match="of 40 images cannot be read"):
+        train(str(tmp_path / "data"), config, out=tmp_path / "run")
+    assert resume(tmp_path / "run", max_bad_fraction=0.5)["epochs"] == 1
+    assert "max_bad_fraction: 0.5" in (tmp_path / "run" / "config.yaml").read_text()

@@ -156,13 +156,17 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.train.run import resume, train
 
     if args.resume:
-        given = ["--" + key.removeprefix("set_").replace("_", "-") for key in vars(args) if key.startswith("set_")]
+        settings = [key for key in vars(args) if key.startswith("set_") and key != "set_max_bad_fraction"]
+        given = ["--" + key.removeprefix("set_").replace("_", "-") for key in settings]
         given += [f"--{key}" for key in ("recipe", "config", "out") if getattr(args, key) is not None]
         if given:
             raise RequestError(
                 f"--resume goes on with the settings of {args.resume}: leave out {' and '.join(given)}"
             )
-        return resume(args.resume, args.data)
+        allowed = getattr(args, "set_max_bad_fraction", None)
+        if allowed is not None:
+            allowed = override(Config(), {"max_bad_fraction": allowed}).max_bad_fraction
+        return resume(args.resume, args.data, max_bad_fraction=allowed)
     args.data = args.data or "digits"
     name, recipe, config = _settings(args)
     return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name)

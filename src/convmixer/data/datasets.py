@@ -312,7 +312,7 @@ def _too_many(bad: Sequence[str], total: int, count: int | None = None) -> Reque
     count = count or len(bad)
     return RequestError(
         f"{count} of {total} images cannot be read, more than max_bad_fraction allows: "
-        f"{'; '.join(bad[:5])}{' ...' if count > len(bad[:5]) else ''}"
+        f"{'; '.join(bad[:5])}{' ...' if count > len(bad[:5]) else ''}; remove them, or raise it"
     )
 
 

@@ -1,6 +1,7 @@
 """Loaders: batches of transformed images, for training (endless, keyed by the global step) and for evaluation."""
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -129,8 +130,10 @@ def _start_worker(worker: int, yields: bool) -> None:
 
     It leaves the process group: what stops the group (Ctrl-C, `timeout`) is for the process that trains, which still
     needs its workers to end cleanly. On a CPU it gives way to that process: one of its threads interrupted is all of
-    them waiting.
+    them waiting. What it says goes through streams of its own: those it was forked with may hold a lock that a thread
+    of that process had at the time, such as the one that draws the progress, and would hold it for ever.
     """
+    sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, errors="replace", closefd=False) for file in (1, 2))
     if os.name == "posix":
         os.setpgid(0, 0)
         if yields:

@@ -83,7 +83,9 @@ def train(
         return run.to_the_end()
 
 
-def resume(path: Path, data: str | None = None, device: str | None = None) -> dict[str, Any]:
+def resume(
+    path: Path, data: str | None = None, device: str | None = None, max_bad_fraction: float | None = None
+) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
     On the same machine the weights end up as without the stop, bit for bit. A finished run is not touched: its result
@@ -93,6 +95,7 @@ def resume(path: Path, data: str | None = None, device: str | None = None) -> di
         path: The run folder.
         data: Where its data are here; None: where they were.
         device: Where to compute; None: where it was.
+        max_bad_fraction: Share of unreadable images from now on; None: as it was. A run may have met more than thought.
 
     Raises:
         RequestError: The folder is no run, its data have changed, or no checkpoint can be read.
@@ -102,8 +105,12 @@ def resume(path: Path, data: str | None = None, device: str | None = None) -> di
     if folder.record.exists():
         print(f"{path} is finished already")
         return _summary(folder, records.read(folder.record)[-1].results)
+    if max_bad_fraction is not None:
+        contents["settings"]["max_bad_fraction"] = max_bad_fraction
     config = override(Config(), contents["settings"] | ({"device": device} if device else {}))
     with _processes(config):
+        if max_bad_fraction is not None and rank() == 0:
+            folder.write_config(contents)
         state = load_checkpoint(folder.checkpoints)
         build = (contents["build"]["name"], contents["build"]["arguments"])
         known = Preprocessing(**contents["preprocessing"]) if state else None
