@@ -241,6 +241,25 @@ def test_the_time_left_counts_what_is_done(whole: Path, tmp_path: Path) -> None:
         assert runner._estimate("none-seed1") == expected
 
 
+def test_failed_runs_are_exit_status_1_after_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = Runner.train
+
+    def failing(runner: Runner, run: str) -> dict[str, Any]:
+        if not run.startswith("none"):
+            return train(runner, run)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Runner, "train", failing)
+    out = tmp_path / "study"
+    assert main(["compare", str(tiny(tmp_path, seeds=[0])), "digits", "--out", str(out), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["none-seed0"]
+    assert "RuntimeError: no" in (out / "report.html").read_text()
+    monkeypatch.undo()
+    assert main(["compare", str(tmp_path / "tiny.yaml"), "digits", "--out", str(out), "--resume"]) == 0
+
+
 def test_a_study_does_not_go_on_with_other_data(whole: Path, tmp_path: Path) -> None:
     study, other, out = str(tiny(tmp_path)), tmp_path / "digits", tmp_path / "out"
     shutil.copytree(whole, out)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args, error, 1)
     if args.json:
         print(json.dumps(_finite(result)), flush=True)
-    return 0
+    return 1 if result.get("failed") else 0  # a study writes its report of what did not fail
 
 
 def _finite(value: Any) -> Any:
