@@ -1,9 +1,13 @@
 """`info` says what runs here, with and without kernels; `--version` the version alone."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
-from convmixer import __version__
+from convmixer import __version__, records
 from convmixer.cli import main
 from convmixer.info import info
 from convmixer.kernels import available
@@ -27,3 +31,20 @@ def test_version_alone(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert done.value.code == 0
     assert capsys.readouterr().out == f"convmixer {__version__}\n"
+
+
+def test_the_commit_is_the_package_s_own_not_that_of_a_project_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    file = tmp_path / "records.py"
+    file.touch()
+    monkeypatch.setattr(records, "__file__", str(file))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    assert records.commit() is None
+    git("add", "records.py")
+    git("commit", "-q", "-m", "the package")
+    assert re.fullmatch(r"[0-9a-f]{12,}", records.commit() or "")

@@ -123,10 +123,17 @@ def read(path: Path) -> list[RunRecord]:
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree with "-dirty" where it has changes, or None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the commit of the source tree with "-dirty" where it has changes, or None outside a checkout.
+
+    An installed package may lie inside somebody's project: that project's commit says nothing of it.
+    """
+    own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        for command in (own, describe):
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            if done.returncode:
+                return None
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
