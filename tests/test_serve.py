@@ -380,6 +380,12 @@ def test_a_taken_port_is_one_clear_error(weights: Path, server: Server) -> None:
     assert "is the port taken?" in done.stderr
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+    with pytest.raises(RequestError, match="from 0 to 65535"):
+        app.serve("none", port=port)
+
+
 def test_a_failing_model_is_500_for_its_requests_and_the_queue_goes_on() -> None:
     async def scenario() -> list[str]:
         def compute(batch: np.ndarray, explain: bool) -> tuple[np.ndarray, None]:

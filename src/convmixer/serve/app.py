@@ -533,6 +533,8 @@ def serve(
         RequestError: The weights cannot be loaded, or the address cannot be listened on.
     """
     limits = limits or Limits()
+    if not 0 <= port <= 65535:
+        raise RequestError(f"the port must be from 0 to 65535, not {port}")
     classifier = load_classifier(weights, precision)
     samples = sample_files(str(classifier.describe["source"]))
     app = create_app(classifier, limits, token, samples)
