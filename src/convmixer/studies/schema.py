@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from convmixer.config import Config, difference, override
+from convmixer.config import Config, difference, override, parse_seconds
 from convmixer.errors import RequestError, unknown
 from convmixer.results.study import SPEEDS
 from convmixer.studies.arms import check_sizes
@@ -183,7 +183,7 @@ def parse(name: str, raw: Any) -> Study:
         arms=arms,
         claims=tuple(_claim(claim, arms) for claim in _list(values["claims"], "claims")),
         match=_match(values["match"], arms) if values.get("match") else None,
-        budget=values.get("budget"),
+        budget=_budget(values.get("budget")),
         unequal=unequal,
         notes=str(values.get("notes", "")).strip(),
     )
@@ -244,7 +244,7 @@ def _match(raw: Any, arms: Mapping[str, Arm]) -> Match:
         ("match: solve", match.solve, ("dim", "depth")),
         ("match: like, an arm", match.like, arms),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise unknown(kind, str(value), known)
     if not isinstance(match.tolerance, float) or not 0 < match.tolerance < 1:
         raise RequestError(f"match: tolerance must be a share between 0 and 1, not {match.tolerance!r}")
@@ -262,21 +262,45 @@ def _claim(raw: Any, arms: Mapping[str, Arm]) -> Claim:
         ("relation", claim.relation, RELATIONS),
         ("measure", claim.measure, MEASURES),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise unknown(kind, str(value), known)
-    if isinstance(claim.matters, bool) or not isinstance(claim.matters, (int, float)) or claim.matters < 0:
+    _text(claim.says, "says of a claim")
+    _text(claim.settings, "settings of a claim")
+    if not _is_number(claim.matters) or not claim.matters >= 0:
         raise RequestError(f"matters must be a number of at least 0, not {claim.matters!r}")
     if claim.first == claim.second:
         raise RequestError(f"a claim compares two arms, not {claim.first} with itself")
     if claim.paper:
         _keys(_mapping(claim.paper, "paper"), "key of paper", ("says", "source", "difference"))
         _need(claim.paper, "paper", ("says", "source"))
+        _text(claim.paper["says"], "says of paper")
+        _text(claim.paper["source"], "source of paper")
+        if "difference" in claim.paper and not _is_number(claim.paper["difference"]):
+            raise RequestError(f"difference of paper must be a number, not {claim.paper['difference']!r}")
     return claim
+
+
+def _budget(raw: Any) -> str | None:
+    if raw is not None:
+        try:
+            parse_seconds(raw if isinstance(raw, str) else "")
+        except RequestError:
+            raise RequestError(f"budget must be a time such as 30m or 2h, not {raw!r}") from None
+    return raw
+
+
+def _text(raw: Any, what: str) -> None:
+    if not isinstance(raw, str):
+        raise RequestError(f"{what} must be text, not {raw!r}: write it in quotes, or leave the line out")
+
+
+def _is_number(raw: Any) -> bool:
+    return isinstance(raw, (int, float)) and not isinstance(raw, bool)
 
 
 def _seeds(raw: Any) -> tuple[int, ...]:
     seeds = _list(raw, "seeds")
-    if not seeds or len(set(seeds)) != len(seeds) or not all(type(s) is int and s >= 0 for s in seeds):
+    if not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) != len(seeds):
         raise RequestError(f"seeds must be different whole numbers of at least 0, not {raw!r}")
     return tuple(seeds)
 
