@@ -231,6 +231,9 @@ def test_the_time_left_counts_what_is_done(whole: Path, tmp_path: Path) -> None:
     metrics.parent.mkdir(parents=True)
     metrics.write_text("epoch,train_loss\n1.0,2.0\n")  # of two epochs
     assert runner._estimate("none-seed0") == probed / 2
+    study.arms["none"].recipe["epochs"] = 4  # of its own, as `unequal` allows
+    assert runner._estimate("none-seed0") == probed * 3 / 4
+    del study.arms["none"].recipe["epochs"]
     assert Runner(study, "digits", queue, tmp_path, math.inf, whole)._estimate("none-seed0") == 0
     elsewhere, here = (json.loads((whole / "records.jsonl").read_text().splitlines()[0]) for _ in range(2))
     elsewhere["results"] |= {"arm": "none", "seconds": 1e6}

@@ -248,7 +248,7 @@ class Runner:
 
     def _estimate(self, run: str) -> float:
         """Return the seconds a run will still take: as its arm's finished ones on this machine, or as the probe."""
-        arm = self.of_run[run][0]
+        arm, seed = self.of_run[run]
         if self._elsewhere(run):
             return 0.0
         same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
@@ -256,7 +256,7 @@ class Runner:
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
         metrics = self.out / "runs" / run / "metrics.csv"
         epochs = [row["epoch"] for row in _history(metrics)] if metrics.exists() else []
-        return whole * (1 - max(epochs, default=0.0) / self.plan["recipe"]["epochs"])
+        return whole * (1 - max(epochs, default=0.0) / self.study.config(arm, seed).epochs)
 
     def _say_next(self, run: str) -> None:
         done, total = len(self.queue.records()), len(self.plan["runs"])
