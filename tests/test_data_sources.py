@@ -604,5 +604,5 @@ def test_damage_in_several_splits_is_counted_together(tmp_path: Path, workers: i
     assert [Path(name).name for images in sets for name in images.failed] == ["05.jpg", "25.jpg", "45.jpg"]
     half = sets[0].subset(np.arange(10))
     assert [half.name(i) for i in range(10) if half.read(i) is None] == half.failed
-    with pytest.raises(RequestError, match=r"^4 of 60 images cannot be read, more than .*45\.jpg.* \.\.\.$"):
+    with pytest.raises(RequestError, match=r"^4 of 60 images cannot be read, more than .*45\.jpg.* \.\.\.; "):
         read(3)

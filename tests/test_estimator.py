@@ -52,7 +52,7 @@ def test_the_run_can_be_kept(tmp_path: Path) -> None:
     assert model.predict(files[:3]).dtype == model.classes_.dtype
 
 
-@pytest.mark.parametrize(("dtype", "white"), [(np.int32, 255), (np.int32, 65535), (np.uint16, 65535)])
+@pytest.mark.parametrize(("dtype", "white"), [(np.int32, 65535), (np.uint16, 65535)])
 def test_wide_integers_are_trained_on_as_they_are_predicted(tmp_path: Path, dtype: type, white: int) -> None:
     scans = load_digits()
     wide = [Image.fromarray(np.round(pixels * white / 16).astype(dtype)) for pixels in scans.images[:60]]

@@ -104,6 +104,14 @@ def test_floats_to_255_are_refused() -> None:
         load_image(data)
 
 
+def test_32_bit_integers_to_255_are_refused() -> None:
+    """They would be black as 16-bit values, and may be meant as 8-bit ones; a black image stays black."""
+    with pytest.raises(ImageError, match="below 256"):
+        load_image(encoded(Image.fromarray(np.full((4, 4), 200, np.int32)), "TIFF"))
+    black = load_image(encoded(Image.fromarray(np.zeros((4, 4), np.int32)), "TIFF"), 1)
+    assert not np.asarray(black).any()
+
+
 def test_exif_rotation_is_applied(photo: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees

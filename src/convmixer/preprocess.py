@@ -84,7 +84,8 @@ def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False)
             nothing else for many seconds.
 
     Raises:
-        ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, or floats that are mostly above 1.
+        ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, floats that are mostly above 1, or 32-bit
+            integers that are all below 256.
     """
     image = _open(source, fast_only)
     try:
@@ -200,7 +201,7 @@ def _to_bytes(image: Image.Image) -> Image.Image:
     The range is that of the kind, not of the one image: a pixel must not depend on the brightest one beside it.
     """
     out = np.empty((image.height, image.width), np.uint8)
-    too_large = 0
+    too_large = brightest = 0
     rows = max(1, 2**20 // image.width)  # at a time: several copies of all would take gigabytes
     for top in range(0, image.height, rows):
         values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
@@ -209,8 +210,11 @@ def _to_bytes(image: Image.Image) -> Image.Image:
             out[top : top + rows] = np.nan_to_num(values * np.float32(255)).clip(0, 255)
         else:
             out[top : top + rows] = values.clip(0, 65535) >> 8
+            brightest = max(brightest, int(values.max()))
     if 2 * too_large > out.size:
         raise ImageError("most of its float values are above 1: floats go from 0 to 1, save it with 8 or 16 bits")
+    if 0 < brightest < 256:
+        raise ImageError("all of its 32-bit values are below 256, black as 16-bit values: save it with 8 bits")
     return Image.fromarray(out)
 
 
