@@ -84,8 +84,8 @@ def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False)
             nothing else for many seconds.
 
     Raises:
-        ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, floats that are mostly above 1, or 32-bit
-            integers that are all below 256.
+        ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, floats that are mostly above 1, or
+            32-bit integers that are all below 256.
     """
     image = _open(source, fast_only)
     try:

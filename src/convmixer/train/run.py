@@ -95,7 +95,7 @@ def resume(
         path: The run folder.
         data: Where its data are here; None: where they were.
         device: Where to compute; None: where it was.
-        max_bad_fraction: Share of unreadable images from now on; None: as it was. A run may have met more than thought.
+        max_bad_fraction: Share of unreadable images from now on; None: as it was.
 
     Raises:
         RequestError: The folder is no run, its data have changed, or no checkpoint can be read.
