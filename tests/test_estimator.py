@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
 
 from convmixer import ConvMixerClassifier
 from convmixer.data.datasets import load_data
@@ -68,6 +69,8 @@ def test_parameters() -> None:
     model = clone(ConvMixerClassifier(epochs=3).set_params(lr=0.1, recipe="digits"))
     assert model.get_params() == {"recipe": "digits", "out": None, "epochs": 3, "lr": 0.1}
     images = np.zeros((4, 8, 8), np.uint8)
+    with pytest.raises(NotFittedError):
+        model.predict(images)
     with pytest.raises(RequestError, match="4 images but 3 labels"):
         model.fit(images, [0, 1, 0])
     for labels in (["a", "a ", "b", "b"], ["", "", "b", "b"]):

@@ -128,6 +128,13 @@ def test_the_command(digits_weights: Path, tmp_path: Path, capsys: pytest.Captur
         "--classes a,b --num-classes 3",
     ):
         assert cli.main(["convert", str(digits_weights), "--out", str(tmp_path / "bad"), *bad.split()]) == 2
+
+
+def test_weights_are_not_written_into_a_run(digits_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RequestError, match="is a run"):
+        convert(digits_weights, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     assert not (tmp_path / "bad").exists()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
 
 from convmixer.config import override
 from convmixer.errors import RequestError
@@ -81,7 +82,12 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X: Images) -> np.ndarray:
-        """Return the probability of each class, (N, classes) in the order of `classes_`."""
+        """Return the probability of each class, (N, classes) in the order of `classes_`.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+        """
+        check_is_fitted(self)
         names = {str(label): i for i, label in enumerate(self.classes_)}
         found = np.zeros((len(X), len(names)))
         for start in range(0, len(X), BATCH):
@@ -93,7 +99,8 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Images) -> np.ndarray:
         """Return the likeliest label of each image, (N,)."""
-        labels: np.ndarray = self.classes_[self.predict_proba(X).argmax(axis=1)]
+        likeliest = self.predict_proba(X).argmax(axis=1)
+        labels: np.ndarray = self.classes_[likeliest]
         return labels
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

@@ -40,8 +40,10 @@ def convert(
         "weights" (the folder), "found" (what the source was), "changes" (one line each), "parameters".
 
     Raises:
-        RequestError: The source cannot be loaded or not be changed this way.
+        RequestError: The source cannot be loaded or not be changed this way, or `out` is a run.
     """
+    if (out / "config.yaml").exists():
+        raise RequestError(f"{out} is a run, which keeps weights of its own: choose another --out")
     loaded = load_model(source)
     new, changes = resize(loaded, patch_size, kernel_size, num_classes, classes, in_chans, img_size)
     made = {"converted": {"source": str(source), "changes": changes}} if changes else {}
