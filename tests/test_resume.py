@@ -125,9 +125,7 @@ def test_the_weights_it_began_from_may_be_gone(tmp_path: Path, monkeypatch: pyte
 def test_a_kill_while_writing_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import torch
-from PIL import Image
 from pathlib import Path
-from convmixer.models.weights import load_model
 from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import save_checkpoint
 for step in range(10**6):

@@ -95,7 +95,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             self.marks[place] = 1
             print(f"unreadable image left out: {_told(self.name(index), error)}", file=sys.stderr, flush=True)
         if (count := int(self.marks.sum())) > self.max_bad:
-            raise _too_many(self.failed, len(self.marks), count)
+            raise _too_many(count, len(self.marks), self.failed)
 
     @property
     def failed(self) -> list[str]:
@@ -178,7 +178,7 @@ def load_data(
     bad = [_told(found.splits[s][0].name(i), h) for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
     total = sum(len(scan) for scan in scans.values())
     if not headers or len(bad) > max_bad_fraction * total:
-        raise _too_many(bad, total)
+        raise _too_many(len(bad), total, bad)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
     notes = list(found.notes)
@@ -307,12 +307,11 @@ def _marks(bad: Sequence[bool]) -> torch.Tensor:
     return torch.tensor(bad, dtype=torch.uint8).share_memory_()
 
 
-def _too_many(bad: Sequence[str], total: int, count: int | None = None) -> RequestError:
-    """Return the error that names some of the bad images; `count` where there are more than those in `bad`."""
-    count = count or len(bad)
+def _too_many(count: int, total: int, names: Sequence[str]) -> RequestError:
+    """Return the error that `count` images of the data are bad, with some of the names that are known."""
     return RequestError(
         f"{count} of {total} images cannot be read, more than max_bad_fraction allows: "
-        f"{'; '.join(bad[:5])}{' ...' if count > len(bad[:5]) else ''}; remove them, or raise it"
+        f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise it"
     )
 
 

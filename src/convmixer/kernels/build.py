@@ -90,9 +90,8 @@ def cache_folder() -> Path:
 def flags(version: str) -> list[str]:
     """Return the flags for the compiler that calls itself `version`. No fast-math: NaN, Inf and all sums stay."""
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
-    march = VARIANTS.get(target(), [])
-    if target() != "scalar":
-        march = [f"{option}={'native' if march else target()}", *march]
+    march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
+    march += VARIANTS.get(target(), [])
     shape = ["-fno-math-errno", "-fno-trapping-math"]
     if "clang" not in version:  # it turns the unrolled sums of a convolution into register moves and spills
         shape.append("-fno-predictive-commoning")

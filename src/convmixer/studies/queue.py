@@ -125,10 +125,11 @@ class Queue:
 
     def recover(self) -> None:
         """Put back what dead workers had: at once on this machine, elsewhere when the heartbeat has stopped."""
+        here = _place()
         with _one_at_a_time(self.name):
             for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 place, pid, started = (trial.user_attrs.get(key) for key in ("place", "pid", "started"))
-                if place == _place() and pid is not None and not _alive(int(pid), started):
+                if place == here and pid is not None and not _alive(int(pid), started):
                     self._put_back(trial._trial_id)
         optuna.storages.fail_stale_trials(self._study())
 

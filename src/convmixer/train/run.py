@@ -242,15 +242,14 @@ class Run:
     def _check_finite(self, loss: float) -> None:
         """Raise where the loss is not finite, or the weights: the last update comes after the last loss."""
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss is {loss} at step {self.module.steps_done}: lower lr (now {self.config.lr:g}), "
-                "raise eps or set clip_norm; the checkpoint before is kept"
-            )
-        if not all(torch.isfinite(p).all() for p in self.module.model.parameters()):
-            raise FloatingPointError(
-                f"weights are not finite after step {self.module.steps_done}: lower lr (now {self.config.lr:g}), "
-                "raise eps or set clip_norm; the checkpoint before is kept"
-            )
+            what = f"the training loss is {loss} at step {self.module.steps_done}"
+        elif not all(torch.isfinite(p).all() for p in self.module.model.parameters()):
+            what = f"weights are not finite after step {self.module.steps_done}"
+        else:
+            return
+        raise FloatingPointError(
+            f"{what}: lower lr (now {self.config.lr:g}), raise eps or set clip_norm; the checkpoint before is kept"
+        )
 
     def _exit(self, how: str) -> NoReturn:
         number = self.signals.received or signal.SIGTERM  # the signal may have been another process's

@@ -8,7 +8,6 @@
 // dot-product instruction then does two taps. It multiplies exactly and adds in float, as the plain tile does.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 
 #include "memory.h"
 #include "vec.h"
@@ -75,8 +74,8 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
     float* plane = out + c0 * taps;
     for (int ky = 0; ky + 1 < K; ky += 2)  // a pair takes the place of its first row, so rows 1, 3, ... fall free
       for (int kx = 0; kx < K; kx++) {
-        const vu low = (vu)load(plane + (ky * K + kx) * L), high = (vu)load(plane + ((ky + 1) * K + kx) * L);
-        store(plane + (ky * K + kx) * L, (vf)((low >> 16) | (high & 0xffff0000u)));
+        float *first = plane + (ky * K + kx) * L, *second = first + K * L;
+        store(first, pair_of(narrow(load(first)), narrow(load(second))));
       }
   }
 }
