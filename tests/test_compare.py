@@ -111,6 +111,17 @@ def test_a_killed_study_resumes_to_the_same_numbers(whole: Path, tmp_path: Path)
     assert "run 1 of 4" not in said  # nothing that was done is repeated
 
 
+def test_a_folder_without_its_queue_goes_on_from_its_records(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "queue.db").unlink()
+    lines = (whole / "records.jsonl").read_text().splitlines(keepends=True)
+    (out / "records.jsonl").write_text("".join(lines[:3]))
+    found = compare(str(tiny(tmp_path)), "digits", out, resume=True, budget="0.001s")
+    assert found["missing"] == [json.loads(lines[3])["name"]]
+    assert (out / "records.jsonl").read_text() == "".join(lines[:3])
+
+
 def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> None:
     arms = yaml.safe_load(tiny(tmp_path).read_text())["arms"]
     arms = {"convolution": arms["depthwise"], "wider": arms["none"] | {"dim": 36, "fixed": True}}
@@ -124,7 +135,7 @@ def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> 
         assert ours[f"convolution-seed{seed}"] == theirs[f"depthwise-seed{seed}"]
     assert not (out / "runs" / "convolution-seed0").exists()
     assert (out / "runs" / "wider-seed0").exists()
-    assert (out / "pictures" / "convolution-kernels.png").exists()
+    assert f"({os.path.relpath(whole, out)}/pictures/depthwise-kernels.png)" in (out / "report.md").read_text()
     assert main(["verify", str(out / "records.jsonl"), "--data", "digits", "--run", "convolution-seed1"]) == 0
     assert "convolution-seed0 is depthwise-seed0 of the study tiny" in (out / "report.md").read_text()
 

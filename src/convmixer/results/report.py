@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     parts += [_table(("", ""), _facts(results)), "### Shared recipe", _table(("setting", "value"), _recipe(plan))]
     drawn = [(title, path) for title, path in _weight_pictures(results)]
     parts += ["## Filters and kernels"] if drawn else []
-    parts += [f"![{title}](pictures/{path.name})" for title, path in drawn]
+    parts += [f"![{title}]({os.path.relpath(path, results.folder)})" for title, path in drawn]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -308,9 +309,10 @@ def _embedded(path: Path, title: str) -> str:
 def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:
     kinds = {"filters": "filters of the first convolution", "kernels": "depthwise kernels by layer"}
     seed = results.plan["seeds"][0]
-    return [
-        (f"{arm['label']}, seed {seed}: {what}", path)
-        for name, arm in results.plan["arms"].items()
-        for kind, what in kinds.items()
-        if (path := results.folder / "pictures" / f"{name}-{kind}.png").exists()
-    ]
+    found = []
+    for name, arm in results.plan["arms"].items():
+        folder, there = results.weights_of(name, seed) or (results.folder, name)
+        for kind, what in kinds.items():
+            if (path := folder / "pictures" / f"{there}-{kind}.png").exists():
+                found.append((f"{arm['label']}, seed {seed}: {what}", path))
+    return found

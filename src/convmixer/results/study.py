@@ -72,6 +72,17 @@ class StudyResults:
             return {i: float(turn[measure]) for i, turn in enumerate(self.plan["probes"][arm]["rounds"])}
         return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
 
+    def weights_of(self, arm: str, seed: int) -> tuple[Path, str] | None:
+        """Return the study folder that holds the weights of a run, and the arm's name there; None if it has not ended.
+
+        A run that was reused from another study has its weights, and the pictures of them, in that study's folder.
+        """
+        record = next((record for record in self.of_arm(arm) if record.seed == seed), None)
+        if record is None or "weights" not in record.results:
+            return None
+        weights = self.folder / record.results["weights"]  # STUDY/runs/ARM-seedN/weights/best
+        return weights.parents[3], weights.parts[-3].rpartition("-seed")[0]
+
     def rows(self) -> list[ArmRow]:
         """Return the table of arms, in the study's order."""
         return [self._row(name, arm) for name, arm in self.plan["arms"].items()]

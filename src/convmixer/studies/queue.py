@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,25 @@ class Queue:
         """Return whether the study was started in this database, to the end of `start`."""
         return "plan" in self._attributes()
 
-    def start(self, runs: list[str], plan: dict[str, Any]) -> None:
-        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists is left as it is."""
+    def start(self, runs: list[str], plan: dict[str, Any], done: Mapping[str, Record] | None = None) -> None:
+        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists is left as it is.
+
+        Args:
+            runs: Names of all runs.
+            plan: What every worker needs to know.
+            done: Run name -> record of the runs that have ended already: they are kept, not enqueued.
+        """
         if self.exists():
             return
+        done = done or {}
         if self.name in optuna.get_all_study_names(self._storage):  # killed in the middle of the lines below
             optuna.delete_study(study_name=self.name, storage=self._storage)
         study = optuna.create_study(storage=self._storage, study_name=self.name, direction="maximize")
         for run in runs:
-            study.enqueue_trial({"run": run})
+            if run in done:
+                study.add_trial(_finished(run, runs, done[run]))
+            else:
+                study.enqueue_trial({"run": run})
         study.set_user_attr("runs", runs)
         study.set_user_attr("heartbeat_seconds", self.heartbeat_seconds)
         study.set_user_attr("plan", plan)  # last: a worker that sees it sees the whole queue
@@ -206,6 +216,16 @@ class Queue:
 
     def _study(self) -> optuna.Study:
         return optuna.load_study(study_name=self.name, storage=self._storage)
+
+
+def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenTrial:
+    """Return a run that ended elsewhere as a trial of the queue."""
+    return optuna.trial.create_trial(
+        value=float(record["results"]["test_top1"]),
+        params={"run": run},
+        distributions={"run": optuna.distributions.CategoricalDistribution(runs)},
+        user_attrs={"record": record},
+    )
 
 
 def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

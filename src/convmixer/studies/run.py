@@ -71,7 +71,10 @@ def compare(
     starts = not worker and not queue.exists()
     if not (starts or worker or resume):
         raise RequestError("that queue holds the study already: continue it with --resume, or join it with --worker")
-    if starts:
+    if starts and (out / "study.json").exists():
+        _rebuild_queue(queue, out)
+        starts = False
+    elif starts:
         plan = make_plan(study, spec)
         _say_plan(plan)
         plan["probes"] = probe_all(plan, study)
@@ -139,7 +142,7 @@ class Runner:
         from convmixer.train.run import resume, train
 
         if found := self._elsewhere(run):
-            reused = self._reused(run, *found)
+            reused = self._reused(run, found)
             print(f"reused   {run}: {reused['results']['reused_from']}")
             return reused
         arm, seed = self.of_run[run]
@@ -189,8 +192,8 @@ class Runner:
         full = dataclasses.replace(record, name=run, results=results)
         return dataclasses.asdict(full)
 
-    def _elsewhere(self, run: str) -> tuple[str, records.RunRecord] | None:
-        """Return the arm and the record of the same model, settings, seed and data in the folder to reuse."""
+    def _elsewhere(self, run: str) -> records.RunRecord | None:
+        """Return the record of the same model, settings, seed and data in the folder to reuse."""
         if not self.reuse or not (self.reuse / "records.jsonl").exists():
             return None
         arm, seed = self.of_run[run]
@@ -201,29 +204,19 @@ class Runner:
         for name, planned in theirs["arms"].items():
             record = finished.get(run_name(name, seed))
             if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
-                return name, record
+                return record
         return None
 
-    def _reused(self, run: str, their_arm: str, record: records.RunRecord) -> dict[str, Any]:
+    def _reused(self, run: str, record: records.RunRecord) -> dict[str, Any]:
         """Return another study's record as this one's."""
         assert self.reuse
-        arm, seed = self.of_run[run]
-        theirs = json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
-        if seed == self.plan["seeds"][REPORT_SEED_PICTURES] == theirs["seeds"][REPORT_SEED_PICTURES]:
-            self._copy_pictures(self.reuse, their_arm, arm)
+        arm, theirs = self.of_run[run][0], json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
         results = record.results | {
             "arm": arm,
             "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
             "reused_from": f"{record.name} of the study {theirs['name']}",
         }
         return dataclasses.asdict(dataclasses.replace(record, name=run, results=results))
-
-    def _copy_pictures(self, other: Path, theirs: str, own: str) -> None:
-        """Copy what `_draw` drew of an arm of another study: its weights need not be there any more."""
-        for kind in ("filters", "kernels"):
-            picture = other / "pictures" / f"{theirs}-{kind}.png"
-            if picture.exists():
-                records.write_atomic(self.out / "pictures" / f"{own}-{kind}.png", picture.read_bytes())
 
     def _write_records(self) -> None:
         done = self.queue.records()
@@ -270,6 +263,14 @@ class Runner:
             print(text)
         time.sleep(min(self.queue.heartbeat_seconds, max(0.1, self.deadline - time.monotonic())))
         return text
+
+
+def _rebuild_queue(queue: Queue, out: Path) -> None:
+    """Start the queue of a study folder that came without it, as a checkout does, from its plan and records."""
+    plan, path = json.loads((out / "study.json").read_text(encoding="utf-8")), out / "records.jsonl"
+    done = {record.name: dataclasses.asdict(record) for record in (records.read(path) if path.exists() else ())}
+    queue.start(plan["runs"], plan, done)
+    print(f"study    its queue is not in {out}: rebuilt from the plan and {len(done)} records")
 
 
 def _machine(environment: dict[str, Any]) -> list[Any]:
