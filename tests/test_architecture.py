@@ -10,12 +10,15 @@ import pytest
 import convmixer
 
 PACKAGE = Path(convmixer.__file__).parent
-EVERYWHERE = {"errors", "config", "records", "preprocess", "device"}  # small, and free of the heavy libraries
+# small, and free of the heavy libraries
+EVERYWHERE = {"errors", "config", "records", "preprocess", "device", "files", "run_folder"}
 # part -> the parts it may import besides EVERYWHERE; data flows one way and so do imports
 ALLOWED = {
     "errors": set(),
     "config": set(),
     "records": set(),
+    "files": set(),
+    "run_folder": set(),
     "preprocess": set(),
     "device": set(),
     "data": set(),

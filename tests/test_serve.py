@@ -28,7 +28,6 @@ import torch
 import uvicorn
 from PIL import Image
 
-from convmixer.backends import sample_files
 from convmixer.errors import RequestError
 from convmixer.export import Images, export_model
 from convmixer.inference import Classifier, load_classifier
@@ -469,20 +468,6 @@ def test_pixels_decoded_at_once_are_bounded(classifier: Classifier, monkeypatch:
         assert len(answer.json()["predictions"]) == 6
     assert max(most) == 1600  # the large one alone
     assert 1000 in most or 980 in most
-
-
-def test_samples_are_those_of_the_run_and_of_no_other_folder(tmp_path: Path) -> None:
-    weights = tmp_path / "weights" / "best" / "model.safetensors"
-    export = tmp_path / "exports" / "model.onnx"
-    for file in (weights, export, tmp_path / "samples" / "1.png"):
-        file.parent.mkdir(parents=True)
-        file.touch()
-    (tmp_path / "config.json").touch()
-    assert not sample_files(weights)  # anybody's project may look like this
-    assert not sample_files(export)
-    (tmp_path / "config.yaml").touch()
-    for source in (tmp_path, weights, weights.parent, export):
-        assert [file.name for file in sample_files(source)] == ["1.png"]
 
 
 def test_limits_that_would_refuse_everything_are_refused() -> None:

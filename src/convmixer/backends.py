@@ -96,27 +96,6 @@ def _extra(kind: str) -> str:
     return "openvino" if kind == "openvino" else "export"
 
 
-def sample_files(source: str | Path, most: int = 12) -> list[Path]:
-    """Return a few sample images kept beside weights: in their run folder, or in the folder of shipped weights.
-
-    Args:
-        source: Weights or an exported file, wherever in a run folder, or the name of shipped weights.
-        most: Files to return at most.
-    """
-    path = Path(source)
-    if not path.exists():
-        path = Path(__file__).parent / "pretrained" / path.name
-    path = path.resolve()
-    for home in (path, *path.parents[:3]):
-        # no other folder's samples: a project may have a folder `weights`, or a config.json, too
-        run = (home / "weights").is_dir() and (home / "config.yaml").is_file()
-        if run or ((home / "model.safetensors").is_file() and (home / "config.json").is_file()):
-            files = sorted(file for file in (home / "samples").glob("*") if file.suffix in (".png", ".jpg", ".jpeg"))
-            if files:
-                return files[:most]
-    return []
-
-
 def data_uri(image: bytes) -> str:
     """Return a PNG or JPEG file as a data: URI."""
     kind = "png" if image.startswith(b"\x89PNG") else "jpeg"

@@ -26,6 +26,7 @@ from convmixer.errors import RequestError
 from convmixer.inference import Classifier, load_classifier
 from convmixer.preprocess import load_image, to_mode
 from convmixer.recipes import load_recipe
+from convmixer.run_folder import is_run
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
@@ -115,10 +116,10 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
 
 def _unused(folder: Path) -> Path:
-    """Return the folder, or where it holds a run, the first of folder-2, folder-3, ... that holds none."""
+    """Return the folder, or if it is a run, the first of folder-2, folder-3, ... that is none."""
     names = (f"{folder}-{number}" for number in itertools.count(2))
     path = folder
-    while (path / "config.yaml").exists():
+    while is_run(path):
         path = Path(next(names))
     return path
 

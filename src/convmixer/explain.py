@@ -10,6 +10,7 @@ from convmixer.errors import RequestError
 from convmixer.inference import load_classifier, softmax
 from convmixer.preprocess import load_image, normalise, resize_and_crop
 from convmixer.results import plots
+from convmixer.run_folder import RunFolder, is_run, sample_files
 
 
 def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
@@ -69,8 +70,8 @@ def plot(weights: str, out: Path | None = None) -> dict[str, Any]:
     from convmixer.models.weights import load_model
 
     loaded = load_model(weights)
-    is_run = (Path(weights) / "weights").is_dir()
-    folder = out or (Path(weights) / "pictures" if is_run else Path("pictures"))
+    run = RunFolder(weights)
+    folder = out or (run.pictures if is_run(weights) else Path("pictures"))
     written: list[Path] = []
 
     def target(name: str) -> Path:
@@ -82,7 +83,7 @@ def plot(weights: str, out: Path | None = None) -> dict[str, Any]:
         plots.patch_filters(filters, target("patch_embedding"))
     if kernels:
         plots.depthwise_kernels(kernels, target("depthwise_kernels"))
-    rows = read_growth(Path(weights) / "log.jsonl")
+    rows = read_growth(run.log_file)
     if rows:
         plots.kernel_growth(rows, target("kernel_growth"))
     if isinstance(loaded.model, inspection.ConvMixer):
@@ -113,7 +114,6 @@ def _probe(weights: str, p: Any) -> Any:
     """Return images to take gradients at: the samples beside the weights, else noise of the data's own spread."""
     import torch
 
-    from convmixer.backends import sample_files
     from convmixer.preprocess import preprocess
 
     files = sample_files(weights)

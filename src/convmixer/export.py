@@ -25,10 +25,11 @@ import torch.nn as nn
 from PIL import Image
 
 import convmixer
-from convmixer.backends import data_uri, import_onnxruntime, import_openvino, load_exported, sample_files
+from convmixer.backends import data_uri, import_onnxruntime, import_openvino, load_exported
 from convmixer.errors import RequestError
 from convmixer.models.maps import WithMaps, has_maps
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
+from convmixer.run_folder import RunFolder, is_run, sample_files
 
 if TYPE_CHECKING:
     from convmixer.data.datasets import DataSplits
@@ -192,10 +193,8 @@ def _encoded(image: Image.Image) -> bytes:
 
 def default_path(weights: str, format: str, precision: str) -> Path:
     """Return where an export goes that was not told: RUN/exports/, or the current folder for weights elsewhere."""
-    run = Path(weights)
-    is_run = (run / "weights").is_dir()
     stem = Path(weights).name.removesuffix(".safetensors").replace("/", "-") or "model"
-    return (run / "exports" if is_run else Path()) / f"{stem}-{precision}{SUFFIX[format]}"
+    return (RunFolder(weights).exports if is_run(weights) else Path()) / f"{stem}-{precision}{SUFFIX[format]}"
 
 
 def _print(result: dict[str, Any]) -> None:

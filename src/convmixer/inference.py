@@ -16,8 +16,8 @@ from PIL import Image
 
 from convmixer.backends import is_exported, load_exported
 from convmixer.errors import RequestError
+from convmixer.files import write_atomic
 from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
-from convmixer.records import write_atomic
 
 if TYPE_CHECKING:
     import torch

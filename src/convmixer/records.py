@@ -93,20 +93,6 @@ def append(path: Path, record: RunRecord) -> None:
         file.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that readers find the old contents or the new, never a part, even if the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read(path: Path) -> list[RunRecord]:
     """Return the records of a JSON-lines file, in order.
 

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer.benchmark.case import Case, batch, build
+from convmixer.files import cache_folder
 
 Step = Callable[[], object]
 
@@ -186,8 +187,7 @@ def _import_openvino() -> ModuleType:
 
 
 def _cache(case: Case) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "convmixer" / "benchmark" / f"{case.model}_{case.act}_{case.img_size}_{case.num_classes}"
+    folder = cache_folder("benchmark", f"{case.model}_{case.act}_{case.img_size}_{case.num_classes}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from convmixer.data.sources import Arrays, Column, Files, Shards, Source, binary_column, index_tar, read_range
 from convmixer.errors import RequestError
+from convmixer.files import cache_folder
 from convmixer.preprocess import SUFFIXES
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -289,7 +290,7 @@ def _mapped(file: Path, columns: list[str]) -> pa.Table:
     """Return columns of a parquet file from an uncompressed Arrow copy: parquet itself has no access by row."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {columns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
+    cache = cache_folder()
     copy = cache / f"{file.stem}-{key}.arrow"
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from convmixer import files
+
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
 MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
@@ -84,7 +86,7 @@ def library() -> Path:
 
 def cache_folder() -> Path:
     """Return the folder that holds the built kernels, $XDG_CACHE_HOME/convmixer/kernels by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer" / "kernels"
+    return files.cache_folder("kernels")
 
 
 def flags(version: str) -> list[str]:

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from convmixer.errors import RequestError, unknown
 from convmixer.models.convmixer import ConvMixer
+from convmixer.run_folder import MODEL_CONFIG
 
 # (dim, depth) -> (patch_size, kernel_size, act): arXiv 2201.09792, Tab. 1 and the appendix's table of further sizes
 IMAGENET: dict[tuple[int, int], tuple[int, int, str]] = {
@@ -65,7 +66,7 @@ VARIANTS = _variants()
 
 def shipped() -> list[str]:
     """Return the names of the weights inside the package."""
-    return sorted(config.parent.name for config in SHIPPED.glob("*/config.json"))
+    return sorted(config.parent.name for config in SHIPPED.glob(f"*/{MODEL_CONFIG}"))
 
 
 def list_models(pattern: str = "convmixer*") -> list[str]:
@@ -88,7 +89,7 @@ def model_args(name: str) -> dict[str, Any] | None:
     if name in VARIANTS:
         return dict(VARIANTS[name])
     if name in shipped():
-        config = json.loads((SHIPPED / name / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((SHIPPED / name / MODEL_CONFIG).read_text(encoding="utf-8"))
         return dict(config["convmixer"]["model_args"], num_classes=config["num_classes"])
     free = re.fullmatch(r"convmixer_(\d+)_(\d+)_p(\d+)_k(\d+)", name)
     if free:

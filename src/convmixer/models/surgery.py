@@ -15,6 +15,7 @@ from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import LoadedModel, adapt_channels, class_names, load_model, save_changed
 from convmixer.preprocess import Preprocessing
+from convmixer.run_folder import is_run
 
 State = dict[str, torch.Tensor]
 
@@ -42,7 +43,7 @@ def convert(
     Raises:
         RequestError: The source cannot be loaded or not be changed this way, or `out` is a run.
     """
-    if (out / "config.yaml").exists():
+    if is_run(out):
         raise RequestError(f"{out} is a run, which keeps weights of its own: choose another --out")
     loaded = load_model(source)
     new, changes = resize(loaded, patch_size, kernel_size, num_classes, classes, in_chans, img_size)

@@ -18,11 +18,12 @@ import torch.nn as nn
 
 import convmixer
 from convmixer.errors import RequestError, unknown
+from convmixer.files import write_atomic
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.dialects import State, check_shapes, read_checkpoint, read_safetensors
 from convmixer.models.registry import SHIPPED, VARIANTS, create_model, shipped
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from convmixer.records import write_atomic
+from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folder
 
 # the variants that timm builds itself, by our name, so that its stock version loads what we save
 TIMM_NAMES = {
@@ -89,8 +90,8 @@ def save_model(
     text = json.dumps(config, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     packed = {"format": "pt", "config": json.dumps(config)}
-    write_atomic(folder / "model.safetensors", safetensors.torch.save(state, packed))
-    write_atomic(folder / "config.json", text.encode())
+    write_atomic(folder / MODEL, safetensors.torch.save(state, packed))
+    write_atomic(folder / MODEL_CONFIG, text.encode())
 
 
 def hub_config(
@@ -211,14 +212,13 @@ def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def _weights_folder(path: Path) -> Path:
-    for folder in (path / "weights" / "best", path / "weights" / "last", path):
-        if (folder / "model.safetensors").is_file():
-            return folder
+    if folder := weights_folder(path):
+        return folder
     raise RequestError(f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last")
 
 
 def _load_folder(folder: Path) -> LoadedModel:
-    return _load_file(folder / "model.safetensors")
+    return _load_file(folder / MODEL)
 
 
 def _load_file(path: Path) -> LoadedModel:
@@ -234,9 +234,9 @@ def _config_of(path: Path) -> dict[str, Any] | None:
     """Return the config beside or inside a .safetensors file, or None where there is none."""
     if path.suffix != ".safetensors":
         return None
-    beside = path.with_name("config.json")
+    beside = path.with_name(MODEL_CONFIG)
     try:
-        if path.name == "model.safetensors" and beside.is_file():
+        if path.name == MODEL and beside.is_file():
             text = beside.read_text(encoding="utf-8")
         else:
             text = read_safetensors(path)[1].get("config", "null")
@@ -358,8 +358,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.utils import LocalEntryNotFoundError, get_session
 
     def fetch(offline: bool) -> Path:
-        hf_hub_download(hub_id, "config.json", local_files_only=offline)
-        return Path(hf_hub_download(hub_id, "model.safetensors", local_files_only=offline)).parent
+        hf_hub_download(hub_id, MODEL_CONFIG, local_files_only=offline)
+        return Path(hf_hub_download(hub_id, MODEL, local_files_only=offline)).parent
 
     try:
         return fetch(offline=True)

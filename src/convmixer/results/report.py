@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convmixer.records import write_atomic
+from convmixer.files import write_atomic
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
 from convmixer.results.study_plots import UNITS, figures, standalone

@@ -39,10 +39,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import convmixer
-from convmixer.backends import data_uri, sample_files
+from convmixer.backends import data_uri
 from convmixer.errors import RequestError
 from convmixer.inference import Classifier, load_classifier, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
+from convmixer.run_folder import sample_files
 from convmixer.serve.batching import Batcher, QueueFull
 from convmixer.serve.http import (
     HEADERS,

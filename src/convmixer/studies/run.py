@@ -14,6 +14,8 @@ from typing import Any
 from convmixer import records
 from convmixer.config import parse_seconds
 from convmixer.errors import RequestError
+from convmixer.files import write_atomic
+from convmixer.run_folder import BEST, MODEL, RunFolder, is_run
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
 from convmixer.studies.schema import Study, load_study
@@ -147,7 +149,7 @@ class Runner:
             return reused
         arm, seed = self.of_run[run]
         folder, build = self.out / "runs" / run, self.plan["arms"][arm]["build"]
-        if (folder / "config.yaml").exists():
+        if is_run(folder):
             resume(folder, self.spec, self.study.recipe.device)
         else:
             shutil.rmtree(folder, ignore_errors=True)  # killed before its first file
@@ -180,14 +182,14 @@ class Runner:
     # Records
 
     def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
-        record = records.read(folder / "record.jsonl")[-1]
+        record = records.read(RunFolder(folder).record)[-1]
         if record.data["checksum"] != self.plan["data"]["checksum"]:
             raise RequestError(f"{run} was trained on other data than the study was planned with")
         results = record.results | {
             "arm": arm,
             "macs": self.plan["arms"][arm]["macs"],
             "weights": f"runs/{run}/weights/best",
-            "history": _history(folder / "metrics.csv"),
+            "history": _history(RunFolder(folder).metrics),
         }
         full = dataclasses.replace(record, name=run, results=results)
         return dataclasses.asdict(full)
@@ -230,12 +232,12 @@ class Runner:
 
         for arm in self.plan["arms"]:
             run = run_name(arm, self.plan["seeds"][REPORT_SEED_PICTURES])
-            weights = self.out / "runs" / run / "weights" / "best" / "model.safetensors"
+            weights = RunFolder(self.out / "runs" / run).weights(BEST) / MODEL
             if run in done and weights.exists():
                 draw_weights(weights, self.out / "pictures", arm)
 
     def _write(self, name: str, text: str) -> None:
-        records.write_atomic(self.out / name, text.encode())
+        write_atomic(self.out / name, text.encode())
 
     # Time
 
@@ -247,7 +249,7 @@ class Runner:
         same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
         done = [r["results"]["seconds"] for r in same if r["results"]["arm"] == arm]
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
-        metrics = self.out / "runs" / run / "metrics.csv"
+        metrics = RunFolder(self.out / "runs" / run).metrics
         epochs = [row["epoch"] for row in _history(metrics)] if metrics.exists() else []
         return whole * (1 - max(epochs, default=0.0) / self.study.config(arm, seed).epochs)
 

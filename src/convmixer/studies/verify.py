@@ -12,6 +12,7 @@ from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import accelerate
 from convmixer.models.weights import load_model
+from convmixer.run_folder import BEST, RunFolder
 from convmixer.train.evaluate import evaluate
 
 # percentage points: other processors and kernels round differently, and flip images that lie on the border
@@ -53,7 +54,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
     recorded = record.results.get("test_top1")
     if recorded is None:
         raise RequestError(f"{record.name} records no test accuracy")
-    weights = folder / record.results.get("weights", "weights/best")
+    weights = folder / str(record.results.get("weights") or RunFolder("").weights(BEST))
     if not weights.exists():
         raise RequestError(f"the weights of {record.name} are not at {weights}: they are needed to verify it")
     config = override(Config(), record.config)

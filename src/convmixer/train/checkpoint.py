@@ -1,32 +1,24 @@
 """Checkpoints that survive a kill at any moment: written beside, synced, renamed over; the one before is kept."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from convmixer.errors import RequestError
-
-LATEST, PREVIOUS = "latest.pt", "previous.pt"
+from convmixer.files import atomic_file
+from convmixer.run_folder import LATEST, PREVIOUS
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write a state to `folder/latest.pt`; what that was becomes `previous.pt`.
 
     Args:
-        folder: Made where missing.
+        folder: Made if it is missing.
         state: Tensors, numbers, strings, lists and dicts: what `torch.load` reads with weights_only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, latest = folder / "writing.tmp", folder / LATEST
-    with temporary.open("wb") as file:
+    with atomic_file(folder / LATEST, keep=folder / PREVIOUS) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if latest.exists():
-        os.replace(latest, folder / PREVIOUS)
-    os.replace(temporary, latest)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -24,10 +24,10 @@ from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
+from convmixer.files import write_atomic
 from convmixer.inference import Logits, load_classifier, torch_logits
 from convmixer.models.weights import LoadedModel, load_model, save_changed
 from convmixer.preprocess import Preprocessing
-from convmixer.records import write_atomic
 
 ECE_BINS = 15
 CALIBRATION = 64  # training images for int8

@@ -1,4 +1,4 @@
-"""The run folder: the contract between training and everything after it. Files only; nothing here computes."""
+"""Writes the files of a run: config.yaml, metrics.csv, log.jsonl, the model card. Nothing here computes."""
 
 import csv
 import io
@@ -16,7 +16,9 @@ from convmixer import records
 from convmixer.config import Config, difference, override, to_dict
 from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
+from convmixer.files import write_atomic
 from convmixer.preprocess import Preprocessing
+from convmixer.run_folder import RunFolder, is_run
 
 COLUMNS = (
     "epoch",
@@ -32,21 +34,15 @@ COLUMNS = (
 )
 
 
-class RunFolder:
-    """Paths and files of one run.
+class RunFiles(RunFolder):
+    """A run folder with what training writes into it.
 
     Args:
         path: The folder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.pictures = path / "pictures"
-        self.record = path / "record.jsonl"
-
     @classmethod
-    def create(cls, path: Path | None, name: str) -> "RunFolder":
+    def create(cls, path: Path | None, name: str) -> "RunFiles":
         """Return a new folder: `path`, or the next free `runs/<name>-<number>`.
 
         Raises:
@@ -60,14 +56,10 @@ class RunFolder:
             raise RequestError(f"cannot make the run folder {path}: {error.strerror}") from error
         return cls(path)
 
-    def weights(self, which: str) -> Path:
-        """Return the folder of the "best" or "last" weights."""
-        return self.path / "weights" / which
-
     def write_config(self, contents: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
-        records.write_atomic(self.path / "config.yaml", text.encode())
+        write_atomic(self.config, text.encode())
 
     def read_config(self) -> dict[str, Any]:
         """Return the contents of config.yaml.
@@ -76,7 +68,7 @@ class RunFolder:
             RequestError: The folder is not a run.
         """
         try:
-            contents = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            contents = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             override(Config(), contents["settings"])
         except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, RequestError) as error:
             text = " ".join(str(error).split())
@@ -89,26 +81,26 @@ class RunFolder:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _round(row.get(key)) for key in COLUMNS} for row in rows)
-        records.write_atomic(self.path / "metrics.csv", text.getvalue().encode())
+        write_atomic(self.metrics, text.getvalue().encode())
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Add an event to log.jsonl."""
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+        with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Drop the events after a step: they will happen again."""
-        path = self.path / "log.jsonl"
+        path = self.log_file
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
-        records.write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def check_empty(path: Path) -> None:
     """Raise RequestError where a new run cannot go: it is a file, or a folder that holds something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        hint = f"continue it with --resume {path}" if (path / "config.yaml").exists() else "choose another --out"
+        hint = f"continue it with --resume {path}" if is_run(path) else "choose another --out"
         raise RequestError(f"{path} is not empty: {hint}")
 
 

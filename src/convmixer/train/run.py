@@ -13,9 +13,11 @@ from rich.console import Console
 from convmixer import records
 from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.errors import RequestError
+from convmixer.files import write_atomic
 from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
+from convmixer.run_folder import BEST, LAST
 from convmixer.train import gallery
 from convmixer.train.checkpoint import load_checkpoint, save_checkpoint
 from convmixer.train.distributed import (
@@ -29,7 +31,7 @@ from convmixer.train.distributed import (
     world_size,
 )
 from convmixer.train.engine import StopSignals, fit, measure_speed
-from convmixer.train.folder import Board, RunFolder, check_empty, describe, model_card
+from convmixer.train.folder import Board, RunFiles, check_empty, describe, model_card
 from convmixer.train.module import TrainingModule
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
@@ -71,7 +73,7 @@ def train(
             check_empty(out)  # at once, and again below: what is refused leaves no folder
         job = prepare(data, config, build)
         epochs, steps = _length(job, started)
-        folder = RunFolder.create(out, recipe_name or data.rstrip("/").rpartition("/")[2]) if rank() == 0 else None
+        folder = RunFiles.create(out, recipe_name or data.rstrip("/").rpartition("/")[2]) if rank() == 0 else None
         folder = from_first(folder)
         assert folder is not None
         schedule = {"epochs": epochs, "steps": steps, "steps_per_epoch": job.steps_per_epoch}
@@ -100,7 +102,7 @@ def resume(
     Raises:
         RequestError: The folder is no run, its data have changed, or no checkpoint can be read.
     """
-    folder = RunFolder(path)
+    folder = RunFiles(path)
     contents = folder.read_config()
     if folder.record.exists():
         print(f"{path} is finished already")
@@ -132,7 +134,7 @@ class Run:
         started: When this session began, seconds since 1970.
     """
 
-    def __init__(self, job: Job, folder: RunFolder, contents: dict[str, Any], started: float) -> None:
+    def __init__(self, job: Job, folder: RunFiles, contents: dict[str, Any], started: float) -> None:
         self.job, self.folder, self.contents, self.started = job, folder, contents, started
         self.config, self.schedule = job.config, contents["schedule"]
         self.total_steps, self.steps_per_epoch = self.schedule["steps"], job.steps_per_epoch
@@ -147,7 +149,7 @@ class Run:
         self._val_loader = job.eval_loader("val")
         self._saved_at = time.monotonic()
         self._out_of_time = self._told_to_stop = False
-        self._board = Board(folder.path / "tensorboard")
+        self._board = Board(folder.tensorboard)
 
     @property
     def writes(self) -> bool:
@@ -162,7 +164,7 @@ class Run:
             self.folder.write_metrics([])
             self.folder.log("start", 0, {"command": self.contents["command"]})
             gallery.augmented(self.job, self.folder.pictures / "augmented.png")
-            gallery.samples(self.job.data, self.folder.path / "samples")
+            gallery.samples(self.job.data, self.folder.samples)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go back to a checkpoint; to the beginning where there is none."""
@@ -272,9 +274,9 @@ class Run:
             self.best = row
         self.console.print(_line(row, self.schedule["epochs"], better and self._val_loader is not None))
         if self.writes:
-            self._save_weights("last", row)
+            self._save_weights(LAST, row)
             if better:
-                self._save_weights("best", row)
+                self._save_weights(BEST, row)
             self.folder.write_metrics(self.rows)
             kernels = kernel_growth(self.module.evaluated)
             self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
@@ -338,7 +340,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         if self.writes:
-            best = load_model(self.folder.weights("best")).model
+            best = load_model(self.folder.weights(BEST)).model
             self.module.evaluated.load_state_dict(best.state_dict())
         copy_from_first(self.module.evaluated)
         test = self._score(self.job.eval_loader("test"))
@@ -375,7 +377,7 @@ class Run:
     def _write_results(self, results: dict[str, Any], found: Scores | None) -> None:
         gallery.results(self.folder.pictures, self.rows, self.module.evaluated, found, self.job.data.classes)
         card = model_card(self.contents, results)
-        records.write_atomic(self.folder.path / "README.md", card.encode(errors="replace"))  # names of classes
+        write_atomic(self.folder.card, card.encode(errors="replace"))  # names of classes
         results["seconds"] = self._seconds()
         record = records.RunRecord(
             name=self.folder.path.name,
@@ -485,6 +487,6 @@ def _show(value: Any) -> str:
     return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _summary(folder: RunFolder, results: dict[str, Any]) -> dict[str, Any]:
+def _summary(folder: RunFiles, results: dict[str, Any]) -> dict[str, Any]:
     keys = ("val_top1", "test_top1", "epochs", "seconds", "images_per_second")
     return {"run": str(folder.path)} | {key: results[key] for key in keys}

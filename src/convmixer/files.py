@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and the one folder for caches. Standard library only."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = ".tmp"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that readers find the old contents or the new, never a part, even if the machine stops.
+
+    Args:
+        path: The file; missing folders are made.
+        content: All of it.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the error names `path`, whose old contents stay.
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` when the block ends, as `write_atomic` does.
+
+    If the block raises, `path` stays as it was and nothing is left beside it.
+
+    Args:
+        path: The file; missing folders are made.
+        keep: Where the file that was at `path` goes; None: it is deleted.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        # name the file that is wanted, not the temporary one; a write to a full disk names none
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut: renaming a file changes its folder, not the file."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder that may be written but not read, or a system that opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files below a folder whose writers on this machine were killed."""
+    host = socket.gethostname()
+    for path in folder.rglob(f".*{_TEMPORARY}"):
+        name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
+        if name.endswith(f".{host}") and number.isdecimal() and not process_exists(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def process_exists(number: int) -> bool:
+    """Return whether a process of this number runs on this machine, whoever owns it."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return where to keep what can be made again: $XDG_CACHE_HOME/convmixer, ~/.cache/convmixer by default.
+
+    Args:
+        *parts: Names of folders below it; nothing is created.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("convmixer", *parts)

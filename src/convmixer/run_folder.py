@@ -1,0 +1,141 @@
+"""The run folder, the contract between training and everything after it: its names, and how to recognise one.
+
+Also recognises the other folders that convmixer writes. Reads names and first lines only. Standard library only.
+"""
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+LOG = "log.jsonl"
+METRICS = "metrics.csv"
+RECORD = "record.jsonl"
+CARD = "README.md"
+LATEST, PREVIOUS = "latest.pt", "previous.pt"
+MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
+BEST, LAST = "best", "last"
+STUDY, STUDY_RECORDS = "study.json", "records.jsonl"
+
+_PICTURES = (".png", ".jpg", ".jpeg")
+_SHIPPED = Path(__file__).parent / "pretrained"
+
+
+class RunFolder:
+    """The paths of one run. Making one touches no file.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        self.log_file = self.path / LOG
+        self.metrics = self.path / METRICS
+        self.record = self.path / RECORD
+        self.card = self.path / CARD
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.samples = self.path / "samples"
+        self.exports = self.path / "exports"
+        self.tensorboard = self.path / "tensorboard"
+
+    def weights(self, which: str) -> Path:
+        """Return the folder of the BEST or LAST weights."""
+        return self.path / "weights" / which
+
+
+def is_run(path: Path | str) -> bool:
+    """Return whether a folder is a run: it holds the config.yaml that a training writes first.
+
+    A config.yaml of another program does not count: ours begins with the command.
+    """
+    try:
+        with (Path(path) / CONFIG).open("rb") as file:
+            return file.read(8) == b"command:"
+    except OSError:
+        return False
+
+
+def is_study(path: Path | str) -> bool:
+    """Return whether a folder is a study: it holds the plan and an own list of records or runs."""
+    path = Path(path)
+    return _is_file(path / STUDY) and any(_exists(path / name) for name in (STUDY_RECORDS, "queue.db", "runs"))
+
+
+def is_web_export(path: Path | str) -> bool:
+    """Return whether a folder is a web page that `convmixer export` wrote."""
+    return all(_is_file(Path(path) / name) for name in ("index.html", "model.js", "local.js"))
+
+
+def is_weights(path: Path | str) -> bool:
+    """Return whether a folder holds weights: model.safetensors beside its config.json."""
+    return all(_is_file(Path(path) / name) for name in (MODEL, MODEL_CONFIG))
+
+
+def is_own_output(path: Path | str) -> bool:
+    """Return whether convmixer wrote this folder, so that its pictures are no data: a run, study, export or weights.
+
+    A folder with nothing but such folders, as `runs` is, counts too.
+    """
+    path = Path(path)
+    return _is_output(path) or _holds_only_outputs(path)
+
+
+def weights_folder(path: Path) -> Path | None:
+    """Return the folder of the weights in a run (the best, else the last) or in a folder of weights, or None."""
+    run = RunFolder(path)
+    return next((folder for folder in (run.weights(BEST), run.weights(LAST), path) if _is_file(folder / MODEL)), None)
+
+
+def run_of(path: Path | str) -> Path | None:
+    """Return the run that a file or folder belongs to: itself, or the nearest of three folders around it."""
+    path = Path(path)
+    around = path.resolve().parents[:3] if path.exists() else ()
+    return next((folder for folder in (path, *around) if is_run(folder)), None)
+
+
+def sample_files(source: Path | str, most: int = 12) -> list[Path]:
+    """Return a few sample images kept beside weights: in their run folder, or in the folder of shipped weights.
+
+    Args:
+        source: Weights or an exported file, anywhere in a run folder, or the name of shipped weights.
+        most: Files to return at most.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _SHIPPED / path.name
+    path = path.resolve()
+    for home in (path, *path.parents[:3]):
+        if is_run(home) or is_weights(home):  # no other folder's samples
+            inside = (file for file in (home / "samples").glob("*") if file.resolve().is_relative_to(home))
+            files = sorted(file for file in inside if file.suffix in _PICTURES)
+            if files:
+                return files[:most]
+    return []
+
+
+def _is_output(path: Path) -> bool:
+    return is_run(path) or is_study(path) or is_web_export(path) or is_weights(path)
+
+
+def _holds_only_outputs(path: Path) -> bool:
+    try:
+        inside = (child for child in path.iterdir() if not child.name.startswith("."))
+        first = next(inside, None)
+        return first is not None and _is_output(first) and all(map(_is_output, inside))
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # e.g. a name too long
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
