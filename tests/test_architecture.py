@@ -27,17 +27,16 @@ ALLOWED = {
     "recipes": set(),
     "results": set(),
     "fast": {"models", "kernels"},
-    "fast_inference": {"models", "kernels", "fast"},
     "info": {"kernels"},
     "train": {"data", "models", "fast", "results", "recipes", "inference"},
-    "inference": {"models", "fast", "fast_inference", "backends"},
+    "inference": {"models", "fast", "backends"},
     "estimator": {"train", "inference", "recipes"},
     "backends": {"inference"},
     "export": {"models", "fast", "inference", "backends", "data"},
     "serve": {"inference", "backends"},
     "explain": {"inference", "models", "results", "backends"},
     "studies": {"data", "models", "train", "results", "recipes", "fast", "inference"},
-    "benchmark": {"models", "fast", "fast_inference", "kernels", "export", "inference"},
+    "benchmark": {"models", "fast", "kernels"},
 }
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convmixer.fast import FastConvMixer, FastIsotropic, accelerate, uses_kernels
+from convmixer.fast import accelerate, uses_kernels
+from convmixer.fast.training import FastConvMixer, FastIsotropic
 from convmixer.kernels import blocks, why_not
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import MIXERS, STEMS, Isotropic
@@ -192,9 +193,11 @@ def test_nan_and_inf_pass_through(value: float) -> None:
     images = _images(2)
     images[0, 0, 4, 4] = value
     with torch.no_grad():
+        # torch's bf16 convolutions spread NaN to pixels that do not see it, if the processor has AMX
+        expected = plain.forward_features(images)
         for bf16 in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                expected, features = plain.forward_features(images), fast.forward_features(images)
+                features = fast.forward_features(images)
             assert torch.equal(expected.isnan(), features.isnan())
             assert torch.equal(expected.isinf(), features.isinf())
 
@@ -315,7 +318,8 @@ def test_a_batch_of_many_rows_and_images(bf16: bool) -> None:
 def test_a_layer_wider_than_its_parts(bf16: bool) -> None:
     """More channels than are taken at once of the weights' gradient, with a remainder, and off every vector."""
     plain = _model(dim=132, kernel_size=3)
-    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), bf16)
+    # 1,500 gradients that nearly cancel, which torch adds pairwise
+    _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), bf16, factor=5)
 
 
 def test_features_are_channels_last_at_any_width() -> None:
@@ -325,7 +329,7 @@ def test_features_are_channels_last_at_any_width() -> None:
 
 
 def _flat(fast: nn.Module) -> list[torch.Tensor]:
-    from convmixer.fast import _parameters
+    from convmixer.fast.training import _parameters
 
     return _parameters(fast.stem[-1], list(fast.blocks))
 

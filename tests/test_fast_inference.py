@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from convmixer import kernels, optimize_for_inference
 from convmixer.errors import RequestError
-from convmixer.fast_inference import FastInference, PlainInference
+from convmixer.fast.inference import FastInference, PlainInference
 from convmixer.models.convmixer import ConvMixer
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"kernels are not built: {kernels.why_not()}")

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from convmixer.errors import RequestError
-from convmixer.fast import accelerate
-from convmixer.fast_inference import optimize_for_inference
+from convmixer.fast import accelerate, optimize_for_inference
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, AveragePooling, Isotropic, resnet
 from convmixer.models.registry import SKELETONS, create_model

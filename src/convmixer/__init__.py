@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convmixer.config import Config
     from convmixer.estimator import ConvMixerClassifier
-    from convmixer.fast_inference import optimize_for_inference
+    from convmixer.fast.inference import optimize_for_inference
     from convmixer.inference import load_classifier
     from convmixer.models.convmixer import ConvMixer
     from convmixer.models.registry import create_model, list_models
@@ -38,7 +38,7 @@ _HOMES = {
     "load_classifier": "convmixer.inference",
     "load_model": "convmixer.models.weights",
     "save_model": "convmixer.models.weights",
-    "optimize_for_inference": "convmixer.fast_inference",
+    "optimize_for_inference": "convmixer.fast.inference",
 }
 
 

@@ -54,9 +54,10 @@ def native_bf16(device: "torch.device | None" = None) -> bool:
     """
     import torch
 
-    if device is not None and device.type == "cuda":
+    kind = "cpu" if device is None else device.type
+    if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device is not None and device.type != "cpu":
+    if kind != "cpu":
         return False
     features = torch.cpu.get_capabilities()
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))

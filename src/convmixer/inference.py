@@ -97,11 +97,12 @@ def load_classifier(
     if is_exported(source):
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
+    from convmixer.fast import has_kernels
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
     how = precision if precision == "int8" else choose_precision(precision, where)
-    if how == "int8" and (calibration is None or where.type != "cpu"):
+    if how == "int8" and (calibration is None or not has_kernels(where, how)):
         raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
@@ -125,10 +126,9 @@ def fastest(
 
     On a CPU the model is accelerated in place, so whatever else runs it is fast too.
     """
-    from convmixer.fast import accelerate
-    from convmixer.fast_inference import optimize_for_inference
+    from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
-    if device.type == "cpu" and precision in ("fp32", "bf16", "int8"):
+    if has_kernels(device, precision):
         return torch_logits(optimize_for_inference(accelerate(model), precision, calibration).eval(), device, "fp32")
     return torch_logits(model, device, precision)
 

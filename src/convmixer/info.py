@@ -9,7 +9,7 @@ import torch
 import convmixer
 from convmixer import kernels
 from convmixer.device import gpu_names
-from convmixer.kernels import build
+from convmixer.kernels.cpu import build
 from convmixer.records import processor_name, version_of
 
 _PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")

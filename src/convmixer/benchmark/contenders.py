@@ -83,7 +83,7 @@ def _ours_train(case: Case) -> Step:
 
 
 def _ours_infer(case: Case) -> Step:
-    from convmixer.fast_inference import optimize_for_inference
+    from convmixer.fast import optimize_for_inference
 
     images = batch(case)[0]
     model = optimize_for_inference(build(case).eval(), case.precision, calibration=images)

@@ -1,5 +1,5 @@
-"""CPU kernels for the ConvMixer block, shipped as source and built on first use."""
+"""Kernels for the ConvMixer block: what every device shares, and a room for each device, built on first use."""
 
-from convmixer.kernels.build import available, why_not
+from convmixer.kernels.cpu import available, why_not
 
 __all__ = ["available", "why_not"]

@@ -10,7 +10,7 @@ from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
-from convmixer.fast import accelerate
+from convmixer.fast import accelerate, has_kernels
 from convmixer.models.weights import load_model
 from convmixer.run_folder import BEST, RunFolder
 from convmixer.train.evaluate import evaluate
@@ -71,7 +71,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
     loader = eval_loader(splits.test, eval_transform(loaded.preprocessing), 128, 0)
     precision = choose_precision(config.precision, device)
     model = loaded.model.to(device)
-    model = accelerate(model) if device.type == "cpu" else model
+    model = accelerate(model) if has_kernels(device, precision) else model
     measured = evaluate(model, loader, device, precision)["top1"]
     difference = measured - recorded
     return {

@@ -14,7 +14,7 @@ from convmixer.data.loader import Loader, eval_loader, train_loader
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
-from convmixer.fast import FastConvMixer, accelerate, uses_kernels
+from convmixer.fast import FastConvMixer, accelerate, has_kernels, uses_kernels
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.registry import create_model, model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
@@ -200,7 +200,7 @@ def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Mo
     """Return the model as it will be computed, and by what, in words."""
     if config.sync_bn and world_size() > 1:
         return synchronise_batch_norm(model, device), "plain PyTorch, synchronised BatchNorm"
-    if device.type == "cpu" and config.precision in ("fp32", "bf16"):
+    if has_kernels(device, config.precision):
         model = accelerate(model)
     return model, "CPU kernels" if uses_kernels(model) else "plain PyTorch"
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from convmixer import kernels
 from convmixer.errors import RequestError
-from convmixer.fast import _ACTS, FastConvMixer, _say_once, _unusual
-from convmixer.kernels.network import PRECISIONS, VECTORS, pack, run
+from convmixer.fast.support import ACTS, DTYPES, say_once, unusual, why_not
+from convmixer.fast.training import FastConvMixer
+from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
 
 LARGEST_KERNEL = 15
@@ -46,13 +47,13 @@ def optimize_for_inference(
     """
     if precision not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    reason = kernels.why_not() or _unfit(model)
+    reason = _unfit(model, precision)
     if reason is None:
         return _optimized(model, precision, calibration)
     if precision == "int8":
         raise RequestError(f"int8 needs the CPU kernels: {reason}")
     if type(model) in (ConvMixer, FastConvMixer):
-        _say_once(reason)
+        say_once(reason)
     return PlainInference(model, precision)
 
 
@@ -81,7 +82,7 @@ class FastInference(nn.Module):
     def __init__(self, model: ConvMixer, weights: Tensor, precision: str) -> None:
         super().__init__()
         self.sizes = (model.dim, model.depth, model.kernel_size, model.patch_size)
-        self.in_chans, self.act, self.precision = model.in_chans, _ACTS[type(model.stem[1])], precision
+        self.in_chans, self.act, self.precision = model.in_chans, ACTS[type(model.stem[1])], precision
         self.num_classes = model.num_classes
         weight, bias = getattr(model.head, "weight", torch.eye(model.dim)), getattr(model.head, "bias", None)
         head = [p.detach().float().clone() for p in (weight, torch.zeros(1) if bias is None else bias)]
@@ -105,17 +106,17 @@ class FastInference(nn.Module):
             raise RequestError(f"a model optimised for inference needs the CPU kernels: {reason}")
 
 
-def _unfit(model: Any) -> str | None:
+def _unfit(model: Any, precision: str) -> str | None:
     """Return why the kernel cannot run this model, or None."""
     if type(model) not in (ConvMixer, FastConvMixer):  # a subclass may have another stem
         return f"the model is a {type(model).__name__}"
-    if model.stem[0].weight.device.type != "cpu":
-        return f"the model is on {model.stem[0].weight.device}"
+    if reason := why_not(model.stem[0].weight.device, DTYPES[precision]):
+        return reason
     if model.kernel_size > LARGEST_KERNEL:
         return f"kernels go up to {LARGEST_KERNEL}, not {model.kernel_size}"
     if not isinstance(model.head, (nn.Linear, nn.Identity)):
         return f"the classifier is a {type(model.head).__name__}"
-    return _unusual(model.eval())
+    return unusual(model.eval())
 
 
 @torch.no_grad()

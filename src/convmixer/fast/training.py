@@ -4,8 +4,6 @@ Parameters, buffers, state-dict keys and the whole interface stay those of the p
 serve, the plain model runs and the reason is said once.
 """
 
-import functools
-import sys
 from typing import Any, cast
 
 import torch
@@ -14,12 +12,11 @@ from torch import Tensor
 
 from convmixer import kernels
 from convmixer.device import native_bf16
+from convmixer.fast.support import ACTS, all_depthwise, dtype_of, norms_of, plain_blocks, say_once, unfit, unusual
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
-from convmixer.models.layers import DepthwiseConv2d, Residual
 
 _NATIVE_BF16 = native_bf16()  # elsewhere torch emulates bf16 products, a hundred times slower than fp32
-_ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -35,9 +32,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         model: Any module; ConvMixers in it are found at any depth.
     """
     found = [module for module in model.modules() if type(module) is ConvMixer]
-    varied = [module for module in model.modules() if type(module) is Isotropic and not _unusual(module)]
+    varied = [module for module in model.modules() if type(module) is Isotropic and not unusual(module)]
     if (found or varied) and (reason := kernels.why_not()):
-        _say_once(reason)
+        say_once(reason)
         return model
     for module in found:
         module.__class__ = FastConvMixer
@@ -51,42 +48,36 @@ def uses_kernels(model: nn.Module) -> bool:
     return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
-@functools.cache
-def _say_once(reason: str) -> None:
-    print(f"convmixer: plain PyTorch instead of the CPU kernels: {reason}", file=sys.stderr, flush=True)
-
-
 class _OnKernels(ConvMixer):
     """What both fast models share: stem, blocks and pool on the CPU kernels."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
-        if reason := _unfit(self, x):
+        if reason := unfit(self, x):
             return self._plain(reason).forward_features(x)
         return self._fast(x, pool=False).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
-        if reason := _unfit(self, x):
+        if reason := unfit(self, x):
             return self._plain(reason).forward(x)
         pooled = self._fast(x, pool=True)
-        logits: Tensor = self.head(self.head_drop(pooled.to(_dtype(self))))
+        logits: Tensor = self.head(self.head_drop(pooled.to(dtype_of(self))))
         return logits
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
         super().__setstate__(state)
         if reason := kernels.why_not():
-            _say_once(reason)
+            say_once(reason)
             self.__class__ = Isotropic if isinstance(self, Isotropic) else ConvMixer  # type: ignore[assignment]
 
     def _plain(self, reason: str) -> ConvMixer:
-        if reason != _QUIETLY:
-            _say_once(reason)
+        say_once(reason)
         return super()  # type: ignore[return-value]
 
     def _fast(self, x: Tensor, pool: bool) -> Tensor:
         model: Any = self
-        norms, plain = _norms(self), _plain_blocks(self)
+        norms, plain = norms_of(self), plain_blocks(self)
         v = _stem(self, x)
         if norms[0].training and v.numel() == v.shape[3]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -99,84 +90,7 @@ class FastConvMixer(_OnKernels):
 
 
 class FastIsotropic(_OnKernels, Isotropic):
-    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions, the mixers, `_plain_blocks`."""
-
-
-_QUIETLY = "another tool needs the plain model"  # nothing that the user should change
-
-
-def _unfit(model: Any, x: Tensor) -> str | None:
-    """Return why the kernels cannot run this pass, or None."""
-    weight = model.stem[0].weight
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"the model is on {weight.device}, the images on {x.device}"
-    if _dtype(model) not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"they compute in fp32 and bf16, not in {_dtype(model)}"
-    if model.grad_checkpointing:
-        return "gradient checkpointing is on"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return _QUIETLY
-    if torch.compiler.is_compiling() and not _all_depthwise(model.blocks):
-        return _QUIETLY  # the ops around another mixer have no fake kernels
-    return _unusual(model)
-
-
-def _unusual(model: Any) -> str | None:
-    """Return what in the model the kernels do not know, or None."""
-    act = type(model.stem[1])
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[0], nn.Conv2d), (model.stem, nn.Sequential)]
-    for norm_parts in _act_norms(model):
-        if len(norm_parts) != 2:
-            return "its blocks are built in another way"
-        expected += zip(norm_parts, (act, nn.BatchNorm2d), strict=True)
-    for block in model.blocks:
-        residual, pointwise = block[0], block[1]
-        inner: Any = getattr(residual, "fn", [None])
-        expected += [(block, nn.Sequential), (residual, Residual), (pointwise, nn.Conv2d)]
-        expected += [(inner, nn.Sequential)]
-        if not isinstance(model, Isotropic) or type(inner[0]) is DepthwiseConv2d:  # its other mixers are called
-            expected += [(inner[0], DepthwiseConv2d)]
-    for module, kind in expected:
-        if type(module) is not kind:
-            return f"the model has a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return _QUIETLY
-    if act not in _ACTS or (act is nn.GELU and model.stem[1].approximate != "none"):
-        return f"the activation is {model.stem[1]}"
-    norms = _norms(model)
-    for norm in norms:
-        if norm.weight is None or norm.running_mean is None or norm.momentum is None:
-            return "a BatchNorm has no weight, no running statistics or no momentum"
-        if (norm.eps, norm.training) != (norms[0].eps, norms[0].training):
-            return "the BatchNorms differ in eps or mode"
-    return None
-
-
-def _plain_blocks(model: Any) -> int:
-    """Return how many blocks run as torch modules: the first, where the stem pools between its norm and that block.
-
-    What the kernels start from is a convolution's output with activation and norm still to come.
-    """
-    return int(type(model.stem[-1]) is nn.AvgPool2d)
-
-
-def _act_norms(model: Any) -> list[list[Any]]:
-    """Return the activations and norms that the kernels compute, in their order."""
-    plain = _plain_blocks(model)
-    pairs = [list(model.stem)[-2 - plain :][:2]]
-    for block in model.blocks:
-        pairs += [list(getattr(block[0], "fn", block[0]))[1:], list(block)[2:]]
-    return [pairs[0], *pairs[1 + plain :]]
-
-
-def _norms(model: ConvMixer) -> list[Any]:
-    return [pair[1] for pair in _act_norms(model)]
-
-
-def _dtype(model: ConvMixer) -> torch.dtype:
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu")
-    return next(model.parameters()).dtype
+    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions, the mixers, `plain_blocks`."""
 
 
 def _parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
@@ -201,8 +115,8 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
 
     training = norms[0].training
     running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
-    settings = norms[0].eps, _ACTS[act], training
-    if _all_depthwise(rest):
+    settings = norms[0].eps, ACTS[act], training
+    if all_depthwise(rest):
         y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
     else:
         mixers = [block[0].fn[0] for block in rest]
@@ -213,17 +127,12 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     return y
 
 
-def _all_depthwise(blocks: Any) -> bool:
-    """Return whether every block mixes places by a depthwise convolution, so that the kernels compute all of it."""
-    return all(type(getattr(block[0], "fn", block[0])[0]) is DepthwiseConv2d for block in blocks)
-
-
 def _stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, h, w, dim or wider): what the last convolution before the kernels gives."""
-    conv, dtype = model.stem[0], _dtype(model)
+    conv, dtype = model.stem[0], dtype_of(model)
     if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
-        return _patch_embedding(conv, x, dtype, wider=_all_depthwise(model.blocks))
-    if _plain_blocks(model):
+        return _patch_embedding(conv, x, dtype, wider=all_depthwise(model.blocks))
+    if plain_blocks(model):
         block = model.blocks[0]
         v: Tensor = block[1](block[0](_pooled_stem(model, x)))
     else:
@@ -267,7 +176,7 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     """
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
-    p, dtype = pool.kernel_size, _dtype(model)
+    p, dtype = pool.kernel_size, dtype_of(model)
     if H % p or W % p:  # the norm sees pixels that are in no window
         return cast(Tensor, model.stem(x))
     h, w, k = H // p, W // p, conv.kernel_size[0]
