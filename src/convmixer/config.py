@@ -23,7 +23,9 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
 
 # settings, what holds of their values, and that in words
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("epochs batch_size grad_accum lr eps checkpoint_seconds", lambda x: x > 0, "above 0"),
+    ("epochs batch_size grad_accum lr eps checkpoint_seconds fallback_lr_scale", lambda x: x > 0, "above 0"),
+    ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("workers color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
     ("val_fraction max_bad_fraction drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -77,11 +79,17 @@ class Config:
     epochs: int = setting(10, "passes over the training set")
     batch_size: int = setting(64, "images per optimiser step, over all processes and accumulation steps")
     grad_accum: int = setting(1, "parts that a batch is computed in, to save memory")
+    optimizer: str = setting(
+        "adamw", "adamw, muon (AdamW for stem, head and vectors), sgd, lion, or another of timm's"
+    )
     lr: float = setting(0.01, "peak learning rate")
-    weight_decay: float = setting(0.01, "AdamW weight decay")
+    fallback_lr_scale: float = setting(1.0, "with muon: learning rate of AdamW's part, as a factor on lr")
+    layer_decay: float = setting(1.0, "factor on the learning rate for each layer further from the classifier")
+    momentum: float = setting(0.9, "momentum of sgd, muon and others that have one")
+    weight_decay: float = setting(0.01, "weight decay")
     decay_norm_and_bias: bool = setting(False, "decay biases and other 1-D parameters too")
-    eps: float = setting(1e-3, "AdamW epsilon")
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
+    eps: float = setting(1e-3, "epsilon of AdamW and its kin")
+    betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW and its kin")
     clip_norm: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: off")
     schedule: str = setting(
         "piecewise", "learning rate over time, stepped at every step", ("piecewise", "cosine", "constant")

@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 from convmixer import records
-from convmixer.config import difference, override, to_dict
+from convmixer.config import Config, difference, override, to_dict
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.errors import RequestError
 from convmixer.results.study import SPEEDS
@@ -58,8 +58,12 @@ def make_plan(study: Study, data: str) -> Plan:
 
 
 def identity(study: Study) -> str:
-    """Return the study's name with a short fingerprint of all that stands in its file."""
-    parts = json.dumps(dataclasses.asdict(study), sort_keys=True, default=str)
+    """Return the study's name with a short fingerprint of its file: settings left at their defaults do not count.
+
+    A setting that a newer version adds therefore does not make a study another one.
+    """
+    contents = dataclasses.asdict(study) | {"recipe": difference(Config(), study.recipe)}
+    parts = json.dumps(contents, sort_keys=True, default=str)
     return f"{study.name}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
 
 

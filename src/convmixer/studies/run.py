@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convmixer import records
-from convmixer.config import parse_seconds
+from convmixer.config import Config, override, parse_seconds
 from convmixer.errors import RequestError
 from convmixer.files import write_atomic
 from convmixer.run_folder import BEST, MODEL, RunFolder, is_run
@@ -200,7 +200,8 @@ class Runner:
             return None
         arm, seed = self.of_run[run]
         own, theirs = self.plan, json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
-        if theirs["recipe"] != own["recipe"] or theirs["data"]["checksum"] != own["data"]["checksum"]:
+        recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
+        if recipes[0] != recipes[1] or theirs["data"]["checksum"] != own["data"]["checksum"]:
             return None
         finished = {record.name: record for record in records.read(self.reuse / "records.jsonl")}
         for name, planned in theirs["arms"].items():

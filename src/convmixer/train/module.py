@@ -1,4 +1,4 @@
-"""One optimiser step: mixing, erasing, soft-target cross entropy, clipping, AdamW, moving average.
+"""One optimiser step: mixing, erasing, soft-target cross entropy, clipping, optimizer, moving average.
 
 A step is a pure function of the weights, the optimiser's state, the batch and its number: the learning rate and every
 random number come from the number. That is why a checkpoint holds no scheduler and no generator. A batch is computed
@@ -18,7 +18,7 @@ from convmixer.config import Config
 from convmixer.data.sampler import sample_seed
 from convmixer.data.transforms import erase, mix
 from convmixer.train.distributed import rank
-from convmixer.train.optim import build_optimizer
+from convmixer.train.optim import build_optimizer, set_rate
 from convmixer.train.schedule import rate_at_step
 
 
@@ -70,8 +70,7 @@ class TrainingModule(pl.LightningModule):
         self._seed()
         images, targets = mix(batch[0], batch[1], self.num_classes, self.config, self._generator)
         images = erase(images, self.config, self._generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        set_rate(self.optimizer, self.rate)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._gradients(images, targets)
         self.scaler.unscale_(self.optimizer)

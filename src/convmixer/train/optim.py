@@ -1,4 +1,4 @@
-"""The optimiser and its parameter groups."""
+"""The optimizer and its parameter groups: AdamW by default, or any optimizer that timm knows."""
 
 from typing import Any
 
@@ -6,35 +6,106 @@ import torch
 import torch.nn as nn
 
 from convmixer.config import Config
+from convmixer.errors import RequestError, unknown
+
+MUON_EPS = 1e-7  # guards the division by the norm of a matrix; `eps` is AdamW's
+# Parameters of these parts are no hidden matrices: Muon leaves them to AdamW, as its author does.
+ENDS = ("stem.", "head.", "patch_embed.", "pos_embed", "cls_token", "classifier.", "fc.", "conv1.")
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Return the parameters in two groups: with weight decay, and without.
+    """Return the parameters in groups of equal weight decay, equal share of the learning rate and equal rule.
 
     Biases, the scales and shifts of norms (vectors, whatever their shape) and what the model lists in timm's
     `no_weight_decay()` (embeddings of positions) are not decayed, as in timm's fork that trained the paper's ImageNet
-    models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does.
+    models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does. With `layer_decay`, a parameter
+    that is i layers below the last one learns at `lr * layer_decay ** i`; the group's "lr_scale" holds that factor.
+    With a Muon optimizer, vectors and the two ends of the network have "use_fallback": AdamW updates them.
     """
     listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            vector = p.ndim <= 1 or (p.ndim == 3 and p.numel() == p.shape[2])  # (1, 1, dim): ResMLP's
-            spared = (vector or name in listed) and not config.decay_norm_and_bias
-            (others if spared else decayed).append(p)
-    groups = ({"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales = layer_scales(model, config.layer_decay)
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    for name, p in named:
+        spared = (_is_vector(p) or name in listed) and not config.decay_norm_and_bias
+        key = (spared, scales.get(name, 1.0), is_muon(config) and (_is_vector(p) or name.startswith(ENDS)))
+        group = groups.setdefault(key, {"params": [], "weight_decay": 0.0 if spared else config.weight_decay})
+        group["params"].append(p)
+    for (_, scale, fallback), group in groups.items():
+        group |= {"lr_scale": scale} | ({"use_fallback": fallback} if is_muon(config) else {})
+        group["eps"] = MUON_EPS if is_muon(config) and not fallback else config.eps
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], -key[1], key[2]))]
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW over `parameter_groups`; its learning rate is set anew before every step.
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate for each parameter, by name; empty if `decay` is 1.
 
-    The fused form is one pass over all parameters. fp16 needs the plain one: gradients are unscaled and clipped
-    outside of it.
+    Raises:
+        RequestError: The model does not say how its layers follow each other.
+
+    Source: layer-wise decay as in timm's `param_groups_layer_decay`; its own groups do not know Muon.
+    """
+    if decay == 1:
+        return {}
+    if not hasattr(model, "group_matcher"):
+        raise RequestError(f"layer_decay needs a model that names its layers, which {type(model).__name__} does not")
+    from timm.models import group_parameters
+
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def is_muon(config: Config) -> bool:
+    """Return whether the optimizer updates matrices by Muon and the rest by AdamW."""
+    return config.optimizer.endswith("muon")
+
+
+def check_optimizer(config: Config) -> None:
+    """Check that the optimizer exists and works by gradients alone.
+
+    Raises:
+        RequestError: It does not; the nearest name is suggested.
+    """
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    # these need code that timm only wraps, and a GPU
+    names = list_optimizers(exclude_filters=["bnb*", "fused*"])
+    if config.optimizer not in names:
+        raise unknown("optimizer", config.optimizer, names)
+    if get_optimizer_info(config.optimizer).second_order:
+        raise RequestError(f"optimizer {config.optimizer} needs second derivatives: choose a first-order one")
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer over `parameter_groups`; its learning rate is set anew before every step.
+
+    AdamW is torch's fused form, one pass over all parameters. fp16 needs the plain one: gradients are unscaled and
+    clipped outside of it. Every other name is timm's.
+
+    Raises:
+        RequestError: The optimizer is not known.
 
     Source: arXiv 2201.09792, Sec. 3 (AdamW, gradient norm clipping); eps 1e-3: the authors' ImageNet command.
+        Muon: github.com/KellerJordan/Muon.
     """
+    check_optimizer(config)
     groups = parameter_groups(model, config)
-    fused = config.precision != "fp16"
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    if config.optimizer == "adamw":
+        fused = config.precision != "fp16"
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    from timm.optim import create_optimizer_v2, get_optimizer_info
+
+    extra: dict[str, Any] = {"fallback_lr_scale": config.fallback_lr_scale} if is_muon(config) else {}
+    extra |= {"betas": config.betas} if get_optimizer_info(config.optimizer).num_betas == 2 else {}
+    return create_optimizer_v2(groups, config.optimizer, config.lr, momentum=config.momentum, **extra)
+
+
+def _is_vector(p: torch.Tensor) -> bool:
+    return p.ndim <= 1 or (p.ndim == 3 and p.numel() == p.shape[2])  # (1, 1, dim): ResMLP's

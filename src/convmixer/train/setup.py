@@ -21,6 +21,7 @@ from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
 from convmixer.train.module import TrainingModule
+from convmixer.train.optim import check_optimizer, parameter_groups
 
 Build = tuple[str, dict[str, Any]]  # what `create_model` is given: a name and its arguments
 
@@ -113,6 +114,7 @@ def prepare(spec: str, config: Config, build: Build | None = None, preprocessing
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses what is no augmentation before anything is written
+    check_optimizer(config)
     name, args = build or _choose(config, preprocessing.img_size, loaded)
     config = dataclasses.replace(config, model=name, img_size=preprocessing.img_size)
     torch.manual_seed(config.seed)
@@ -121,6 +123,7 @@ def prepare(spec: str, config: Config, build: Build | None = None, preprocessing
         _start_from(model, loaded, data.classes)
     model.to(device)
     _check_side(model, name, preprocessing)
+    parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
     model, kernels = _fast(model, config, device)
     if asked == "auto" and type(model) is FastConvMixer:  # where products stay fp32, bf16 halves what goes to memory
         config = dataclasses.replace(config, precision="bf16")
