@@ -76,7 +76,7 @@ def check_optimizer(config: Config) -> None:
     from timm.optim import get_optimizer_info, list_optimizers
 
     # these need code that timm only wraps, and a GPU
-    names = list_optimizers(exclude_filters=["bnb*", "fused*"])
+    names = [str(name) for name in list_optimizers(exclude_filters=["bnb*", "fused*"])]
     if config.optimizer not in names:
         raise unknown("optimizer", config.optimizer, names)
     if get_optimizer_info(config.optimizer).second_order:
