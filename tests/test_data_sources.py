@@ -1,12 +1,9 @@
 """Every kind of data argument, with real images: what is found, how it is split, and what bad files lead to."""
 
-import io
-import json
 import os
 import pickle
 import tarfile
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,60 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits, load_sample_image
 
 from convmixer.config import Config
 from convmixer.data import datasets
 from convmixer.data import find as finder
-from convmixer.data.datasets import DataSplits, ImageSet, load_data, stratified
+from convmixer.data.datasets import ImageSet, load_data, stratified
 from convmixer.data.loader import eval_loader, train_loader
 from convmixer.data.sources import Cached
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing
-
-PHOTO = Image.fromarray(load_sample_image("china.jpg")).resize((64, 43))
-DIGITS = load_digits()
-
-
-def load(spec: object, val_fraction: float = 0.2, seed: int = 0, bad: float = 0.0) -> DataSplits:
-    return load_data(str(spec), val_fraction=val_fraction, seed=seed, max_bad_fraction=bad)
-
-
-def png(index: int) -> bytes:
-    """Return one of the real scans as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray((DIGITS.images[index] * 15).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def label(index: int) -> str:
-    return f"digit {DIGITS.target[index]}"
-
-
-def write_folder(root: Path, indices: range) -> Path:
-    for i in indices:
-        folder = root / label(i)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:04}.png").write_bytes(png(i))
-    return root
-
-
-def pixels(images: ImageSet) -> list[bytes]:
-    return sorted(images[i][0].tobytes() for i in range(len(images)))
-
-
-def parts(data: DataSplits) -> tuple[ImageSet, ImageSet, ImageSet]:
-    assert data.train is not None
-    assert data.val is not None
-    assert data.test is not None
-    return data.train, data.val, data.test
-
-
-def names(images: ImageSet) -> set[str]:
-    return {images.name(i) for i in range(len(images))}
-
+from data_sets import DIGITS, PHOTO, label, load, names, parts, pixels, png, write_folder, write_parquet, write_tar
 
 # splits
 
@@ -279,20 +233,6 @@ def test_wrong_csv(tmp_path: Path, text: str, reason: str) -> None:
         load(tmp_path / "table.csv")
 
 
-def write_parquet(path: Path, indices: range, *, features: bool = True, column: str = "img") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = pa.array([{"bytes": png(i), "path": f"{i}.png"} for i in indices])
-    other = pa.array([f"note {i}" for i in indices])
-    table = pa.table({"note": other, column: images, "target": pa.array([int(DIGITS.target[i]) for i in indices])})
-    if features:
-        described = {
-            column: {"_type": "Image"},
-            "target": {"_type": "ClassLabel", "names": [f"digit {i}" for i in range(10)]},
-        }
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": described}})})
-    pq.write_table(table, path, row_group_size=16)
-
-
 @pytest.mark.parametrize("folder", ["", "data"])
 @pytest.mark.parametrize("features", [True, False])
 def test_parquet(tmp_path: Path, folder: str, features: bool) -> None:
@@ -359,15 +299,6 @@ def test_parquet_labels_come_from_the_column_called_so(tmp_path: Path) -> None:
     data = load(tmp_path / "b.parquet")  # no such name: the one column of integers
     assert data.classes == ("320", "640")
     assert "labels are those of column 'number'" in data.notes
-
-
-def write_tar(path: Path, indices: range, labels: Callable[[int], str] = label) -> None:
-    with tarfile.open(path, "w") as tar:
-        for i in indices:
-            for name, content in ((f"{i:04}.png", png(i)), (f"{i:04}.cls", labels(i).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -438,21 +369,6 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in ("nobody/nothing", "nobody/nothing/more"):  # a path with a slip in it
         with pytest.raises(RequestError, match=f"no data '{spec}': the folder nobody is here, but"):
             load(spec)
-
-
-def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_parquet(tmp_path / "copy" / "small" / "train.parquet", range(60))
-    asked = []
-
-    def download(repo: str, **_: object) -> str:
-        asked.append(repo)
-        return str(tmp_path / "copy")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    for spec in ("owner/name", "owner/name/small"):
-        assert sum(len(part) for part in parts(load(spec))) == 60
-    assert asked == ["owner/name"] * 2
 
 
 def cifar_folder() -> Path:

@@ -132,7 +132,8 @@ def real_images(loaded: "LoadedModel", data: str | None, limit: int) -> Images:
     names = ("val_fraction", "seed", "max_bad_fraction")
     if spec:
         try:
-            splits = load_data(str(spec), **{name: settings[name] for name in names})
+            split = {name: settings[name] for name in names}
+            splits = load_data(str(spec), recorded=data is None, **split)
         except RequestError:
             if data:
                 raise

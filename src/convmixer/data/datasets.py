@@ -134,6 +134,7 @@ class DataSplits:
         checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
+        spec: The data argument so written that it means the same from every folder.
     """
 
     name: str
@@ -148,10 +149,17 @@ class DataSplits:
     checksum: str
     notes: list[str] = field(default_factory=list)
     bad_files: list[str] = field(default_factory=list)
+    spec: str = ""
 
 
 def load_data(
-    spec: str, *, val_fraction: float, seed: int, max_bad_fraction: float, img_size: int | None = None
+    spec: str,
+    *,
+    val_fraction: float,
+    seed: int,
+    max_bad_fraction: float,
+    img_size: int | None = None,
+    recorded: bool = False,
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
@@ -160,19 +168,20 @@ def load_data(
     as test.
 
     Args:
-        spec: See `find.find`.
+        spec: See `argument.read_argument`.
         val_fraction: Share of train, 0 to 1, held out where there is no val split.
         seed: Of the val split.
         max_bad_fraction: Share of unreadable images above which this, or later reading, fails.
         img_size: Side to train at, pixels; None: that of the data, where they are square, alike and
             at most 224, else 224.
+        recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
 
     Raises:
         RequestError: No such data, too many unreadable images, or too few images to split.
     """
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed must be 0 to 2**63 - 1, not {seed}")
-    found = find(spec)
+    found = find(spec, recorded)
     scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
     headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
     bad = [_told(found.splits[s][0].name(i), h) for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
@@ -203,7 +212,7 @@ def load_data(
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
     side = img_size or _side(sizes, notes)
     return DataSplits(
-        found.name, train, val, test, found.classes, side, in_chans, mean, std, found.checksum, notes, bad
+        found.name, train, val, test, found.classes, side, in_chans, mean, std, found.checksum, notes, bad, found.spec
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from convmixer.data.argument import HUB, SHARDS, read_argument
+from convmixer.data.hub import download
 from convmixer.data.sources import Arrays, Column, Files, Shards, Source, binary_column, index_tar, read_range
 from convmixer.errors import RequestError
 from convmixer.files import cache_folder
 from convmixer.preprocess import SUFFIXES
 
-HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 STATISTICS = {  # mean and standard deviation per channel of the training images
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -31,7 +32,6 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-SHARDS = (".parquet", ".tar")
 IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
 HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
 
@@ -47,6 +47,7 @@ class Found:
         checksum: "sha256:..." of the contents or "listing-sha256:..." of names and sizes.
         in_chans: Channels, where known without looking.
         notes: What the user should know.
+        spec: The data argument so written that it means the same from every folder.
     """
 
     name: str
@@ -55,38 +56,22 @@ class Found:
     checksum: str
     in_chans: int | None = None
     notes: list[str] = field(default_factory=list)
+    spec: str = ""
 
 
-def find(spec: str) -> Found:
-    """Return the images and labels behind a data argument.
-
-    Args:
-        spec: "digits", "cifar10", "cifar100", a path (folder, .csv, .tar, .parquet) or a
-            hub name "owner/name" or "owner/name/configuration".
+def find(spec: str, recorded: bool = False) -> Found:
+    """Return the images and labels behind a data argument; for the arguments see `argument.read_argument`.
 
     Raises:
         RequestError: Nothing usable is there; the message says what to do.
     """
-    if spec == "digits":
-        return find_digits()
-    path = Path(spec).expanduser()
-    if path.exists() and spec not in HUB_NAMES:
-        return find_path(path)
-    if spec in HUB_NAMES:
-        local = [place for place in _places(spec) if place.is_dir()]
-        return find_path(local[0] if local else _download(spec, HUB_NAMES[spec]), spec)
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+){1,2}", spec):
-        owner, name, *config = spec.split("/")
-        if Path(owner).is_dir():
-            raise RequestError(
-                f"no data {spec!r}: the folder {owner} is here, but nothing of that name is in it "
-                "(for the hub's data set of that name, start from another folder)"
-            )
-        return find_path(_download(spec, f"{owner}/{name}").joinpath(*config), spec)
-    raise RequestError(
-        f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
-        "or a hub name owner/name or owner/name/configuration"
-    )
+    argument = read_argument(spec, recorded)
+    if argument.spec == "digits":
+        found = find_digits()
+    else:
+        path = argument.path or download(argument) / argument.inside
+        found = find_path(path, None if argument.repository is None else spec.removeprefix(HUB))
+    return replace(found, spec=argument.spec, notes=[*argument.notes, *found.notes])
 
 
 def find_path(path: Path, name: str | None = None) -> Found:
@@ -483,29 +468,6 @@ def _one_configuration(root: Path, files: list[Path]) -> list[Path]:
     if len(folders) > 1:
         raise RequestError(f"{root} holds several data sets: give one of the folders {', '.join(sorted(folders))}")
     return files
-
-
-def _places(name: str) -> list[Path]:
-    roots = [os.environ.get("CONVMIXER_DATA"), "../shared/data", "data"]
-    return [Path(root) / name for root in roots if root]
-
-
-def _download(spec: str, repo: str) -> Path:
-    """Return the local copy of a hub data set's parquet files, fetched where needed."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet", "**/*.parquet"]))
-    except Exception as error:  # the hub raises many kinds: no network, no such name, not allowed
-        places = ", ".join(str(place) for place in _places(spec)) if spec in HUB_NAMES else "a folder and give that"
-        or_set = (
-            f", or in $CONVMIXER_DATA/{spec}" if spec in HUB_NAMES and not os.environ.get("CONVMIXER_DATA") else ""
-        )
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(
-            f"data {spec!r} are not here and cannot be downloaded from the hub ({repo}): {reason}. "
-            f"Put the parquet files in {places}{or_set}"
-        ) from error
 
 
 def _size(path: Path) -> int:

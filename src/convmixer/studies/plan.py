@@ -51,7 +51,7 @@ def make_plan(study: Study, data: str) -> Plan:
         "arms": arms,
         "claims": [dataclasses.asdict(claim) for claim in study.claims],
         "runs": [run_name(arm, seed) for arm, seed in study.runs()],
-        "data": _describe(data, found),
+        "data": _describe(found),
         "command": records.command_line(),
         "environment": records.environment(),
     }
@@ -115,10 +115,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _describe(spec: str, data: DataSplits) -> dict[str, Any]:
+def _describe(data: DataSplits) -> dict[str, Any]:
     sizes = {name: len(split) if (split := getattr(data, name)) else 0 for name in ("train", "val", "test")}
     return {
-        "spec": spec,
+        "spec": data.spec,
         "name": data.name,
         "checksum": data.checksum,
         "img_size": data.img_size,

@@ -64,6 +64,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
         seed=config.seed,
         max_bad_fraction=config.max_bad_fraction,
         img_size=config.img_size,
+        recorded=data is None,
     )
     if splits.checksum != record.data["checksum"] or not splits.test:
         raise RequestError(f"{data or record.data['spec']} holds other data than {record.name} was measured on")

@@ -216,7 +216,8 @@ def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -
     if spec is None:
         raise RequestError(f"{weights} does not say what it was trained on: name the data, e.g. cifar10 or a folder")
     settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.01}
-    return load_data(str(spec), **{key: trained_on.get(key, value) for key, value in settings.items()})
+    split = {key: trained_on.get(key, value) for key, value in settings.items()}
+    return load_data(str(spec), recorded=data is None, **split)
 
 
 def _changed(data: str | None, splits: DataSplits, split: str, metadata: dict[str, Any]) -> list[str]:

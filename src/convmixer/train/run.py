@@ -78,7 +78,7 @@ def train(
         assert folder is not None
         schedule = {"epochs": epochs, "steps": steps, "steps_per_epoch": job.steps_per_epoch}
         contents = describe(
-            job.config, config, recipe, recipe_name, data, job.data, job.preprocessing, job.build, schedule
+            job.config, config, recipe, recipe_name, job.spec, job.data, job.preprocessing, job.build, schedule
         )
         run = Run(job, folder, contents, started)
         run.begin()
@@ -116,7 +116,7 @@ def resume(
         state = load_checkpoint(folder.checkpoints)
         build = (contents["build"]["name"], contents["build"]["arguments"])
         known = Preprocessing(**contents["preprocessing"]) if state else None
-        job = prepare(data or contents["data"]["spec"], config, build, known)
+        job = prepare(data or contents["data"]["spec"], config, build, known, recorded=data is None)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {path} have changed since it began: start a new run")
         run = Run(job, folder, contents, time.time())

@@ -31,7 +31,7 @@ class Job:
     """A run, resolved: nothing in it is "auto" any more.
 
     Args:
-        spec: The data argument.
+        spec: The data argument so written that it means the same from every folder.
         config: The settings.
         data: The splits.
         preprocessing: Of the images in evaluation and, but for what is random, in training.
@@ -87,7 +87,13 @@ class Job:
         return eval_loader(images, eval_transform(self.preprocessing), batch, workers, rank(), world_size())
 
 
-def prepare(spec: str, config: Config, build: Build | None = None, preprocessing: Preprocessing | None = None) -> Job:
+def prepare(
+    spec: str,
+    config: Config,
+    build: Build | None = None,
+    preprocessing: Preprocessing | None = None,
+    recorded: bool = False,
+) -> Job:
     """Return a job: data loaded, model built from the seed (or weights), everything on its device.
 
     Args:
@@ -95,6 +101,7 @@ def prepare(spec: str, config: Config, build: Build | None = None, preprocessing
         config: The settings.
         build: Name and arguments of the model instead of `config.model`.
         preprocessing: That of a run whose checkpoint will replace the weights: those it began from are not loaded.
+        recorded: See `datasets.load_data`.
 
     Raises:
         RequestError: Data, model, weights or device cannot be had, or do not fit each other.
@@ -109,6 +116,7 @@ def prepare(spec: str, config: Config, build: Build | None = None, preprocessing
         seed=config.seed,
         max_bad_fraction=config.max_bad_fraction,
         img_size=side,
+        recorded=recorded,
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
@@ -129,7 +137,7 @@ def prepare(spec: str, config: Config, build: Build | None = None, preprocessing
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
-    return Job(spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps)
+    return Job(data.spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps)
 
 
 def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:

@@ -1,0 +1,106 @@
+"""What a data argument names: built-in data, a path, or a data set on the Hugging Face hub. Reads no data.
+
+A name that could mean two things is taken in one way, and a note says which and how to write the other.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from convmixer.errors import RequestError
+
+HUB = "hf-hub:"  # before owner/name: the hub, whatever is on the disk
+HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+BUILT_IN = ("digits", *HUB_NAMES)
+TABLES = (".csv", ".tsv")
+SHARDS = (".parquet", ".tar")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A data argument, read.
+
+    Args:
+        spec: The argument so written that it means the same from every folder.
+        path: The file or folder; None for data that must be fetched or come with a package.
+        repository: "owner/name" on the hub, or None.
+        inside: The folder inside the repository.
+        notes: What was taken and how to mean the other thing, if there are two.
+    """
+
+    spec: str
+    path: Path | None = None
+    repository: str | None = None
+    inside: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def read_argument(spec: str, recorded: bool = False) -> Argument:
+    """Return what a data argument names.
+
+    Args:
+        spec: "digits", "cifar10", "cifar100", a path, or "owner/name" or "owner/name/configuration" on the hub, with
+            "hf-hub:" in front if a path could be meant.
+        recorded: The argument was read from weights or a record, not typed: then a name without "hf-hub:" in front is
+            a path, and the hub is never asked for it.
+
+    Raises:
+        RequestError: It names nothing.
+    """
+    if spec in BUILT_IN:
+        return _built_in(spec)
+    if spec.startswith(HUB):
+        return _on_hub(spec.removeprefix(HUB), ())
+    path = Path(spec).expanduser()
+    if _exists(path):
+        other = _is_hub_name(spec) and not path.suffix
+        note = f"{spec}: the one on this disk is taken; for the data set on the hub write {HUB}{spec}"
+        return Argument(os.path.abspath(path), path, notes=(note,) if other else ())
+    if recorded:
+        hub = f" (if it is a data set on the hub: {HUB}{spec})" if _is_hub_name(spec) else ""
+        raise RequestError(f"the data {spec!r} of the training are not here: name the data{hub}")
+    if not _is_hub_name(spec) or path.suffix in (*TABLES, *SHARDS):
+        raise RequestError(
+            f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
+            "or a hub name owner/name or owner/name/configuration"
+        )
+    if Path(spec.split("/")[0]).is_dir():
+        raise RequestError(
+            f"no data {spec!r}: the folder {spec.split('/')[0]} is here, but nothing of that name is in it "
+            f"(for the data set on the hub write {HUB}{spec})"
+        )
+    note = f"{spec}: no such path here, so the data set of that name on the hub is taken; for a path write ./{spec}"
+    return _on_hub(spec, (note,))
+
+
+def places(name: str) -> list[Path]:
+    """Return where to look on this disk for built-in data that do not come with a package."""
+    roots = [os.environ.get("CONVMIXER_DATA"), "../shared/data", "data"]
+    return [Path(root) / name for root in roots if root]
+
+
+def _built_in(name: str) -> Argument:
+    found = next((place for place in places(name) if place.is_dir()), None) if name in HUB_NAMES else None
+    notes = [f"{name}: read from {found}"] if found else []
+    if _exists(Path(name)):
+        notes.append(f"{name}: the data set of that name is taken; for the one in this folder write ./{name}")
+    return Argument(name, found, HUB_NAMES.get(name), notes=tuple(notes))
+
+
+def _on_hub(name: str, notes: tuple[str, ...]) -> Argument:
+    if not _is_hub_name(name):
+        raise RequestError(f"{name!r} is no name of a data set on the hub: write {HUB}owner/name")
+    owner, repository, *inside = name.split("/")
+    return Argument(HUB + name, None, f"{owner}/{repository}", "/".join(inside), notes)
+
+
+def _is_hub_name(spec: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)?", spec) is not None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # e.g. a name too long
+        return False
