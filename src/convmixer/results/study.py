@@ -73,7 +73,7 @@ class StudyResults:
         return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
 
     def weights_of(self, arm: str, seed: int) -> tuple[Path, str] | None:
-        """Return the study folder that holds the weights of a run, and the arm's name there, or None before its end.
+        """Return the study folder that holds a run's weights, and the arm's name there; None if it has not ended.
 
         A run that was reused from another study has its weights, and the pictures of them, in that study's folder.
         """
