@@ -1,7 +1,9 @@
 """What is committed: every record can be read, every report follows from its records, and nothing is kept twice."""
 
 import hashlib
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,3 +77,14 @@ def test_weights_that_ship_stand_where_their_record_says() -> None:
     assert (shipped / "model.safetensors").is_file()
     other = json.loads((shipped / "record.jsonl").read_text())
     assert other["results"] | {"weights": ""} == record.results | {"weights": ""}
+
+
+def test_the_page_of_claims_is_what_the_records_give() -> None:
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "tools" / "claims.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.page()
+    assert text == tool.PAGE.read_text(encoding="utf-8"), "run python tools/claims.py"
+    assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 14

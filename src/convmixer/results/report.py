@@ -58,7 +58,7 @@ def _lines(results: StudyResults) -> list[str]:
     arms = [
         f"arm      {row.label:<32} {_accuracy(row):>15} % test top-1, n = {row.test.n}" for row in rows if row.test
     ]
-    claims = [f"claim    {c['says']}: {c['verdict']}, {_difference(c)}, n = {c['n']}" for c in results.verdicts()]
+    claims = [f"claim    {c['says']}: {c['verdict']}, {difference_text(c)}, n = {c['n']}" for c in results.verdicts()]
     missing = [f"missing  {', '.join(results.missing)}"] if results.missing else []
     return arms + claims + missing
 
@@ -68,11 +68,11 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     plan, parts = results.plan, []
     parts += [f"# {plan['title']}", plan["question"]]
     parts += [f"> **{line}**" for line in _warnings(results)]
-    parts += ["## Claims and verdicts", _table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
-    parts += ["## Arms", _table(HEADS, [_cells(row) for row in results.rows()]), HOW]
+    parts += ["## Claims and verdicts", table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
+    parts += ["## Arms", table(HEADS, [_cells(row) for row in results.rows()]), HOW]
     parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
     parts += ["## What was done", plan["notes"], _sizes_sentence(results), "```\n" + _commands(results) + "\n```"]
-    parts += [_table(("", ""), _facts(results)), "### Shared recipe", _table(("setting", "value"), _recipe(plan))]
+    parts += [table(("", ""), _facts(results)), "### Shared recipe", table(("setting", "value"), _recipe(plan))]
     drawn = [(title, path) for title, path in _weight_pictures(results)]
     parts += ["## Filters and kernels"] if drawn else []
     parts += [f"![{title}]({os.path.relpath(path, results.folder)})" for title, path in drawn]
@@ -126,7 +126,7 @@ def _claim_cells(results: StudyResults) -> list[Sequence[str]]:
         (
             claim["says"],
             _rule(results, claim),
-            _difference(claim),
+            difference_text(claim),
             str(claim["n"]),
             f"{SIGNS.get(claim['verdict'], '–')} {claim['verdict']}",
             _paper_number(claim),
@@ -141,7 +141,8 @@ def _rule(results: StudyResults, claim: dict[str, Any]) -> str:
     return f"{arms[claim['first']]['label']} − {arms[claim['second']]['label']}: {rule} ({unit})"
 
 
-def _difference(claim: dict[str, Any]) -> str:
+def difference_text(claim: dict[str, Any]) -> str:
+    """Return the difference of a judged claim with its interval, as tables show it."""
     if claim["difference"] is None:
         return "not measured"
     digits = 2 if claim["measure"] == "test_top1" else 0
@@ -274,7 +275,8 @@ def _short(value: Any) -> str:
     return "none" if value is None else json.dumps(value).strip('"')
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
