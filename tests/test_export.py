@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from convmixer.backends import load_exported
 from convmixer.cli import main
 from convmixer.errors import RequestError
 from convmixer.export import PRECISIONS, SUFFIX, ExportError, Images, export_model
+from convmixer.exported.load import load_exported
 from convmixer.models.maps import WithMaps
 from convmixer.models.registry import create_model
 from convmixer.preprocess import Preprocessing, preprocess
@@ -232,7 +232,7 @@ def test_running_an_onnx_file_or_web_folder_imports_no_torch(
     export_model(model, CLASSES, P, digits, path, format)
     code = (
         "import json, sys, numpy as np\n"
-        "from convmixer.backends import load_exported\n"
+        "from convmixer.exported.load import load_exported\n"
         f"model = load_exported({str(path)!r})\n"
         "logits, _ = model.run(np.zeros((3, 1, 16, 16), np.float32))\n"
         "print(json.dumps([logits.shape, 'torch' in sys.modules]))\n"

@@ -1,7 +1,7 @@
 """Export to ONNX, OpenVINO, torch.export and a web page, each checked against the model before it is left on disk.
 
 The batch is dynamic, the image size fixed. Class names and preprocessing travel inside the file. Not here: running
-exported files (`backends.py`).
+exported files (`exported/load.py`).
 """
 
 import base64
@@ -25,8 +25,11 @@ import torch.nn as nn
 from PIL import Image
 
 import convmixer
-from convmixer.backends import data_uri, import_onnxruntime, import_openvino, load_exported
 from convmixer.errors import RequestError
+from convmixer.exported.load import open_exported
+from convmixer.exported.onnx import import_onnxruntime
+from convmixer.exported.openvino import import_openvino
+from convmixer.exported.web import data_uri
 from convmixer.models.maps import WithMaps, has_maps
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
 from convmixer.run_folder import RunFolder, is_run, sample_files
@@ -268,7 +271,7 @@ def compare(
     Raises:
         ExportError: They differ more than `TOLERANCE`.
     """
-    exported = load_exported(path)
+    exported = open_exported(path)
     expected, got = [], []
     # uneven batches, so that a file whose batch is not dynamic fails
     for batch in _batches(images.check, preprocessing, sizes=(1, 7, 32)):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convmixer.backends import is_exported, load_exported
 from convmixer.errors import RequestError
+from convmixer.exported.load import is_exported, load_exported
 from convmixer.files import write_atomic
 from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
 

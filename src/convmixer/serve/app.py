@@ -39,8 +39,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import convmixer
-from convmixer.backends import data_uri
 from convmixer.errors import RequestError
+from convmixer.exported.web import data_uri
 from convmixer.inference import Classifier, load_classifier, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
 from convmixer.run_folder import sample_files

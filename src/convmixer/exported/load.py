@@ -1,0 +1,180 @@
+"""Loads exported files, which may be a stranger's: read, checked and run in a process with limits (`process.py`).
+
+An exported file carries its class names and preprocessing, so it is used like weights. ONNX files and web folders run
+without torch. Neither ONNX Runtime nor OpenVINO may call home: telemetry is off before the import.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convmixer.errors import RequestError
+from convmixer.exported.formats import format_of
+from convmixer.exported.process import Confined
+from convmixer.preprocess import Preprocessing
+
+Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+MAX_CLASSES, MAX_TEXT, MAX_SIDE = 100_000, 1000, 4096
+ABOUT = ("precision", "exported_by", "architecture", "model_args", "data")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, ready to run.
+
+    Args:
+        run: (B, C, H, W) float32 -> logits (B, classes) and class-activation maps (B, k, h, w) of the k likeliest
+            classes in falling order, or None if the file has no maps. Raises RuntimeError if the logits are not
+            finite.
+        classes: Class names in the order of the logits.
+        preprocessing: How an image becomes the input.
+        describe: What is in the file: source, format, precision, architecture, and what it was trained on.
+    """
+
+    run: Run
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    describe: dict[str, Any]
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether a path names a file or folder that `convmixer export` writes."""
+    return format_of(path) is not None
+
+
+def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported:
+    """Return the model in an exported file, which runs in a process of its own.
+
+    Args:
+        path: A .onnx, .xml (OpenVINO) or .pt2 (torch.export) file, or a web folder.
+        threads: Processor threads for the runtime; 0: its choice.
+        limits: `memory_bytes` and `load_seconds` of `process.Confined`.
+
+    Raises:
+        RequestError: There is no such file, it cannot be read, it is not what `convmixer export` writes, it takes too
+            long or too much memory, or its runtime is not installed.
+    """
+    path = _regular(Path(path))
+    confined = Confined(path, threads, **limits)
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return _split(confined.run(batch))
+
+    return _exported(path, run, confined.facts)
+
+
+def open_exported(path: str | Path, threads: int = 0) -> Exported:
+    """Return what `load_exported` does, without a process around it: for files of this package's own making.
+
+    Raises:
+        RequestError: As for `load_exported`.
+    """
+    path = _regular(Path(path))
+    kind = format_of(path)
+    assert kind is not None
+    try:
+        outputs, texts = kind.load_module().read(path, threads)
+        facts = {name: json.loads(text) for name, text in texts.items()}
+        exported = _exported(path, lambda batch: _split(outputs(batch)), facts)
+        p = exported.preprocessing
+        exported.run(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32))
+    except (RequestError, MemoryError):
+        raise
+    except ImportError as error:
+        raise RequestError(f"{path} needs {error.name}: pip install 'convmixer[{kind.extra}]'") from error
+    except RecursionError as error:
+        raise RequestError(f"{path} is nested too deeply to be an export") from error
+    except Exception as error:  # each runtime has its own exceptions for a file that is cut or not a model
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise RequestError(f"{path} cannot be read as a {kind.name} model: {reason}") from error
+    return exported
+
+
+def facts_of(exported: Exported) -> dict[str, Any]:
+    """Return what an exported file says of itself, as JSON values."""
+    about = {name: value for name, value in exported.describe.items() if name in ABOUT}
+    return {"classes": exported.classes, "preprocessing": asdict(exported.preprocessing), "about": about}
+
+
+def _regular(path: Path) -> Path:
+    """Return the path.
+
+    Raises:
+        RequestError: It is neither a file of a known suffix nor a folder with a page: a pipe would never end.
+    """
+    if not path.exists():
+        raise RequestError(f"{path} does not exist")
+    kind = format_of(path)
+    if kind is None or not (path / kind.folder).is_file():
+        raise RequestError(f"{path} is not an exported file or folder")
+    return path
+
+
+def _exported(path: Path, run: Run, facts: dict[str, Any]) -> Exported:
+    if not {"classes", "preprocessing"} <= facts.keys():
+        raise RequestError(f"{path} carries no class names and preprocessing: write it with `convmixer export`")
+    try:
+        classes = _classes(facts["classes"])
+        preprocessing = _preprocessing(facts["preprocessing"])
+        about = _about(facts.get("about", {}))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise RequestError(f"{path} has damaged metadata: {str(error)[:300]}") from error
+    kind = format_of(path)
+    assert kind is not None
+    describe = {**about, "source": str(path), "format": kind.name}
+    return Exported(_checked(path, run, len(classes)), classes, preprocessing, describe)
+
+
+def _checked(path: Path, run: Run, classes: int) -> Run:
+    """Return `run` with its answers checked."""
+
+    def checked(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        logits, maps = run(batch)
+        if logits.shape != (len(batch), classes):
+            raise RuntimeError(f"{path} gives logits of shape {logits.shape}, not {(len(batch), classes)}")
+        if maps is not None and (maps.ndim != 4 or len(maps) != len(batch) or maps.shape[1] > classes):
+            raise RuntimeError(f"{path} gives class-activation maps of shape {maps.shape}")
+        if not np.isfinite(logits).all():
+            raise RuntimeError(f"{path} gives logits that are not finite: its weights are damaged")
+        return logits, maps
+
+    return checked
+
+
+def _classes(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_CLASSES:
+        raise ValueError(f"class names must be a list of 1 to {MAX_CLASSES} texts")
+    if not all(isinstance(name, str) and len(name) <= MAX_TEXT for name in names):
+        raise ValueError(f"a class name is not a text of at most {MAX_TEXT} characters")
+    return tuple(names)
+
+
+def _preprocessing(values: Any) -> Preprocessing:
+    numbers = [values["img_size"], values["in_chans"], values["crop_pct"], *values["mean"], *values["std"]]
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ValueError("the preprocessing holds what is not a number")
+    if not all(math.isfinite(number) and abs(number) <= MAX_SIDE for number in numbers):
+        raise ValueError(f"the preprocessing holds a number that is not finite or above {MAX_SIDE}")
+    if not (isinstance(values["img_size"], int) and isinstance(values["interpolation"], str)):
+        raise ValueError("img_size must be a whole number and interpolation a text")
+    return Preprocessing(**values)
+
+
+def _about(values: Any) -> dict[str, Any]:
+    known = {name: values[name] for name in ABOUT if values.get(name) is not None}
+    for name, value in known.items():
+        expected = dict if name in ("model_args", "data") else str
+        if not isinstance(value, expected) or len(json.dumps(value)) > 16 * MAX_TEXT:
+            raise ValueError(f"{name} is of a wrong type or too long")
+        if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
+            raise ValueError(f"{name} holds more than plain values")
+    return known
+
+
+def _split(outputs: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    return outputs[0], outputs[1] if len(outputs) > 1 else None

@@ -1,0 +1,93 @@
+"""OpenVINO files: the graph as XML, the weights beside it in a file that ends in .bin."""
+
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convmixer.errors import RequestError
+
+XML_BYTES = 256 * 2**20
+# As for ONNX: layers that compute tensors from tensors in one step, without loops, branches and files.
+_LAYERS = """
+    Abs Add AvgPool BatchNormInference Broadcast Ceiling Clamp Concat Const Convert ConvertLike Convolution
+    ConvolutionBackpropData Cos CumSum DepthToSpace Divide Einsum Elu Equal Erf Exp FakeConvert FakeQuantize Floor
+    FloorMod Gather GatherElements GatherND Gelu Greater GreaterEqual GridSample GroupConvolution
+    GroupConvolutionBackpropData GroupNormalization HSigmoid HSwish HardSigmoid Identity Interpolate LRN Less
+    LessEqual Log LogSoftmax LogicalAnd LogicalNot LogicalOr LogicalXor MVN MatMul MaxPool Maximum Minimum Mish Mod
+    Multiply Negative NormalizeL2 NotEqual PReLU Pad Parameter Power RMS Range ReLU ReduceL1 ReduceL2
+    ReduceLogicalAnd ReduceLogicalOr ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Reshape Result Round
+    ScaledDotProductAttention ScatterElementsUpdate ScatterNDUpdate ScatterUpdate Select Selu ShapeOf Sigmoid Sign
+    Sin Slice SoftMax SoftPlus Softmax SoftSign SpaceToDepth Split Sqrt SquaredDifference Squeeze StridedSlice
+    Subtract Swish Tan Tanh Tile TopK Transpose Unsqueeze VariadicSplit
+    """
+LAYERS = frozenset(_LAYERS.split())
+
+
+def import_openvino() -> Any:
+    """Return the openvino module with its telemetry package kept out."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
+    """Return what runs an OpenVINO model, and its metadata.
+
+    Raises:
+        RequestError: The pair of files holds what an export does not.
+    """
+    openvino = import_openvino()
+    graph, weights = _graph(path), _weights(path)
+    if len(weights) != _weight_bytes(graph):
+        raise RequestError(f"{path.with_suffix('.bin')} does not belong to {path}: export the model again")
+    core = openvino.Core()
+    # written anew from what was checked: OpenVINO's parser may see the file with other eyes
+    model = core.read_model(ElementTree.tostring(graph), weights)
+    # the default precision is bf16 if the processor has it, which would not agree with the model
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = core.compile_model(model, "CPU", settings)
+    texts = {entry.tag: entry.get("value", "") for entry in graph.iterfind("rt_info/convmixer/*")}
+    return lambda batch: [np.array(part) for part in compiled(batch).to_tuple()], texts
+
+
+class _NoEntities(ElementTree.TreeBuilder):
+    def doctype(self, *args: Any) -> None:
+        raise ValueError("it declares a document type")  # which may hold entities that grow without end
+
+
+def _graph(path: Path) -> ElementTree.Element:
+    """Return the XML of a graph whose layers are all plain ones."""
+    if path.stat().st_size > XML_BYTES:
+        raise RequestError(f"{path} is larger than {XML_BYTES >> 20} MiB")
+    root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoEntities()))
+    if [part.tag for part in root].count("layers") != 1 or root.tag != "net":
+        raise ValueError("it holds no graph")
+    for layer in root.iter("layer"):
+        kind, version = layer.get("type", ""), layer.get("version", "")
+        if kind not in LAYERS or not re.fullmatch(r"opset\d+", version):
+            raise RequestError(f"{path} holds the layer {kind[:80]!r}, which `convmixer export` never writes")
+    if any(True for tag in ("body", "then_body", "else_body", "port_map", "back_edges") for _ in root.iter(tag)):
+        raise RequestError(f"{path} holds a graph within a graph, which `convmixer export` never writes")
+    return root
+
+
+def _weights(path: Path) -> bytes:
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():  # a pipe would never end
+        raise RequestError(f"{weights} is missing or is not a regular file")
+    return weights.read_bytes()
+
+
+def _weight_bytes(graph: ElementTree.Element) -> int:
+    """Return the size of the weights that a graph speaks of."""
+    parts = [layer.find("data") for layer in graph.iter("layer") if layer.get("type") == "Const"]
+    ends = (int(part.get("offset", "")) + int(part.get("size", "")) for part in parts if part is not None)
+    return max(ends, default=0)
