@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+PARITY = ("test_kernels_ops.py", "test_fast.py")
 
 
 def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -17,7 +18,15 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def _check_parity(**environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", str(TESTS / "test_kernels.py"), str(TESTS / "test_fast.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rs",
+            str(TESTS / "test_kernels_ops.py"),
+            str(TESTS / "test_fast.py"),
+        ],
         env=os.environ | environment,
         capture_output=True,
         text=True,

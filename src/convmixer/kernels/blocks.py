@@ -79,7 +79,7 @@ def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Ten
 def norm_gradients(
     weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients (3, C) of NormBackward in block.cpp, and the gradients of the norm's weight and bias.
+    """Return the coefficients (3, C) of the CPU's NormBackward, and the gradients of the norm's weight and bias.
 
     Args:
         weight: (C,).

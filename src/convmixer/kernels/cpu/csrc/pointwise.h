@@ -2,7 +2,7 @@
 // one) times a packed matrix, summed in float.
 //
 // What goes into a product was just computed and what comes out is used at once, so a row never goes to memory in
-// between. Where the processor multiplies whole matrices of bf16, the library's products win (block.cpp).
+// between. Where the processor multiplies whole matrices of bf16, the library's products win (channel_library.h).
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -1,0 +1,72 @@
+// The pointwise half of a block: both norms, the residual sum, the product and statistics.
+#include "channel_library.h"
+#include "channel_own.h"
+
+namespace {
+
+void check_pointwise(const Tensor& weight, const Tensor& x) {
+  check(weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == 2 &&
+            weight.size(0) == x.size(3) && weight.size(1) == x.size(3),
+        "pointwise weights must be contiguous (C, C), of the activations' type");
+}
+
+std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, const Tensor& before,
+                                           const Tensor& norm_before, const Tensor& weight, const Tensor& bias,
+                                           int64_t act, bool statistics) {
+  const Image s = image_of(u);
+  const int64_t rows = s.N * s.pixels();
+  check_pointwise(weight, u);
+  Tensor v = like(u);
+  const Coefficients norms(norm, s.C), norms_before(norm_before, s.C), biases(row_of(bias), s.C);
+  Sums sums(SLOTS, 2, s.C);
+  Sums* gathered = statistics ? &sums : nullptr;
+  dispatch(u, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    const Residual<T, decltype(a)::value> residual{data<T>(u), data<T>(before), norms, norms_before};
+    if constexpr (LIBRARY_PRODUCTS<T>) {
+      channel_forward_by_library(residual, weight, biases, v, rows, s.C, gathered);
+    } else {
+      Tensor panels = pooled({whole_panels(s.C), words_of<Operand<T>>(s.C)}, ScalarType::Float);
+      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
+      channel_forward_all(residual, panels.const_data_ptr<float>(), biases, mutable_data<T>(v), rows, s.C, gathered);
+    }
+  });
+  return {v, sums.total()};
+}
+
+// `grad` comes in as the gradient of y and leaves as that of h. Gradients of the weights (C, C) and bias (1, C), and
+// the sums for the first norm (2, C).
+std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Tensor& v, const Tensor& norm_v,
+                                                    const Tensor& u, const Tensor& norm, const Tensor& before,
+                                                    const Tensor& norm_before, const Tensor& weight, int64_t act) {
+  const Image s = image_of(grad);
+  const int64_t rows = s.N * s.pixels();
+  check_pointwise(weight, u);
+  Tensor weight_grad = pooled({s.C, s.C}, ScalarType::Float);
+  const Coefficients norms_v(norm_v, s.C), norms(norm, s.C), norms_before(norm_before, s.C);
+  Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);
+  dispatch(u, act, [&](auto t, auto a) {
+    using T = decltype(t);
+    const Residual<T, decltype(a)::value> residual{data<T>(u), data<T>(before), norms, norms_before};
+    if constexpr (LIBRARY_PRODUCTS<T>) {
+      channel_backward_by_library(grad, v, norms_v, residual, weight, weight_grad, rows, s.C, sums, bias_sums);
+    } else {
+      const int64_t groups = std::min<int64_t>(SLOTS, torch::stable::get_num_threads()), columns = whole_panels(s.C);
+      Tensor panels = pooled({columns, words_of<Operand<T>>(s.C)}, ScalarType::Float);
+      Tensor partial = pooled({groups, s.C, columns}, ScalarType::Float);
+      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
+      channel_backward_all(mutable_data<T>(grad), data<T>(v), norms_v, residual, panels.const_data_ptr<float>(),
+                           partial.mutable_data_ptr<float>(), groups, rows, s.C, sums, bias_sums);
+      add_weight_groups(partial.const_data_ptr<float>(), groups, s.C, columns,
+                        weight_grad.mutable_data_ptr<float>());
+    }
+  });
+  return {weight_grad, bias_sums.total(), sums.total()};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(convmixer, CPU, m) {
+  m.impl("channel_forward", TORCH_BOX(&channel_forward));
+  m.impl("channel_backward", TORCH_BOX(&channel_backward));
+}

@@ -1,0 +1,42 @@
+// Tensors in, tensors out: checks, types and memory of the ops on activations.
+#pragma once
+#include <tuple>
+
+#include "activation.h"
+#include "depthwise.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Internal linkage, so that GCC inlines what a file calls once.
+namespace {
+
+void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "convmixer: ", what); }
+
+int64_t whole_vectors(int64_t C) { return (C + L - 1) / L * L; }
+
+Image image_of(const Tensor& x) {
+  check(x.dim() == 4 && x.is_contiguous(), "activations must be contiguous (N, H, W, C)");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+// Call f with the storage type and the activation as types: f(T{}, std::integral_constant<int, ACT>{}).
+template <class F> void dispatch(const Tensor& x, int64_t act, const F& f) {
+  using Gelu = std::integral_constant<int, GELU>;
+  using Relu = std::integral_constant<int, RELU>;
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16, "fp32 or bf16 is needed");
+  if (type == ScalarType::Float) act == RELU ? f(float{}, Relu{}) : f(float{}, Gelu{});
+  else act == RELU ? f(bf16{}, Relu{}) : f(bf16{}, Gelu{});
+}
+
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+Tensor like(const Tensor& x) { return pooled({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); }
+
+Tensor row_of(const Tensor& vector) {  // (C) -> (1, C)
+  return torch::stable::unsqueeze(vector, 0);
+}
+
+}  // namespace
