@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -360,12 +359,16 @@ def test_bad_configs(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> N
         load_model(tmp_path)
 
 
-def test_nan_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nan_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nan.pth"
     spoil(lambda s: s.update({"2.running_var": torch.full((8,), float("nan"))}))(path)
-    with caplog.at_level(logging.WARNING, "convmixer"):
+    with pytest.raises(
+        RequestError, match=r"1 of 37 tensors hold NaN or infinity, the first is stem\.2\.running_var"
+    ):
         load_model(path)
-    assert "1 tensors hold NaN or infinity, the first is stem.2.running_var" in caplog.text
+    spoil(lambda s: s.update({"2.running_var": torch.full((8,), -0.1)}))(path)
+    with pytest.raises(RequestError, match=r"stem\.2\.running_var holds negative variances"):
+        load_model(path)
 
 
 def test_missing_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
+MAX_SIDE = 4096  # of a model's input, pixels; 32 images of this size take 6 GB
 MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
 # What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
@@ -56,18 +57,22 @@ class Preprocessing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # JSON gives lists
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
-        if self.img_size < 1:
-            raise ValueError(f"img_size must be at least 1, not {self.img_size}")
-        if self.in_chans not in (1, 3):
+        if type(self.img_size) is not int or not 1 <= self.img_size <= MAX_SIDE:
+            raise ValueError(f"img_size must be a whole number from 1 to {MAX_SIDE}, not {self.img_size!r:.40}")
+        if type(self.in_chans) is not int or self.in_chans not in (1, 3):
             raise ValueError(f"in_chans must be 1 or 3, not {self.in_chans}")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ValueError(f"mean {self.mean} and std {self.std} must each have {self.in_chans} values")
-        if not min(self.std) > 0:
-            raise ValueError(f"std must be above 0, not {self.std}")
+        if not all(math.isfinite(value) and abs(value) < 1e6 for value in self.mean):
+            raise ValueError(f"mean must be finite numbers, not {self.mean}")
+        if not all(1e-6 < value < 1e6 for value in self.std):
+            raise ValueError(f"std must be above 0 and finite, not {self.std}")
         if self.interpolation not in FILTERS:
             raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, not {self.interpolation!r}")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+        if type(self.crop_pct) not in (int, float) or not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct!r:.40}")
+        if self.img_size / self.crop_pct > 2 * MAX_SIDE:
+            raise ValueError(f"crop_pct {self.crop_pct} is too small for {self.img_size} px")
 
 
 def load_image(source: Path | bytes, in_chans: int = 3, fast_only: bool = False) -> Image.Image:

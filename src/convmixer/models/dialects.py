@@ -4,25 +4,22 @@ Understood are the authors' files (numeric `nn.Sequential` keys), timm's and mmp
 checkpoint, with or without the prefixes that wrappers add. Our own format is in weights.py.
 """
 
-import argparse
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import RequestError
+from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
-
-State = dict[str, torch.Tensor]
+from convmixer.models.reading import State, check_tensors, fit, read_file
 
 # where training checkpoints keep the weights; the averaged ones first, as they are the ones evaluated
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+MAX_DEPTH = 8  # containers inside each other
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 
 
@@ -55,53 +52,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(state, args, f"{dialect} keys{place}: {sizes}")
 
 
-def read_file(path: Path) -> Any:
-    """Return the contents of a .safetensors file or of a pickle written by torch, without running any code in it.
-
-    Besides tensors and plain types only `argparse.Namespace` is let in: timm's training checkpoints (and so the
-    authors') hold one, and it is a bare bag of attributes.
-
-    Raises:
-        RequestError: The file is missing, truncated, of another kind, or holds other objects.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)[0]
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named is None:
-            raise RequestError(f"{path} is not a checkpoint, or a damaged one: download it again") from error
-        raise RequestError(
-            f"{path} holds the Python object {named[1]}, which could run code, so it is not read: "
-            "save its state_dict alone, best as .safetensors"
-        ) from error
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # the readers raise a dozen types on damaged bytes
-        raise RequestError(
-            f"{path} is truncated, damaged or not a checkpoint ({type(error).__name__}): download it again"
-        ) from error
-
-
-def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Return the tensors and the text metadata of a .safetensors file.
-
-    Raises:
-        RequestError: The file is missing, truncated or of another kind.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, struct.error) as error:
-        raise RequestError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def find_state(content: Any, path: Path) -> tuple[State, str]:
     """Return the state dict inside a checkpoint's contents, wrapper prefixes removed, and where it was.
 
@@ -109,7 +59,9 @@ def find_state(content: Any, path: Path) -> tuple[State, str]:
         RequestError: There is none.
     """
     place = ""
-    while isinstance(content, Mapping) and not _is_state(content):
+    for _ in range(MAX_DEPTH):  # a checkpoint may hold itself
+        if not isinstance(content, Mapping) or _is_state(content):
+            break
         name = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
         if name is None:
             raise RequestError(
@@ -118,7 +70,10 @@ def find_state(content: Any, path: Path) -> tuple[State, str]:
         content, place = content[name], f" in {name!r}"
     if not isinstance(content, Mapping):
         raise RequestError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    found = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if not found:
+        raise RequestError(f"{path} holds no weights: its containers have no tensors in them")
+    state = check_tensors(found, path)
     while prefix := next((p for p in WRAPPERS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state, place
@@ -159,7 +114,7 @@ def _from_mmpretrain(key: str) -> str:
 def _from_authors(key: str, depth: int) -> str:
     """nn.Sequential(conv, act, norm, *blocks, pool, flatten, linear) -> stem.{0,2}, blocks.N, head."""
     number, _, rest = key.partition(".")
-    index = int(number) if number.isdigit() else -1
+    index = int(number) if re.fullmatch(r"[0-9]{1,6}", number) else -1
     if 0 <= index < 3:
         return f"stem.{key}"
     if 3 <= index < 3 + depth:
@@ -178,7 +133,7 @@ def find_args(state: State, path: Path) -> dict[str, Any]:
     stem, kernel = state.get("stem.0.weight"), state.get("blocks.0.0.fn.0.weight")
     if stem is None or kernel is None or stem.ndim != 4 or kernel.ndim != 4:
         raise RequestError(f"{path} lacks the patch embedding or the first block of a ConvMixer")
-    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
+    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.([0-9]{1,9})\.", key)))
     if depth > len(state):
         raise RequestError(f"{path} names block {depth - 1} but holds {len(state)} tensors")
     dim, in_chans, patch_size, _ = stem.shape
@@ -189,7 +144,7 @@ def find_args(state: State, path: Path) -> dict[str, Any]:
         "kernel_size": kernel.shape[-1],
         "patch_size": patch_size,
         "in_chans": in_chans,
-        "num_classes": 0 if head is None else head.shape[0],
+        "num_classes": 0 if head is None or head.ndim != 2 else head.shape[0],
     }
     relu = (dim, depth, args["kernel_size"], patch_size) == (768, 32, 7, 7)
     return args | {"act": "relu" if relu else "gelu"}
@@ -197,28 +152,12 @@ def find_args(state: State, path: Path) -> dict[str, Any]:
 
 def _complete(state: State, args: dict[str, Any], path: Path) -> State:
     """Return the tensors in fp32 with the counters that old files lack, checked against the model."""
+    sizes = {key: value for key, value in args.items() if key not in ("num_classes", "in_chans")}
+    try:
+        check_build("convmixer", sizes, args["num_classes"], args["in_chans"], len(state))
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
     with torch.device("meta"):
-        wanted = ConvMixer(**args).state_dict()
-    counters = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
-    state = counters | {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    check_shapes(state, wanted, path)
-    return state
-
-
-def check_shapes(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Hold a state dict against the one a model wants.
-
-    Raises:
-        RequestError: A tensor is missing, not expected, or of the wrong shape; the first few are named.
-    """
-    missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    for problem, keys in (("lacks", missing), ("has unexpected", extra), ("has wrong shapes:", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise RequestError(f"{path} {problem} {', '.join(keys[:3])}{more}: it does not fit the model")
+        model = ConvMixer(**args)
+    counters = {key: torch.tensor(0) for key in model.state_dict() if key.endswith("num_batches_tracked")}
+    return fit(counters | state, model, path)

@@ -7,6 +7,7 @@ setting of that size is meant. timm's spellings of the released weights (`convmi
 import fnmatch
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def model_args(name: str) -> dict[str, Any] | None:
     if name.startswith("convmixer"):
         raise unknown("ConvMixer", name, VARIANTS)
     return None
+
+
+def free_name(args: Mapping[str, Any]) -> str:
+    """Return the name that tells a ConvMixer's sizes, from its arguments; only the activation is not in it."""
+    return "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)
 
 
 def create_model(

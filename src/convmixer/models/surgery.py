@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
+from convmixer.models.registry import free_name
 from convmixer.models.weights import LoadedModel, adapt_channels, class_names, load_model, save_changed
 from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import is_run
@@ -107,8 +108,7 @@ def resize(
         same = round(loaded.preprocessing.img_size / old.patch_size * new.patch_size)
         changes.append(f"images of {same} px would give the grid of patches that the blocks were trained on")
     args = {key: getattr(new, key) for key in ("dim", "depth", "kernel_size", "patch_size", "act")}
-    name = f"convmixer_{new.dim}_{new.depth}_p{new.patch_size}_k{new.kernel_size}"
-    metadata = loaded.metadata | {"name": name, "model_args": args}
+    metadata = loaded.metadata | {"name": free_name(args), "model_args": args}
     return replace(loaded, model=new.eval(), classes=names, preprocessing=preprocessing, metadata=metadata), changes
 
 

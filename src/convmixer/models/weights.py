@@ -6,7 +6,6 @@ inside the .safetensors file, so that the file alone still knows its classes and
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,11 @@ import torch.nn as nn
 import convmixer
 from convmixer.errors import RequestError, unknown
 from convmixer.files import write_atomic
+from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.dialects import State, check_shapes, read_checkpoint, read_safetensors
-from convmixer.models.registry import SHIPPED, VARIANTS, create_model, shipped
+from convmixer.models.dialects import read_checkpoint
+from convmixer.models.reading import State, check_shapes, fit, parse_json, read_json, read_safetensors
+from convmixer.models.registry import SHIPPED, VARIANTS, create_model, free_name, shipped
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folder
 
@@ -33,8 +34,6 @@ TIMM_NAMES = {
 }
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
 _ARGS = ("dim", "depth", "kernel_size", "patch_size", "act")
-
-logger = logging.getLogger("convmixer")
 
 
 @dataclass(frozen=True)
@@ -223,56 +222,90 @@ def _load_folder(folder: Path) -> LoadedModel:
 
 def _load_file(path: Path) -> LoadedModel:
     config = _config_of(path)
-    if config is None:
-        return _load_foreign(path)
-    loaded = _from_config(config, read_safetensors(path)[0], path)
-    _warn_of_nonfinite(loaded.model.state_dict(), path)
-    return loaded
+    return _load_foreign(path) if config is None else _from_config(config, path)
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """Return the config beside or inside a .safetensors file, or None where there is none."""
+    """Return the config beside or inside a .safetensors file, or None if there is none."""
     if path.suffix != ".safetensors":
         return None
     beside = path.with_name(MODEL_CONFIG)
-    try:
-        if path.name == MODEL and beside.is_file():
-            text = beside.read_text(encoding="utf-8")
-        else:
-            text = read_safetensors(path)[1].get("config", "null")
-        config = json.loads(text)
-    except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"cannot read {beside}: {error}") from error
+    if path.name == MODEL and beside.is_file():
+        config = read_json(beside)
+    else:
+        config = parse_json(read_safetensors(path)[1].get("config", "null"), path)
     return config if config is None or isinstance(config, dict) else {}
 
 
-def _from_config(config: dict[str, Any], state: State, path: Path) -> LoadedModel:
+def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     cfg = config.get("pretrained_cfg", config)  # older files of timm's hub have one level
-    name, args = config.get("architecture"), config.get("model_args") or {}
+    state = read_safetensors(path)[0]
     try:
         chans, size = cfg["input_size"][0], cfg["input_size"][-1]
         keep = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         preprocessing = Preprocessing(img_size=size, in_chans=chans, **keep)
         classes = config.get("num_classes", cfg.get("num_classes"))
-        model = _build(str(name), classes, chans, args)
-    except RequestError:
-        raise
+        asked = config.get("model_args") or {}
+        name, args = check_build(config.get("architecture"), asked, classes, chans, len(state))
+        names = _class_names_of(cfg.get("label_names"), classes)
+    except RequestError as error:
+        raise RequestError(f"the config of {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RequestError(f"the config of {path} is not one of timm's hub layout: {error!r}") from error
-    check_shapes(state, model.state_dict(), path)
-    model.load_state_dict(state)
-    names = cfg.get("label_names") or class_names(classes)
-    metadata = config.get("convmixer", {"name": name, "model_args": args})
-    found = f"{metadata.get('name', name)} with {classes} classes, {size} px"
-    return LoadedModel(model.eval(), tuple(names), preprocessing, metadata, path.parent, found)
+    model = _build(name, classes, chans, args, state, path)
+    metadata = _metadata(config.get("convmixer"), model, name, args)
+    found = f"{metadata['name']} with {classes} classes, {size} px"
+    return LoadedModel(model.eval(), names, preprocessing, metadata, path.parent, found)
 
 
-def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn.Module:
+def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:
+    """Return the class names in a config, checked against the number of outputs; without any, see `class_names`."""
+    if names is None or (not names and isinstance(names, list)):
+        return class_names(num_classes)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RequestError("label_names must be a list of names")
+    if num_classes and len(names) != num_classes:
+        raise RequestError(f"label_names has {len(names)} names for {num_classes} classes")
+    return tuple(names)
+
+
+def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any], state: State, path: Path) -> nn.Module:
+    """Return the model with its weights; memory is taken only once the shapes are known to be those of the file."""
+    try:
+        with torch.device("meta"):
+            model = _new(name, num_classes, in_chans, args)
+        state = fit(state, model, path)
+        if type(model) is ConvMixer:
+            model.load_state_dict(state, assign=True)
+            return model
+        model = _new(name, num_classes, in_chans, args)
+        model.load_state_dict(state)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library says about sizes that do not go together
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"{path}: {name} cannot be built with {args}: {reason}") from error
+    return model
+
+
+def _new(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn.Module:
     if name == "convmixer":
         return ConvMixer(num_classes=num_classes, in_chans=in_chans, **args)
     return create_model(name, num_classes=num_classes, in_chans=in_chans, **args)
+
+
+def _metadata(ours: Any, model: nn.Module, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file says about its model; "name" and "model_args" are those that built it, whatever it says."""
+    metadata = dict(ours) if isinstance(ours, dict) else {}
+    if type(model) is ConvMixer:
+        args = {key: getattr(model, key) for key in _ARGS}
+        said = metadata.get("name")
+        name = said if said in VARIANTS and _sizes(VARIANTS[said]) == args else free_name(args)
+    return metadata | {"name": name, "model_args": args}
+
+
+def _sizes(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: args[key] for key in _ARGS}
 
 
 def _load_foreign(path: Path) -> LoadedModel:
@@ -281,12 +314,10 @@ def _load_foreign(path: Path) -> LoadedModel:
     with torch.device("meta"):
         model = ConvMixer(**args)
     model.load_state_dict(checkpoint.state, assign=True)
-    _warn_of_nonfinite(checkpoint.state, path)
     preprocessing = guess_preprocessing(args)
     p = preprocessing
     assumed = f"assumed {p.img_size} px, mean {p.mean}, std {p.std}, {p.interpolation}, crop {p.crop_pct}"
-    name = "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)
-    metadata = {"name": name, "model_args": {key: args[key] for key in _ARGS}}
+    metadata = {"name": free_name(args), "model_args": _sizes(args)}
     found = f"{checkpoint.found}; {assumed}"
     return LoadedModel(model.eval(), class_names(args["num_classes"]), p, metadata, path, found)
 
@@ -376,9 +407,3 @@ def _download(hub_id: str) -> Path:
             f"cannot get {hub_id} from the Hugging Face hub ({reason}). Go online, check the name, or give a local "
             f"file; shipped with the package: {', '.join(shipped()) or 'none'}"
         ) from error
-
-
-def _warn_of_nonfinite(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        logger.warning("%s: %d tensors hold NaN or infinity, the first is %s", path, len(bad), bad[0])
