@@ -26,7 +26,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size grad_accum lr eps checkpoint_seconds fallback_lr_scale", lambda x: x > 0, "above 0"),
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
-    ("workers color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
+    ("workers pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
     ("val_fraction max_bad_fraction drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
@@ -45,6 +45,10 @@ class Config:
     act: str | None = setting(None, "activation of a ConvMixer; none: the variant's own", ("gelu", "relu"))
     weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
     drop_rate: float = setting(0.0, "dropout before the classifier")
+    stem_init: str = setting(
+        "default", "whiten: the first filters make the patches of the training images white", ("default", "whiten")
+    )
+    head_init: str = setting("default", "initial weights of a new classifier", ("default", "zeros"))
     # data
     img_size: int | None = setting(None, "side of the square input in pixels; none: that of the data set")
     val_fraction: float = setting(
@@ -62,7 +66,11 @@ class Config:
     train_interpolation: str = setting(
         "bicubic", "resizing filter for training", ("bicubic", "bilinear", "nearest", "random")
     )
+    pad_crop: int = setting(0, "pixels that the image is moved by at most, its border mirrored; 0: off")
     hflip: float = setting(0.0, "probability of a horizontal flip")
+    hflip_mode: str = setting(
+        "random", "alternate: half of the images are flipped, in the next epoch the others", ("random", "alternate")
+    )
     vflip: float = setting(0.0, "probability of a vertical flip")
     color_jitter: float = setting(0.0, "strength of brightness, contrast and saturation jitter; 0: off")
     auto_augment: str | None = setting(
@@ -125,6 +133,8 @@ class Config:
                 raise RequestError(f"{f.name} must be finite, not {_text(value)}")
         if self.batch_size % self.grad_accum:
             raise RequestError(f"batch_size {self.batch_size} must be a multiple of grad_accum {self.grad_accum}")
+        if self.hflip_mode == "alternate" and self.hflip != 0.5:
+            raise RequestError(f"hflip_mode alternate flips half of the images: set hflip to 0.5, not {self.hflip}")
         if self.max_time is not None:
             parse_seconds(self.max_time)
 

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from convmixer.data.datasets import ImageSet
-from convmixer.data.sampler import Key, KeyedBatchSampler, sample_seed, seed_everything
+from convmixer.data.sampler import Key, KeyedBatchSampler, is_flipped, sample_seed, seed_everything
 from convmixer.data.transforms import Transform
 from convmixer.errors import RequestError
 
@@ -56,6 +57,7 @@ def train_loader(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    alternate_flip: bool = False,
 ) -> Loader:
     """Return endless training batches, a function of (seed, global step) alone, whatever the number of workers.
 
@@ -70,6 +72,8 @@ def train_loader(
         steps_per_epoch: Steps in an epoch; None: as many as the images fill.
         workers: Worker processes, 0: none.
         rank, world: Number of this process, and of all; together they read the batches of a single one.
+
+        alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
 
     Returns:
         A loader of float32 (B, C, H, W) and int64 (B,).
@@ -86,9 +90,8 @@ def train_loader(
     if steps_per_epoch is not None and not 1 <= steps_per_epoch <= most:
         raise RequestError(f"steps_per_epoch must be 1 to {most} for {len(image_set)} images, not {steps_per_epoch}")
     sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps_per_epoch or most, rank, world)
-    return Loader(
-        TrainImages(image_set, transform, seed), batch_sampler=sampler, collate_fn=_collate, **_workers(workers)
-    )
+    images = TrainImages(image_set, transform, seed, alternate_flip)
+    return Loader(images, batch_sampler=sampler, collate_fn=_collate, **_workers(workers))
 
 
 def eval_loader(
@@ -143,16 +146,19 @@ def _start_worker(worker: int, yields: bool) -> None:
 class TrainImages(Dataset[Any]):
     """Transformed images by (epoch, index), each with its own random numbers."""
 
-    def __init__(self, image_set: ImageSet, transform: Transform, seed: int) -> None:
+    def __init__(self, image_set: ImageSet, transform: Transform, seed: int, alternate_flip: bool = False) -> None:
         self.image_set, self.transform, self.seed = image_set, transform, seed
+        self.alternate_flip = alternate_flip
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | RequestError:
         epoch, index = key
         seed_everything(sample_seed(self.seed, epoch, index))
-        return _guard(lambda: self._read(index))
+        return _guard(lambda: self._read(epoch, index))
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
         image, label = self.image_set[index]
+        if self.alternate_flip and is_flipped(self.seed, epoch, index):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.transform(image), label
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+_FLIPS = -(2**40)  # in place of an epoch: epochs are 0 and more, steps of training a little below
+
 Key = tuple[int, int]  # (epoch, index of the image)
 
 
@@ -68,6 +70,14 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     """Return a well-mixed 64-bit seed for one image in one epoch."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def is_flipped(seed: int, epoch: int, index: int) -> bool:
+    """Return whether alternating flips mirror an image in an epoch: by chance in the first, then in every other.
+
+    Source: arXiv 2404.00498, Sec. 3.6.
+    """
+    return bool((sample_seed(seed, _FLIPS, index) + epoch) % 2)
 
 
 def seed_everything(value: int) -> None:

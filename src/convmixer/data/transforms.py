@@ -59,21 +59,26 @@ def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
 def train_transform(config: Config, p: Preprocessing) -> Transform:
     """Return the random training transform: PIL image (L or RGB as `p.in_chans` says) to float32 (C, H, W).
 
-    Order: random resized crop, flips, automatic augmentation, colour jitter, normalisation; then, on the batch, `mix`
-    and `erase`. This is the order of timm and of locuslab/convmixer-cifar10.
+    Order: random resized crop, padded crop, flips, automatic augmentation, colour jitter, normalisation; then, on the
+    batch, `mix` and `erase`. This is the order of timm and of locuslab/convmixer-cifar10.
 
     Args:
         config: The augmentation settings.
         p: Size, mean and standard deviation.
 
     Raises:
-        RequestError: The policy of `auto_augment` is not known, or `scale` or `ratio` is no range.
+        RequestError: The policy of `auto_augment` is not known, `scale` or `ratio` is no range, or `pad_crop` is
+            too large.
     """
     for name, (low, high) in (("scale", config.scale), ("ratio", config.ratio)):
         if not 0 < low <= high:
             raise RequestError(f"{name} must be two numbers above 0, the smaller first, not {low:g},{high:g}")
     steps: list[Callable[[Image.Image], Image.Image]] = [_crop(config, p)]
-    if config.hflip:
+    if config.pad_crop:
+        if config.pad_crop >= p.img_size:
+            raise RequestError(f"pad_crop must be below the image size {p.img_size}, not {config.pad_crop}")
+        steps.append(transforms.RandomCrop(p.img_size, config.pad_crop, padding_mode="reflect"))
+    if config.hflip and config.hflip_mode == "random":  # the loader does the other, which goes by the epoch
         steps.append(functools.partial(_flip, probability=config.hflip, how=Image.Transpose.FLIP_LEFT_RIGHT))
     if config.vflip:
         steps.append(functools.partial(_flip, probability=config.vflip, how=Image.Transpose.FLIP_TOP_BOTTOM))

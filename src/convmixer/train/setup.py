@@ -20,6 +20,7 @@ from convmixer.models.registry import create_model, model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
+from convmixer.train.initialize import initialize
 from convmixer.train.module import TrainingModule
 from convmixer.train.optim import check_optimizer, parameter_groups
 
@@ -74,6 +75,7 @@ class Job:
             workers=self.config.workers if workers is None else workers,
             rank=rank(),
             world=world_size(),
+            alternate_flip=self.config.hflip_mode == "alternate",
         )
 
     def eval_loader(self, split: str) -> Loader | None:
@@ -120,6 +122,7 @@ def prepare(
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
+    resumes = preprocessing is not None
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses what is no augmentation before anything is written
     check_optimizer(config)
@@ -129,6 +132,8 @@ def prepare(
     model = create_model(name, num_classes=len(data.classes), in_chans=data.in_chans, **args)
     if loaded:
         _start_from(model, loaded, data.classes)
+    if not resumes:
+        _initialize(model, config, loaded, data, preprocessing)
     model.to(device)
     _check_side(model, name, preprocessing)
     parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
@@ -201,6 +206,24 @@ def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...])
             f"the weights in {loaded.source} are of another model ({key} differs): take theirs with --model auto"
         )
     model.load_state_dict(state)
+
+
+def _initialize(
+    model: nn.Module, config: Config, loaded: LoadedModel | None, data: DataSplits, p: Preprocessing
+) -> None:
+    """Set the initial weights that the settings ask for.
+
+    Raises:
+        RequestError: The weights to start from would be overwritten.
+    """
+    if loaded and config.stem_init != "default":
+        raise RequestError(
+            f"stem_init {config.stem_init} would overwrite the stem of {config.weights}: leave one out"
+        )
+    if loaded and config.head_init != "default" and loaded.classes == tuple(data.classes):
+        raise RequestError(f"head_init {config.head_init} would overwrite the classifier of {config.weights}")
+    assert data.train is not None
+    initialize(model, config, data.train, p)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
