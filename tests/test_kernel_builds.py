@@ -16,39 +16,29 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
-def _check_parity(**environment: str) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rs",
-            str(TESTS / "test_kernels_ops.py"),
-            str(TESTS / "test_fast.py"),
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+def _check_parity(*files: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *(str(TESTS / file) for file in files)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout
 
 
-_SLOW = [pytest.param(march, marks=pytest.mark.slow) for march in ("wide-pairs", "x86-64-v3", "scalar")]
+def test_the_ops_of_another_processor() -> None:
+    _check_parity("test_kernels_ops.py", CONVMIXER_KERNELS_MARCH="pairs")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("march", ["pairs", "library", *_SLOW])
+@pytest.mark.parametrize("march", ["pairs", "library", "wide-pairs", "x86-64-v3", "scalar"])
 def test_other_processors(march: str) -> None:
-    _check_parity(CONVMIXER_KERNELS_MARCH=march)
+    _check_parity(*PARITY, CONVMIXER_KERNELS_MARCH=march)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
 def test_another_compiler() -> None:
-    _check_parity(CXX="clang++")
+    _check_parity(*PARITY, CXX="clang++")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from convmixer import records
 from convmixer.models.registry import SHIPPED, shipped
 from convmixer.models.weights import load_model
 from convmixer.studies.verify import verify
+from convmixer.train.evaluate import val
 
 FILES = {"README.md", "config.json", "config.yaml", "log.jsonl", "metrics.csv", "model.safetensors", "record.jsonl"}
 
@@ -25,6 +26,15 @@ def test_the_card_gives_the_recorded_accuracy(name: str) -> None:
     assert load_model(name).metadata["data"]["checksum"] == record.data["checksum"]
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_a_thousand_images_are_as_accurate_as_recorded(name: str, cifar10: Path) -> None:
+    result = val(name, str(cifar10), limit=1000)
+    (record,) = records.read(SHIPPED / name / "record.jsonl")
+    low, high = result["ci95"]
+    assert low < record.results["test_top1"] < high
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_the_recorded_accuracy_holds(name: str, cifar10: Path) -> None:
     result = verify(SHIPPED / name / "record.jsonl", str(cifar10))
