@@ -57,3 +57,13 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"spec": "digits", "checksum": splits.checksum, **settings},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny study that was never interrupted: two arms, two seeds. Copy it before changing anything."""
+    from study_runs import finish, start, tiny
+
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(tiny(folder), folder / "out"))
+    return folder / "out"
