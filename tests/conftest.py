@@ -1,6 +1,7 @@
 """Shared fixtures. Real data come from the environment variable CONVMIXER_DATA or ../shared/data, else tests skip."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ def cifar10() -> Path:
     pytest.skip("real CIFAR-10 not found: set CONVMIXER_DATA to the folder that holds cifar10/")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what convmixer remembers about its user out of the real home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a small ConvMixer trained for seconds on the real digits, about 95% right on the rest."""
@@ -26,10 +35,10 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from convmixer.data.datasets import load_data
     from convmixer.data.loader import eval_loader
     from convmixer.data.transforms import eval_transform
+    from convmixer.evaluation.batchnorm import recompute_batchnorm
     from convmixer.models.convmixer import ConvMixer
     from convmixer.models.weights import save_model
     from convmixer.preprocess import Preprocessing
-    from convmixer.train.evaluate import recompute_batchnorm
 
     settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.0}
     splits = load_data("digits", **settings)

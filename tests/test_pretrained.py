@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from convmixer.train.evaluate import val
 
 from convmixer import records
 from convmixer.models.registry import SHIPPED, shipped
 from convmixer.models.weights import load_model
 from convmixer.studies.verify import verify
-from convmixer.train.evaluate import val
 
 FILES = {"README.md", "config.json", "config.yaml", "log.jsonl", "metrics.csv", "model.safetensors", "record.jsonl"}
 

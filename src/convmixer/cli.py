@@ -175,7 +175,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
     sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
-    sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: test")
+    sub.add_argument(
+        "--split", choices=("train", "val", "test"), help="default: test; of data without one, all images"
+    )
     sub.add_argument("--limit", type=int, metavar="N", help="evaluate a seeded sample of N images")
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto")
@@ -183,7 +185,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
 
 
 def _val(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.train.evaluate import val
+    from convmixer.evaluation.val import val
 
     return val(args.weights, args.data, args.split, args.limit, args.batch_size, args.precision, args.out)
 
@@ -222,7 +224,7 @@ def _add_recalibrate(sub: argparse.ArgumentParser) -> None:
 
 
 def _recalibrate(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.train.evaluate import recalibrate
+    from convmixer.evaluation.batchnorm import recalibrate
 
     return recalibrate(args.weights, args.data, args.out, args.limit)
 

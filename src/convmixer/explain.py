@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convmixer.errors import RequestError
-from convmixer.inference import load_classifier, softmax
+from convmixer.inference import load_classifier, ranked, softmax
 from convmixer.preprocess import load_image, normalise, resize_and_crop
 from convmixer.results import plots
 from convmixer.run_folder import RunFolder, is_run, sample_files
@@ -41,7 +41,7 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
         raise RequestError(str(error)) from error
     logits, maps = classifier.explained(normalise(seen, p)[None])
     probabilities = softmax(logits)[0]
-    order = np.argsort(-probabilities, kind="stable")[:topk]
+    order = ranked(probabilities, topk)
     classes, shares = [classifier.classes[i] for i in order], [float(probabilities[i]) for i in order]
     evidence = None if maps is None else maps[0, 0]
     patch = 0 if evidence is None else p.img_size // evidence.shape[1]

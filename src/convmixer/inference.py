@@ -18,10 +18,13 @@ from convmixer.errors import RequestError
 from convmixer.exported.load import is_exported, load_exported
 from convmixer.files import write_atomic
 from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
+from convmixer.progress import track
 
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
+
+    from convmixer.models.weights import LoadedModel
 
 Logits = Callable[[np.ndarray], np.ndarray]
 LogitsAndMaps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
@@ -36,8 +39,9 @@ class Classifier:
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
         describe: What it is: "source", "name", "precision", "device", and the metadata saved with the weights.
-        with_maps: The same batch -> logits and class-activation maps, see `models.maps.WithMaps`; None where the
+        with_maps: The same batch -> logits and class-activation maps, see `models.maps.WithMaps`; None if the
             model has no exact ones.
+        loaded: The torch model behind it, which the kernels may compute; None for an exported file.
     """
 
     logits: Logits
@@ -45,6 +49,7 @@ class Classifier:
     preprocessing: Preprocessing
     describe: dict[str, Any]
     with_maps: LogitsAndMaps | None = None
+    loaded: "LoadedModel | None" = None
 
     def explained(self, batch: np.ndarray, maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         """Return logits (B, classes) and, where wanted and there are any, maps (B, k, h, w) of the k top classes."""
@@ -64,9 +69,9 @@ class Classifier:
     def top(self, batch: np.ndarray, topk: int) -> list[list[tuple[str, float]]]:
         """Return what `predict` does for a batch that is preprocessed already, (B, C, H, W)."""
         probabilities = softmax(self.logits(batch))
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :topk]
         return [
-            [(self.classes[i], float(row[i])) for i in best] for row, best in zip(probabilities, order, strict=True)
+            [(self.classes[i], float(row[i])) for i in best]
+            for row, best in zip(probabilities, ranked(probabilities, topk), strict=True)
         ]
 
 
@@ -77,11 +82,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return values / values.sum(axis=1, keepdims=True)
 
 
+def ranked(values: np.ndarray, topk: int) -> np.ndarray:
+    """Return the indices of the largest values along the last axis, in falling order; equal ones in theirs."""
+    order: np.ndarray = np.argsort(-values, axis=-1, kind="stable")[..., :topk]
+    return order
+
+
 def load_classifier(
     source: str | Path,
     precision: str = "auto",
     device: str = "auto",
-    calibration: "Callable[[Preprocessing], torch.Tensor] | None" = None,
+    calibration: "Callable[[LoadedModel], torch.Tensor] | None" = None,
 ) -> Classifier:
     """Return a classifier from weights or an exported file.
 
@@ -89,7 +100,7 @@ def load_classifier(
         source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
         precision: "auto" (bf16 where the processor computes it natively), "fp32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
-        calibration: For int8, gives typical images (B, C, H, W) preprocessed as asked.
+        calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
 
     Raises:
         RequestError: It cannot be loaded or not with this precision.
@@ -107,8 +118,8 @@ def load_classifier(
     loaded = load_model(source)
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
     maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
-    logits = fastest(loaded.model, where, how, calibration and calibration(loaded.preprocessing))
-    return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps)
+    logits = fastest(loaded.model, where, how, calibration and calibration(loaded))
+    return Classifier(logits, loaded.classes, loaded.preprocessing, {**loaded.metadata, **about}, maps, loaded)
 
 
 def _from_exported(path: Path, precision: str) -> Classifier:
@@ -251,7 +262,7 @@ def _predict_each(
             return [pool.submit(_read, file, classifier.preprocessing) for file in batch]
 
         coming = start(batches[0])
-        for number, batch in enumerate(_progress(batches)):
+        for number, batch in enumerate(track(batches, "predicting", len(batches))):
             arrays = [future.result() for future in coming]
             coming = start(batches[number + 1]) if number + 1 < len(batches) else []
             yield from _entries(classifier, batch, arrays, topk)
@@ -276,15 +287,6 @@ def _entries(
         else:
             names, probabilities = zip(*next(tops), strict=True)
             yield {"file": str(file), "classes": list(names), "probabilities": list(probabilities)}
-
-
-def _progress(batches: Sequence[Sequence[Path]]) -> Iterator[Sequence[Path]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    quick = len(batches) < 8 or not console.is_terminal
-    yield from batches if quick else track(batches, "predicting", console=console, transient=True)
 
 
 def _csv(predictions: Sequence[dict[str, Any]]) -> str:

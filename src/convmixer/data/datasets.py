@@ -8,7 +8,7 @@ decoding: then training takes the next readable image instead, evaluation leaves
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from convmixer.data.find import STATISTICS, Found, find
 from convmixer.data.sources import Arrays, Cached, Files, Shards, Source
 from convmixer.errors import RequestError
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
+from convmixer.progress import track
 
 TEST_FRACTION = 0.2  # of data that come without a test split
 TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
@@ -160,6 +161,7 @@ def load_data(
     max_bad_fraction: float,
     img_size: int | None = None,
     recorded: bool = False,
+    hold_out: bool = True,
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
@@ -175,6 +177,7 @@ def load_data(
         img_size: Side to train at, pixels; None: that of the data, where they are square, alike and
             at most 224, else 224.
         recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
+        hold_out: Make missing splits from train. Without it the splits are those that the data come with.
 
     Raises:
         RequestError: No such data, too many unreadable images, or too few images to split.
@@ -206,7 +209,10 @@ def load_data(
         sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad, marks, int(first[split]))
     if bad:
         notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
-    train, val, test = _complete(sets, val_fraction, seed, notes)
+    if hold_out:
+        train, val, test = _complete(sets, val_fraction, seed, notes)
+    else:
+        train, val, test = (sets.get(split) for split in ("train", "val", "test"))
     mean, std = _statistics(found, in_chans, train or test or val, notes)
     if len(found.classes) < 2:
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
@@ -292,16 +298,7 @@ def _scan(source: Source) -> list[Header | str]:
     # threads wait for the disk; what lies in memory is faster without
     with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
         results = pool.map(lambda part: [check(index) for index in part], parts)
-        return [header for part in _progress(results, len(parts)) for header in part]
-
-
-def _progress(parts: Iterable[list[Header | str]], total: int) -> Iterable[list[Header | str]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    quick = total < 80 or not console.is_terminal
-    return parts if quick else track(parts, "checking images", total, console=console, transient=True)
+        return [header for part in track(results, "checking images", len(parts), shown_from=80) for header in part]
 
 
 def _bad(header: Header | str) -> bool:

@@ -41,7 +41,7 @@ from starlette.exceptions import HTTPException
 import convmixer
 from convmixer.errors import RequestError
 from convmixer.exported.web import data_uri
-from convmixer.inference import Classifier, load_classifier, softmax
+from convmixer.inference import Classifier, load_classifier, ranked, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
 from convmixer.run_folder import sample_files
 from convmixer.serve.batching import Batcher, QueueFull
@@ -312,7 +312,7 @@ class Service:
         probabilities = softmax(logits[None])[0]
         if not np.isfinite(probabilities).all():
             raise Refusal(500, "not_a_number", "the model's answer is not a number: are its weights damaged?")
-        order = np.argsort(-probabilities, kind="stable")[:topk]
+        order = ranked(probabilities, topk)
         evidence = None
         if explain:
             rows = None if maps is None else np.round(maps, 4).tolist()

@@ -10,10 +10,10 @@ from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
+from convmixer.evaluation.metrics import evaluate
 from convmixer.fast import accelerate, has_kernels
 from convmixer.models.weights import load_model
 from convmixer.run_folder import BEST, RunFolder
-from convmixer.train.evaluate import evaluate
 
 # percentage points: other processors and kernels round differently, and flip images that lie on the border
 TOLERANCE = 0.1

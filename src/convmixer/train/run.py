@@ -18,6 +18,7 @@ from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import BEST, LAST
+from convmixer.seal import make_seal
 from convmixer.train import gallery
 from convmixer.train.checkpoint import load_checkpoint, save_checkpoint
 from convmixer.train.distributed import (
@@ -325,6 +326,7 @@ class Run:
             preprocessing=self.job.preprocessing,
             data={
                 "spec": self.job.spec,
+                "seal": make_seal(self.job.spec),
                 "checksum": self.job.data.checksum,
                 "val_fraction": c.val_fraction,
                 "seed": c.seed,

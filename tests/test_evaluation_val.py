@@ -11,20 +11,14 @@ from sklearn.datasets import load_digits
 
 from convmixer import cli, kernels
 from convmixer.errors import RequestError
+from convmixer.evaluation.batchnorm import batchnorm_disagreement, recalibrate
+from convmixer.evaluation.metrics import evaluate, metrics, per_class, wilson
+from convmixer.evaluation.val import val
 from convmixer.inference import predict_files
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import LoadedModel, load_model, save_model
 from convmixer.preprocess import Preprocessing
-from convmixer.train.evaluate import (
-    batchnorm_disagreement,
-    class_index,
-    evaluate,
-    metrics,
-    per_class,
-    recalibrate,
-    val,
-    wilson,
-)
+from convmixer.seal import make_seal
 
 
 def resave(loaded: LoadedModel, folder: Path) -> Path:
@@ -80,7 +74,7 @@ def test_one_class_is_always_right(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 30 * number, np.uint8)).save(path)
     p, model = Preprocessing(8), ConvMixer(4, 1, 3, 2, num_classes=1)
-    data = {"spec": str(tmp_path / "data")}
+    data = {"spec": str(tmp_path / "data"), "seal": make_seal(str(tmp_path / "data"))}
     save_model(
         tmp_path / "one",
         model,
@@ -122,13 +116,6 @@ def test_evaluate_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(RequestError, match="no images"):
         evaluate(model, [])
-
-
-def test_classes_are_matched_by_name() -> None:
-    assert class_index(["cat", "dog"], ["dog", "cow", "cat"]).tolist() == [2, 0]
-    assert class_index(["cat", "dog"], ["0", "1"]).tolist() == [0, 1]
-    with pytest.raises(RequestError, match=r"does not know 1 of the 2 classes of the data: dog"):
-        class_index(["cat", "dog"], ["cat", "cow"])
 
 
 def test_val_on_the_run_s_own_data(digits_weights: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Model and images in, numbers out: accuracy with its interval, calibration, per-class results, BatchNorm."""

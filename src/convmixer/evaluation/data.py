@@ -1,0 +1,195 @@
+"""Which images a model is measured on, and how the classes of data and model meet."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convmixer.data.argument import BUILT_IN, read_argument
+from convmixer.data.datasets import DataSplits, ImageSet, load_data
+from convmixer.errors import RequestError
+from convmixer.models.weights import class_names
+from convmixer.seal import is_sealed
+
+SPLITS = ("test", "val", "train")  # in the order in which one is chosen to measure on
+MAX_BAD_FRACTION = 0.01
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Data to measure a model on.
+
+    Args:
+        splits: The splits: those of the training if `own`, else those that the data come with.
+        own: The model was trained on these data.
+        changed: They are the data of the training but not as they were then.
+    """
+
+    splits: DataSplits
+    own: bool
+    changed: bool = False
+
+    def choose(self, split: str | None) -> str:
+        """Return the split to measure on: the one asked for, else test; of other data the first that there is."""
+        return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
+
+    def said(self, split: str) -> list[str]:
+        """Return a line if the images of a split are not what `--split` usually means."""
+        if self.own or split == "test":
+            return []
+        return [f"no test split, and not the data of the training: all {len(self.pick(split))} images are measured"]
+
+    def pick(self, split: str) -> ImageSet:
+        """Return a split of the data.
+
+        Raises:
+            RequestError: The data have no such split.
+        """
+        images: ImageSet | None = getattr(self.splits, split)
+        if images is None:
+            there = [name for name in SPLITS[::-1] if getattr(self.splits, name) is not None]
+            raise RequestError(f"{self.splits.name} has no {split} split: choose --split from {', '.join(there)}")
+        return images
+
+    def training_images(self) -> ImageSet:
+        """Return images like those of the training: the train split, else what there is."""
+        return self.pick("train" if self.splits.train is not None else self.choose(None))
+
+
+def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -> EvaluationData:
+    """Return the data to measure on: what the user named, or what the weights were trained on.
+
+    The data of the training are split as they were then. Nothing is held out of other data. Weights are believed what
+    they say of their data only if this user trained them here: a stranger's could name any folder of this user's.
+    Built-in data are harmless, so everybody's weights may name them.
+
+    Args:
+        data: What the user named, or None.
+        metadata: Of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the split.
+        weights: Named in errors.
+
+    Raises:
+        RequestError: The user named no data and the weights' word does not count, or the data cannot be loaded.
+    """
+    trained_on = metadata.get("data")
+    trained_on = trained_on if isinstance(trained_on, dict) else {}
+    spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
+    if data is None:
+        _check_trusted(spec, trained_on, weights)
+        splits = _load(str(spec), trained_on, hold_out=True, recorded=True)
+        return EvaluationData(splits, True, checksum not in (None, splits.checksum))
+    if spec in (data, read_argument(data).spec):
+        splits = _load(data, trained_on, hold_out=True)
+        return EvaluationData(splits, True, checksum not in (None, splits.checksum))
+    splits = _load(data, trained_on, hold_out=False)
+    if splits.checksum == checksum:  # the training's data at another place
+        return EvaluationData(_load(data, trained_on, hold_out=True), True)
+    return EvaluationData(splits, False)
+
+
+def _check_trusted(spec: object, trained_on: dict[str, Any], weights: str | Path) -> None:
+    if spec is None:
+        raise RequestError(f"{weights} does not say what it was trained on: name the data, e.g. cifar10 or a folder")
+    if spec not in BUILT_IN and not is_sealed(str(spec), trained_on.get("seal")):
+        raise RequestError(
+            f"{weights} says that it was trained on {str(spec)[:200]!r}, but you did not train it here, so this is "
+            "not read unasked: name the data"
+        )
+
+
+def _load(spec: str, trained_on: dict[str, Any], hold_out: bool, recorded: bool = False) -> DataSplits:
+    seed = trained_on.get("seed")
+    return load_data(
+        spec,
+        val_fraction=_share(trained_on.get("val_fraction"), 0.1),
+        seed=seed if isinstance(seed, int) and seed >= 0 else 0,
+        max_bad_fraction=_share(trained_on.get("max_bad_fraction"), MAX_BAD_FRACTION),
+        recorded=recorded,
+        hold_out=hold_out,
+    )
+
+
+def _share(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else default
+
+
+def sample(images: ImageSet, limit: int | None, seed: int = 0) -> ImageSet:
+    """Return a random subset of `limit` images in their order, or all of them."""
+    if limit is None or limit >= len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:limit]))
+
+
+def unreadable(images: ImageSet) -> list[str]:
+    """Return a line that counts the images that could not be decoded, or nothing."""
+    failed = images.failed
+    return [f"{len(failed)} images could not be decoded and are left out: {', '.join(failed[:3])}"] if failed else []
+
+
+def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
+    """Return the model's output for each class of the data.
+
+    Names meet by name, compared as Unicode's NFC, so that a name typed on a Mac is the same as elsewhere. A model
+    without names (they are "0", "1", ...) is taken to have the order of the data if the numbers of classes agree.
+    ImageNet's folders (n01440764) meet the names of its 1000 classes.
+
+    Args:
+        data: Class names of the data, by label.
+        model: Class names of the model, by output.
+
+    Returns:
+        int64 (classes of the data,), and lines on what was assumed.
+
+    Raises:
+        RequestError: The model lacks a class, or a name stands for two.
+    """
+    wanted, known = [_plain(name) for name in data], [_plain(name) for name in model]
+    _check_unambiguous(wanted, "the data")
+    synsets = _imagenet_synsets(wanted, known)
+    if synsets:
+        return _index(wanted, synsets, model), ["ImageNet's folder names are matched to its 1000 classes"]
+    if _is_nameless(known) and len(data) == len(model):
+        line = "the weights carry no class names: taken to be in the order of the data"
+        return torch.arange(len(data)), [] if wanted == known else [line]
+    _check_unambiguous([name for name in known if name in set(wanted)], "the model")
+    return _index(wanted, known, model), []
+
+
+def _index(wanted: Sequence[str], known: Sequence[str], model: Sequence[str]) -> torch.Tensor:
+    place = {name: number for number, name in enumerate(known)}
+    missing = [name for name in wanted if name not in place]
+    if missing:
+        raise RequestError(
+            f"the model does not know {len(missing)} of the {len(wanted)} classes of the data: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; it knows {', '.join(model[:5])}, ..."
+        )
+    return torch.tensor([place[name] for name in wanted])
+
+
+def _check_unambiguous(names: Sequence[str], whose: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise RequestError(f"two classes of {whose} have the same name, {twice[0]!r}: rename one")
+
+
+def _imagenet_synsets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the synsets of a 1000-class model if the data are named by synsets and the model by words, else []."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in wanted) or tuple(known) != class_names(1000):
+        return []
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo().label_names())
+
+
+def _is_nameless(classes: Sequence[str]) -> bool:
+    return list(classes) == [str(i) for i in range(len(classes))]
+
+
+def _plain(name: object) -> str:
+    return unicodedata.normalize("NFC", str(name))

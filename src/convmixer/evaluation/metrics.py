@@ -1,0 +1,112 @@
+"""Accuracy, loss, calibration and per-class results, from logits and labels."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torchmetrics.functional import classification as tm
+
+from convmixer.errors import RequestError
+from convmixer.inference import Logits, torch_logits
+
+ECE_BINS = 15
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+def evaluate(
+    model: nn.Module | Logits, batches: Batches, device: torch.device | None = None, precision: str = "fp32"
+) -> dict[str, float]:
+    """Return the metrics of a model on labelled batches; its mode and statistics stay as they were.
+
+    Args:
+        model: A module that maps (B, C, H, W) to (B, classes), or a function that does so on arrays.
+        batches: Images float32 (B, C, H, W) and labels int64 (B,).
+        device: Where a module computes; None: where it is.
+        precision: Of a module, see `inference.torch_logits`.
+
+    Returns:
+        See `metrics`.
+    """
+    return metrics(*collect(model, batches, device, precision))
+
+
+def collect(
+    model: nn.Module | Logits, batches: Batches, device: torch.device | None = None, precision: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits float32 (N, classes) and labels int64 (N,); arguments as in `evaluate`.
+
+    Raises:
+        RequestError: There is not one image.
+    """
+    if isinstance(model, nn.Module):
+        run = torch_logits(model, device or next(model.parameters()).device, precision)
+    else:
+        run = model
+    pairs = [(torch.from_numpy(run(images.numpy())), labels) for images, labels in batches]
+    if not pairs:
+        raise RequestError("there are no images to evaluate on")
+    logits, labels = zip(*pairs, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Return accuracy, loss and calibration.
+
+    Args:
+        logits: float32 (N, classes).
+        labels: int64 (N,).
+
+    Returns:
+        top1, top5 (percent; top-n if there are n < 5 classes), loss (mean cross-entropy), n,
+        ece (expected calibration error, 0 to 1, 15 bins of equal width), ci95 (Wilson interval of top1, percent).
+
+    Source: Guo et al., arXiv 1706.04599, Eq. 3 (ece); Wilson 1927 (interval).
+    """
+    n, classes = logits.shape
+    best = logits.topk(min(5, classes)).indices
+    hits = best == labels[:, None]
+    correct = int(hits[:, 0].sum())
+    ece = tm.multiclass_calibration_error(logits.softmax(1), labels, classes, n_bins=ECE_BINS) if classes > 1 else 0.0
+    return {
+        "top1": 100 * correct / n,
+        "top5": 100 * int(hits.any(1).sum()) / n,
+        "loss": float(nn.functional.cross_entropy(logits, labels)),
+        "n": n,
+        "ece": float(ece),
+        "ci95": [100 * bound for bound in wilson(correct, n)],
+    }
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a share of `correct` in `n`, 0 to 1; 95% by default."""
+    share, spread = correct / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: precision, recall and F1 in percent, and its number of images."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    n: int
+
+
+def per_class(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[ClassResult]:
+    """Return precision, recall and F1 for every class that has images, in the order of `classes`."""
+    predicted, count = logits.argmax(1), len(classes)
+    scores = [  # torchmetrics knows no single class
+        100 * score(predicted, labels, num_classes=max(2, count), average=None)[:count].double()
+        for score in (tm.multiclass_precision, tm.multiclass_recall, tm.multiclass_f1_score)
+    ]
+    support = torch.bincount(labels, minlength=count)
+    rows = zip(classes, *(score.tolist() for score in scores), support.tolist(), strict=True)
+    return [ClassResult(*row) for row in rows if row[-1]]

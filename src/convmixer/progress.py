@@ -1,0 +1,24 @@
+"""A progress bar on the terminal for loops that take long; nothing if the output is not a terminal."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], text: str, total: int, shown_from: int = 8) -> Iterable[T]:
+    """Return the items, drawing a bar while they are consumed.
+
+    Args:
+        items: What to go through.
+        text: What is being done, e.g. "evaluating".
+        total: Number of items.
+        shown_from: With fewer items no bar is drawn.
+    """
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    console = Console(stderr=True)
+    if total < shown_from or not console.is_terminal:
+        return items
+    return bar(items, text, total, console=console, transient=True)
