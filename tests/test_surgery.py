@@ -131,7 +131,7 @@ def test_the_command(digits_weights: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_weights_are_not_written_into_a_run(digits_weights: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("command: convmixer train\n")
     with pytest.raises(RequestError, match="is a run"):
         convert(digits_weights, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
