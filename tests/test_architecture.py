@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"models", "fast", "exported"},
     "evaluation": {"data", "models", "inference", "results"},
     "estimator": {"train", "inference", "recipes"},
-    "export": {"models", "exported", "data"},
+    "export": {"models", "exported", "evaluation"},
     "serve": {"inference", "exported"},
     "explain": {"inference", "models", "results"},
     "studies": {"data", "models", "train", "results", "fast", "inference", "evaluation"},

@@ -35,7 +35,7 @@ from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
 from convmixer.run_folder import RunFolder, is_run, sample_files
 
 if TYPE_CHECKING:
-    from convmixer.data.datasets import DataSplits
+    from convmixer.evaluation.data import EvaluationData
     from convmixer.models.weights import LoadedModel
 
 PRECISIONS = {
@@ -118,7 +118,7 @@ def export(
 
 
 def real_images(loaded: "LoadedModel", data: str | None, limit: int) -> Images:
-    """Return images to check and calibrate on: of the data set where it is found, else of files beside the weights.
+    """Return images to check and calibrate on: those of `find_data`, else files beside the weights.
 
     Args:
         loaded: The model; its metadata name the data set that it was trained on.
@@ -128,20 +128,16 @@ def real_images(loaded: "LoadedModel", data: str | None, limit: int) -> Images:
     Raises:
         RequestError: `data` is given and cannot be loaded.
     """
-    from convmixer.data.datasets import load_data
+    from convmixer.evaluation.data import find_data
 
-    settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.01} | (loaded.metadata.get("data") or {})
-    spec = data or settings.get("spec")
-    names = ("val_fraction", "seed", "max_bad_fraction")
-    if spec:
-        try:
-            split = {name: settings[name] for name in names}
-            splits = load_data(str(spec), recorded=data is None, **split)
-        except RequestError:
-            if data:
-                raise
-        else:
-            return _of_splits(splits, loaded, limit)
+    try:
+        found = find_data(data, loaded.metadata, loaded.source)
+    except RequestError as error:
+        if data:
+            raise
+        print(f"not checked on the data of the training: {error}")
+    else:
+        return _of_data(found, loaded, limit)
     chans = loaded.preprocessing.in_chans
     files = sample_files(loaded.source)
     if files:
@@ -149,7 +145,8 @@ def real_images(loaded: "LoadedModel", data: str | None, limit: int) -> Images:
     return Images("photographs of scikit-learn", _photographs(64, chans), None, ())
 
 
-def _of_splits(splits: "DataSplits", loaded: "LoadedModel", limit: int) -> Images:
+def _of_data(data: "EvaluationData", loaded: "LoadedModel", limit: int) -> Images:
+    splits = data.splits
     held_out = next(part for part in (splits.test, splits.val, splits.train) if part is not None)
     order = np.random.default_rng(0).permutation(len(held_out))[:limit]
     found = [item for i in order if (item := held_out.read(int(i))) is not None]
