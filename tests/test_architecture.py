@@ -23,16 +23,17 @@ ALLOWED: dict[str, set[str]] = {
     "results": set(),
     "exported": set(),
     "fast": {"models", "kernels"},
+    "probe": {"models"},
     "info": {"kernels"},
-    "train": {"data", "models", "fast", "results"},
+    "train": {"data", "models", "fast", "results", "probe"},
     "inference": {"models", "fast", "exported"},
     "evaluation": {"data", "models", "inference", "results"},
     "estimator": {"train", "inference", "recipes"},
     "export": {"models", "exported", "evaluation"},
     "serve": {"inference", "exported"},
     "explain": {"inference", "models", "results"},
-    "studies": {"data", "models", "train", "results", "fast", "inference", "evaluation"},
-    "benchmark": {"models", "fast", "kernels"},
+    "studies": {"data", "models", "train", "results", "fast", "inference", "evaluation", "probe"},
+    "benchmark": {"models", "fast", "kernels", "probe"},
 }
 
 

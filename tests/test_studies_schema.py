@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from convmixer.errors import RequestError
-from convmixer.studies.arms import build_args, macs
+from convmixer.probe import macs
+from convmixer.studies.arms import build_args
 from convmixer.studies.match import count, solve
 from convmixer.studies.schema import list_studies, load_study, parse
 

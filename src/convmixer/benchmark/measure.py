@@ -1,10 +1,6 @@
 """How it is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -13,9 +9,11 @@ from statistics import median
 
 import torch
 
+from convmixer.benchmark import memory
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.contenders import Step
 from convmixer.device import native_bf16
+from convmixer.probe import fresh
 
 LONG_SECONDS = 0.3
 
@@ -124,14 +122,9 @@ def peak_memory(case: Case, name: str) -> int:
     and the optimizer state.
 
     Raises:
-        RuntimeError: The process failed; the message ends with what it said.
+        RequestError: The process failed; the message is the last line that it wrote.
     """
-    command = [sys.executable, "-m", "convmixer.benchmark.memory", json.dumps(asdict(case)), name]
-    env = os.environ | {"OMP_NUM_THREADS": str(case.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip()[-400:]}")
-    return int(done.stdout.split()[-1])
+    return int(fresh(memory.measured_here, {"case": asdict(case), "name": name}, OMP_NUM_THREADS=str(case.threads)))
 
 
 def can_measure_memory() -> bool:

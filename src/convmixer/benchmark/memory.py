@@ -1,9 +1,8 @@
-"""`python -m convmixer.benchmark.memory CASE NAME`: print the peak memory of one contender in bytes. Linux only."""
+"""The peak memory of one contender. Linux only."""
 
 import dataclasses
 import gc
-import json
-import sys
+from typing import Any
 
 import torch
 
@@ -13,20 +12,20 @@ from convmixer.device import count_memory
 from convmixer.models.registry import create_model
 
 
-def main() -> None:
-    """Measure in this process, which should do nothing else; see `measure.peak_memory`."""
-    case, name = Case(**json.loads(sys.argv[1])), sys.argv[2]
-    torch.set_num_threads(case.threads)
-    known = [contenders.ours(case.task), *contenders.peers(case.task, case.precision)]
+def measured_here(case: dict[str, Any], name: str) -> int:
+    """Return the bytes of a contender's steps, in a process that does nothing else; see `measure.peak_memory`."""
+    of = Case(**case)
+    torch.set_num_threads(of.threads)
+    known = [contenders.ours(of.task), *contenders.peers(of.task, of.precision)]
     prepare = next(c.prepare for c in known if c.name == name)
-    prepare(_smallest(case))()  # code, thread pools and libraries; its weights are freed again
+    prepare(_smallest(of))()  # loads code, thread pools and libraries; its weights are freed again
     gc.collect()
-    step = prepare(case)
+    step = prepare(of)
     gc.collect()
     peak = count_memory(torch.device("cpu"))
     for _ in range(3):
         step()
-    print(peak() - _kept_bytes(case))
+    return peak() - _kept_bytes(of)
 
 
 def _smallest(case: Case) -> Case:
@@ -38,7 +37,3 @@ def _kept_bytes(case: Case) -> int:
     with torch.device("meta"):
         weights = sum(p.numel() for p in create_model(case.model, num_classes=case.num_classes).parameters())
     return 3 * 4 * weights if case.task == "train" else 0  # the gradient and AdamW's two means, fp32
-
-
-if __name__ == "__main__":
-    main()

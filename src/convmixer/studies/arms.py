@@ -6,14 +6,10 @@ An arm is a registry name and plain arguments: the same pair builds the model to
 import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convmixer.errors import RequestError, unknown
-
-if TYPE_CHECKING:
-    import torch.nn as nn
-
-Build = tuple[str, dict[str, Any]]
+from convmixer.probe import Build, meta_model
 
 
 def _convmixer(
@@ -118,39 +114,4 @@ def parameters(build: Build, img_size: int, in_chans: int, num_classes: int) -> 
     Raises:
         RequestError: The model cannot be built with these arguments.
     """
-    return sum(p.numel() for p in _meta_model(build, in_chans, num_classes).parameters())
-
-
-def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
-    """Return the multiply-accumulates per image, counted without computing any.
-
-    Counted on the meta device, where fused attention is seen too; on the CPU the counter misses it.
-
-    Raises:
-        RequestError: The model cannot be built with these arguments or does not take this image.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = _meta_model(build, in_chans, num_classes)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, in_chans, img_size, img_size, device="meta"))
-    except Exception as error:  # whatever a library says about an image that does not fit
-        raise RequestError(f"{build[0]} with {build[1]} does not take {img_size} px images: {error}") from error
-    return int(counter.get_total_flops() // 2)
-
-
-def _meta_model(build: Build, in_chans: int, num_classes: int) -> "nn.Module":
-    import torch
-
-    from convmixer.models.registry import create_model
-
-    name, kwargs = build
-    try:
-        with torch.device("meta"):
-            return create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs).eval()
-    except RequestError:
-        raise
-    except Exception as error:  # whatever a library says about sizes that do not go together
-        raise RequestError(f"{name} cannot be built with {kwargs}: {error}") from error
+    return sum(p.numel() for p in meta_model(build, in_chans, num_classes).parameters())

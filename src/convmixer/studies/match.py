@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from convmixer.errors import RequestError
-from convmixer.studies.arms import build_args, check_sizes, macs, parameters, width_step
+from convmixer.probe import macs
+from convmixer.studies.arms import build_args, check_sizes, parameters, width_step
 
 MAX_DIM, MAX_DEPTH = 4096, 64
 Cost = Callable[[str, dict[str, Any]], float]

@@ -14,8 +14,9 @@ from convmixer import records
 from convmixer.config import Config, difference, override, to_dict
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.errors import RequestError
+from convmixer.probe import Build, macs
 from convmixer.results.study import SPEEDS
-from convmixer.studies.arms import Build, build_args, macs, parameters
+from convmixer.studies.arms import build_args, parameters
 from convmixer.studies.match import Cost, count, solve
 from convmixer.studies.probe import probe, step_cost
 from convmixer.studies.schema import Study

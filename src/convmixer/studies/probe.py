@@ -1,12 +1,7 @@
-"""What an arm costs on this machine: a few real steps in a process of its own, so that memory is the arm's alone.
-
-Run as `python -m convmixer.studies.probe` with a JSON request on standard input; `probe` does that.
-"""
+"""What an arm costs on this machine: a few real steps in a fresh process, so that the memory is the arm's alone."""
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +9,7 @@ from typing import Any
 from convmixer.config import Config, override, to_dict
 from convmixer.device import count_memory
 from convmixer.errors import RequestError
-from convmixer.studies.arms import Build
+from convmixer.probe import Build, fresh, median_seconds
 
 INFER_BATCH, INFER_BATCHES = 128, 8
 
@@ -35,13 +30,11 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
     Raises:
         RequestError: The arm cannot be trained with these settings.
     """
-    request = json.dumps({"data": data, "config": to_dict(config), "build": build})
-    command = [sys.executable, "-m", "convmixer.studies.probe"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"it ended with status {done.returncode}").splitlines()[-1]
-        raise RequestError(f"a few steps of {build[0]} could not be run: {reason}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    try:
+        found: dict[str, Any] = fresh(_measured, {"data": data, "settings": to_dict(config), "build": build})
+    except RequestError as error:
+        raise RequestError(f"a few steps of {build[0]} could not be run: {error}") from error
+    return found
 
 
 def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
@@ -83,8 +76,7 @@ def infer_speed(model: Any, preprocessing: Any, precision: str) -> float:
     side = preprocessing.img_size
     batch = np.random.default_rng(0).standard_normal((INFER_BATCH, preprocessing.in_chans, side, side))
     images = batch.astype(np.float32)
-    times = [_seconds(lambda: logits(images)) for _ in range(INFER_BATCHES + 2)]
-    return INFER_BATCH / statistics.median(times[2:])
+    return INFER_BATCH / median_seconds(lambda: logits(images), INFER_BATCHES)
 
 
 def step_cost(data: str, config: Config, make: Callable[[str, dict[str, Any]], Build]) -> Callable[..., float]:
@@ -105,17 +97,5 @@ def step_cost(data: str, config: Config, make: Callable[[str, dict[str, Any]], B
     return cost
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _main() -> None:
-    request = json.loads(sys.stdin.read())
-    name, args = request["build"]
-    print(json.dumps(measure(request["data"], override(Config(), request["config"]), (name, args))))
-
-
-if __name__ == "__main__":
-    _main()
+def _measured(data: str, settings: dict[str, Any], build: list[Any]) -> dict[str, Any]:
+    return measure(data, override(Config(), settings), (build[0], build[1]))

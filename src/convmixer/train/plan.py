@@ -4,25 +4,19 @@ Memory on the CPU is that of a fresh process that takes three steps: its peak re
 the first, when libraries, data and model were loaded. On a GPU it is CUDA's own peak. Both are measured.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import statistics
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.device import available_bytes, count_memory
 from convmixer.errors import RequestError
-from convmixer.models.registry import create_model
+from convmixer.probe import fresh, macs
 from convmixer.train.engine import fit, measure_speed
-from convmixer.train.run import median, seconds_per_image
-from convmixer.train.setup import Job, prepare
+from convmixer.train.run import seconds_per_image
+from convmixer.train.setup import prepare
 
 
 def plan(data: str, config: Config) -> dict[str, Any]:
@@ -43,14 +37,14 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     job = prepare(data, config)
     module = job.module(config.epochs)
     loader = job.train_loader()
-    step = median(measure_speed(module, loader))
+    step = statistics.median(measure_speed(module, loader))
     per_image = seconds_per_image(module, job) if job.data.val or job.data.test else 0.0
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
     per_epoch = job.steps_per_epoch * step + val * per_image
     result = {
         "model": job.build[0],
         "parameters": sum(p.numel() for p in job.model.parameters()),
-        "macs": macs(job),
+        "macs": macs(job.build, job.preprocessing.img_size, job.preprocessing.in_chans, len(job.data.classes)),
         "peak_memory_bytes": _peak_memory(data, config),
         "seconds_per_epoch": per_epoch,
         "seconds_total": per_epoch * config.epochs + test * per_image,
@@ -68,40 +62,20 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     return result
 
 
-def macs(job: Job) -> int:
-    """Return the multiply-accumulates of one image's forward pass, counted on the meta device."""
-    name, args = job.build
-    p = job.preprocessing
-    with torch.device("meta"):
-        model = create_model(name, num_classes=len(job.data.classes), in_chans=p.in_chans, **args).eval()
-        image = torch.empty(1, p.in_chans, p.img_size, p.img_size)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops() // 2
-
-
 def _peak_memory(data: str, config: Config) -> int:
     """Return the peak of a fresh process; its children, the loading workers, are not in it."""
-    request = json.dumps({"data": data, "settings": to_dict(config)})
-    command = [sys.executable, "-m", "convmixer.train.plan"]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        text = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
-        raise RequestError(f"the settings do not fit: a few steps in a process of their own failed: {text}")
-    return int(done.stdout.strip().splitlines()[-1])
+    try:
+        return int(fresh(_measure_memory, {"data": data, "settings": to_dict(config)}))
+    except RequestError as error:
+        raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {error}") from error
 
 
-def _measure_memory() -> None:
-    """Take three steps as the request on standard input says and print the bytes they took at their peak."""
-    request = json.load(sys.stdin)
-    settings = override(Config(), request["settings"] | {"workers": 0})
-    job = prepare(request["data"], settings)
+def _measure_memory(data: str, settings: dict[str, Any]) -> int:
+    """Take three steps and return the bytes that they took at their peak."""
+    job = prepare(data, override(Config(), settings | {"workers": 0}))
     peak = count_memory(job.device)
     fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)
-    print(peak())
+    return peak()
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
@@ -149,10 +123,3 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-if __name__ == "__main__":
-    try:
-        _measure_memory()
-    except RequestError as error:
-        sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import statistics
 import textwrap
 import time
 from pathlib import Path
@@ -441,7 +442,7 @@ def _length(job: Job, started: float) -> tuple[float, int]:
     if config.max_time is None:
         return float(config.epochs), wanted
     module = job.module(config.epochs)
-    step = median(measure_speed(module, job.train_loader(workers=config.workers)))
+    step = statistics.median(measure_speed(module, job.train_loader(workers=config.workers)))
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
     per_image = seconds_per_image(module, job) if val or test else 0.0
     left = parse_seconds(config.max_time) - (time.time() - started) - FINISH_SECONDS - (val + test) * per_image
@@ -467,10 +468,6 @@ def seconds_per_image(module: TrainingModule, job: Job) -> float:
     # once, however many batches this process has: it adds up over processes
     score(module.evaluated, batches, len(job.data.classes), job.device, module.autocast)
     return (time.perf_counter() - start) / max(sum(len(labels) for _, labels in batches), 1)
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
