@@ -266,12 +266,13 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="file, or folder for web (default: RUN/exports/..., or here)")
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
     sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
+    sub.add_argument("--samples", metavar="RUN|FOLDER|none", help="pictures for the web page (default: none)")
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.export import export
 
-    return export(args.weights, args.format, args.precision, args.out, args.data, args.limit)
+    return export(args.weights, args.format, args.precision, args.out, args.data, args.limit, args.samples)
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:
@@ -334,6 +335,11 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-queue", type=int, default=256, help="images waiting (default: 256)")
     sub.add_argument("--batch-size", type=int, default=32, help="images computed at once (default: 32)")
     sub.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for an answer (default: 30)")
+    sub.add_argument(
+        "--samples",
+        metavar="RUN|FOLDER|none",
+        help="pictures on the page (default: the run's own on this machine only, else none)",
+    )
 
 
 def _serve(args: argparse.Namespace) -> dict[str, Any]:
@@ -349,7 +355,8 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
         answer_seconds=args.timeout,
         held_bytes=max(Limits.held_bytes, body),
     )
-    return serve(args.weights, args.host, args.port, args.precision, read_token(args.token_file), limits)
+    token = read_token(args.token_file)
+    return serve(args.weights, args.host, args.port, args.precision, token, limits, args.samples)
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:

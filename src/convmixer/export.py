@@ -7,7 +7,6 @@ exported files (`exported/load.py`).
 import base64
 import copy
 import gzip
-import io
 import json
 import logging
 import lzma
@@ -29,6 +28,7 @@ from convmixer.errors import RequestError
 from convmixer.exported.load import open_exported
 from convmixer.exported.onnx import import_onnxruntime
 from convmixer.exported.openvino import import_openvino
+from convmixer.exported.samples import choose_samples
 from convmixer.exported.web import data_uri
 from convmixer.models.maps import WithMaps, has_maps
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
@@ -83,6 +83,7 @@ def export(
     out: Path | None = None,
     data: str | None = None,
     limit: int | None = None,
+    samples: str | None = None,
 ) -> dict[str, Any]:
     """Export weights to a file or web folder, print how well it agrees with them, and return that.
 
@@ -93,6 +94,7 @@ def export(
         out: The file or folder to write; default: in the run folder's `exports`, else in the current folder.
         data: Data set for the check and for the calibration of int8; default: the one the weights were trained on.
         limit: Images to check on; default: 1000, or 64 where the input is larger than 64 pixels.
+        samples: Pictures for the web page to offer: a run, a folder of images, or "none", which is the default.
 
     Raises:
         RequestError: The weights, format, precision or data cannot be used.
@@ -100,6 +102,8 @@ def export(
     """
     from convmixer.models.weights import load_model
 
+    if samples is not None and format != "web":
+        raise RequestError(f"--samples is for --format web, not {format}")
     if limit is not None and limit < 1:
         raise RequestError(f"--limit must be at least 1, not {limit}")
     loaded = load_model(weights)
@@ -111,9 +115,11 @@ def export(
     about = {"architecture": loaded.metadata.get("name")} | {
         key: loaded.metadata.get(key) for key in ("model_args", "data")
     }
-    samples = sample_images(loaded.source, images, p)
-    result = export_model(loaded.model, loaded.classes, p, images, path, format, precision, about, samples)
+    pictures, said = choose_samples(samples)
+    result = export_model(loaded.model, loaded.classes, p, images, path, format, precision, about, pictures)
     _print(result)
+    if format == "web":
+        print(f"{said}{'; whoever gets the page sees them' if pictures else ''}")
     return result
 
 
@@ -172,24 +178,6 @@ def _photographs(count: int, in_chans: int) -> list[Image.Image]:
         left, top = (int(random.integers(0, length - side + 1)) for length in image.size)
         cuts.append(image.crop((left, top, left + side, top + side)))
     return cuts
-
-
-def sample_images(source: Path, images: Images, p: Preprocessing, count: int = 8) -> list[bytes]:
-    """Return a few image files for the web page to offer: the samples beside the weights, else some of `images`."""
-    files = sample_files(source)[:count]
-    if files:
-        return [file.read_bytes() for file in files]
-    every = np.linspace(0, len(images.check) - 1, min(count, len(images.check))).astype(int)
-    return [_encoded(images.check[i]) for i in every]
-
-
-def _encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    if max(image.size) > SMALL_SIDE:
-        image.save(buffer, "JPEG", quality=90)
-    else:
-        image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def default_path(weights: str, format: str, precision: str) -> Path:

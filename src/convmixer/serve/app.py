@@ -16,6 +16,7 @@ import asyncio
 import ctypes
 import hmac
 import io
+import ipaddress
 import logging
 import os
 import signal
@@ -40,6 +41,7 @@ from starlette.exceptions import HTTPException
 
 import convmixer
 from convmixer.errors import RequestError
+from convmixer.exported.samples import choose_samples
 from convmixer.exported.web import data_uri
 from convmixer.inference import Classifier, load_classifier, ranked, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
@@ -188,12 +190,12 @@ class Service:
     Args:
         classifier: The model.
         limits: What a request may ask for.
-        samples: Image files that the page offers.
+        samples: PNG or JPEG files that the page offers, as bytes.
     """
 
-    def __init__(self, classifier: Classifier, limits: Limits, samples: Sequence[Path] = ()) -> None:
+    def __init__(self, classifier: Classifier, limits: Limits, samples: Sequence[bytes] = ()) -> None:
         self.classifier, self.limits = classifier, limits
-        self.samples = [data_uri(path.read_bytes()) for path in samples]
+        self.samples = [data_uri(sample) for sample in samples]
         self.decoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="decode")
         self.reading = self.held_bytes = 0
         self.decoding_pixels, self.decoded = 0, threading.Condition()
@@ -335,7 +337,7 @@ def _trim_memory() -> None:
 
 
 def create_app(
-    classifier: Classifier, limits: Limits | None = None, token: str | None = None, samples: Sequence[Path] = ()
+    classifier: Classifier, limits: Limits | None = None, token: str | None = None, samples: Sequence[bytes] = ()
 ) -> FastAPI:
     """Return the application. The model is run once: what does not work fails here, before anything listens.
 
@@ -343,7 +345,7 @@ def create_app(
         classifier: The model to serve.
         limits: What a request may ask for; None: the defaults.
         token: Bearer token that /v1 and /metrics ask for; None: open.
-        samples: Image files that the page offers.
+        samples: PNG or JPEG files that the page offers, as bytes.
     """
     _warm(classifier)
     service = Service(classifier, limits or Limits(), samples)
@@ -512,6 +514,14 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def serve(
     weights: str,
     host: str = "127.0.0.1",
@@ -519,6 +529,7 @@ def serve(
     precision: str = "auto",
     token: str | None = None,
     limits: Limits | None = None,
+    samples: str | None = None,
 ) -> dict[str, Any]:
     """Serve weights until SIGTERM or SIGINT; requests that were accepted are finished first.
 
@@ -529,16 +540,19 @@ def serve(
         precision: See `load_classifier`.
         token: Bearer token to ask for, or None.
         limits: What a request may ask for.
+        samples: Pictures that the page offers: a run, a folder of images, or "none"; default: those beside the
+            weights if only this machine can connect, else none.
 
     Raises:
-        RequestError: The weights cannot be loaded, or the address cannot be listened on.
+        RequestError: The weights or samples cannot be loaded, or the address cannot be listened on.
     """
     limits = limits or Limits()
     if not 0 <= port <= 65535:
         raise RequestError(f"the port must be from 0 to 65535, not {port}")
     classifier = load_classifier(weights, precision)
-    samples = sample_files(str(classifier.describe["source"]))
-    app = create_app(classifier, limits, token, samples)
+    own = sample_files(str(classifier.describe["source"])) if is_loopback(host) else []
+    pictures, said = choose_samples(samples, own)
+    app = create_app(classifier, limits, token, pictures)
     Protocol.head_seconds = limits.send_seconds
     config = uvicorn.Config(
         app,
@@ -558,7 +572,7 @@ def serve(
     except SystemExit:
         raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
-    print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C", flush=True)
+    print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C\n{said}", flush=True)
     # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
