@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "probe": {"models"},
     "info": {"kernels"},
     "train": {"data", "models", "fast", "results", "probe"},
-    "inference": {"models", "fast", "exported"},
+    "inference": {"data", "models", "fast", "exported"},
     "evaluation": {"data", "models", "inference", "results"},
     "estimator": {"train", "inference", "recipes"},
     "export": {"models", "exported", "evaluation"},

@@ -140,7 +140,9 @@ def test_folders_are_expanded_in_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     paths = [tmp_path / "c.png", tmp_path / "b", tmp_path / "a", tmp_path / "missing.png"]
-    assert [p.name for p in expand(paths)] == ["c.png", "10.PNG", "2.png", "x.jpg", "missing.png"]
+    files, unused = expand(paths)
+    assert [p.name for p in files] == ["c.png", "10.PNG", "2.png", "x.jpg", "missing.png"]
+    assert unused.notes() == ["not used, no image: 1 (notes.txt)"]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(RequestError, match="holds no image files"):
         expand([tmp_path / "nothing"])

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from convmixer.data.unused import NO_IMAGE, Unused
+from convmixer.data.walk import is_image, walk
 from convmixer.errors import RequestError
 from convmixer.exported.load import is_exported, load_exported
 from convmixer.files import write_atomic
@@ -221,7 +223,7 @@ def predict_files(
         raise RequestError(f"--topk and --batch-size must be at least 1, not {topk} and {batch_size}")
     if out is not None and out.suffix not in _WRITERS:
         raise RequestError(f"--out {out} must end in {' or '.join(_WRITERS)}")
-    files = expand(images)
+    files, unused = expand(images)
     if not files:
         raise RequestError("name at least one image or folder")
     classifier = load_classifier(weights, precision)
@@ -229,26 +231,35 @@ def predict_files(
     if out is not None:
         # names of files are bytes to the system, and not always text
         write_atomic(out, _WRITERS[out.suffix](predictions).encode(errors="surrogateescape"))
-    _print_table(predictions, classifier, out)
+    _print_table(predictions, classifier, out, unused)
     errors = [p["error"] for p in predictions if "error" in p]
     if len(errors) == len(predictions):
         raise RuntimeError(f"none of the {len(errors)} files can be read; the first: {errors[0]}")
     return {"predictions": predictions}
 
 
-def expand(paths: Sequence[Path]) -> list[Path]:
+def expand(paths: Sequence[Path]) -> tuple[list[Path], Unused]:
     """Return files in the order given, each folder replaced by the image files below it in sorted order.
+
+    Folders are read as `train` reads them, see `data.walk`; the second value counts what was passed over.
 
     Raises:
         RequestError: A folder holds no image files.
     """
     files: list[Path] = []
+    unused = Unused()
     for path in paths:
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if path.is_dir() and not below:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        walked = walk(path)
+        below = sorted(path / file for file in walked.files if is_image(file))
+        if not below:
             raise RequestError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
-        files += below if path.is_dir() else [path]
-    return files
+        files += below
+        unused.update(walked.unused)
+        unused.add(NO_IMAGE, *(file for file in walked.files if not is_image(file)))
+    return files, unused
 
 
 def _predict_each(
@@ -308,7 +319,9 @@ def _jsonl(predictions: Sequence[dict[str, Any]]) -> str:
 _WRITERS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {".csv": _csv, ".jsonl": _jsonl}
 
 
-def _print_table(predictions: Sequence[dict[str, Any]], classifier: Classifier, out: Path | None) -> None:
+def _print_table(
+    predictions: Sequence[dict[str, Any]], classifier: Classifier, out: Path | None, unused: Unused
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
@@ -328,6 +341,7 @@ def _print_table(predictions: Sequence[dict[str, Any]], classifier: Classifier, 
     notes = [
         f"{rest} more not shown" if rest else "",
         f"{bad} of {len(predictions)} files cannot be read" if bad else "",
+        *unused.notes(),
         f"written to {out}" if out else "",
     ]
     for note in filter(None, notes):

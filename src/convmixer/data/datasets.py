@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from convmixer.data.find import STATISTICS, Found, find
+from convmixer.data.find import find
+from convmixer.data.found import Found
+from convmixer.data.labels import names_that_differ_in_case
 from convmixer.data.sources import Arrays, Cached, Files, Shards, Source
 from convmixer.errors import RequestError
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
@@ -29,6 +31,10 @@ DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pi
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
 CACHE_SIDE = 128  # and up to this side, pixels
 STATISTICS_IMAGES = 2000  # images that mean and deviation of unknown grey data are computed on
+STATISTICS = {  # mean and standard deviation per channel of the training images
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 Header = tuple[str, tuple[int, int]]
@@ -193,7 +199,7 @@ def load_data(
         raise _too_many(len(bad), total, bad)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
-    notes = list(found.notes)
+    notes = [*found.notes, *found.unused.notes(), *names_that_differ_in_case(found.classes)]
     max_bad = int(max_bad_fraction * total)
     marks = _marks([_bad(h) for scan in scans.values() for h in scan])
     first = dict(zip(scans, np.cumsum([0] + [len(scan) for scan in scans.values()]), strict=False))

@@ -1,0 +1,70 @@
+"""What every kind of data set is read into: images and labels as they lie there, not yet split or checked."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from convmixer.data.sources import Source
+from convmixer.data.unused import Unused
+
+HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images and labels as they lie there.
+
+    Args:
+        name: What to call the data.
+        splits: "train", "val" or "test" -> images and int64 labels; data without splits are all "train".
+        classes: Class names by label.
+        checksum: "sha256:..." of the contents or "listing-sha256:..." of names and sizes.
+        in_chans: Channels, if known without looking.
+        notes: What the user should know.
+        unused: What is there and not used, by reason.
+        spec: The data argument so written that it means the same from every folder.
+        groups: Split -> the name of each image's group, whose images stay in one split; empty: no groups.
+    """
+
+    name: str
+    splits: dict[str, tuple[Source, np.ndarray]]
+    classes: tuple[str, ...]
+    checksum: str
+    in_chans: int | None = None
+    notes: list[str] = field(default_factory=list)
+    unused: Unused = field(default_factory=Unused)
+    spec: str = ""
+    groups: dict[str, Sequence[str]] = field(default_factory=dict)
+
+
+def files_checksum(files: Sequence[Path]) -> str:
+    """Return a hash of the files' contents, or of their names and sizes if they are very large together."""
+    if sum(file.stat().st_size for file in files) > HASHED_BYTES:
+        return listing_checksum([f"{file.name} {file.stat().st_size}" for file in files])
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda f: f.name):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return "sha256:" + digest.hexdigest()
+
+
+def listing_checksum(lines: Iterable[str]) -> str:
+    """Return a hash of a list of names and sizes."""
+    return "listing-sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+
+
+def file_size(path: Path) -> int:
+    """Return a file's size in bytes, -1 if it is not there."""
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except (OSError, ValueError):  # e.g. a name too long, or one with a zero byte
+        return -1
+
+
+def to_bytes(names: Iterable[str]) -> np.ndarray:
+    """Return paths as an array of bytes, which worker processes share instead of copying."""
+    return np.array([os.fsencode(name) for name in names])

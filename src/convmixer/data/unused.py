@@ -1,0 +1,47 @@
+"""What a data set holds and is not used: counted by reason, so that nothing is left out without a word."""
+
+from collections import Counter
+from typing import Any
+
+KEPT = 1000  # names kept for each reason
+NO_IMAGE = "no image"  # a reason that several readers give
+SHOWN = 5  # names in a note
+
+
+class Unused:
+    """Files, folders, columns and members of a data set that are not used, by reason.
+
+    Attributes:
+        counts: Reason to how many.
+        names: Reason to their names, the first 1,000.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, *names: str) -> None:
+        """Count what is not used, with the reason in a few words, e.g. "hidden"."""
+        if names:
+            self.counts[reason] += len(names)
+            kept = self.names.setdefault(reason, [])
+            kept.extend(names[: KEPT - len(kept)])
+
+    def update(self, other: "Unused") -> None:
+        """Add what another one has counted."""
+        for reason, count in other.counts.items():
+            self.counts[reason] += count
+            kept = self.names.setdefault(reason, [])
+            kept.extend(other.names[reason][: KEPT - len(kept)])
+
+    def notes(self) -> list[str]:
+        """Return a line per reason."""
+        return [f"not used, {reason}: {count} ({self._some(reason)})" for reason, count in self.counts.items()]
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Return reasons, counts and the first names as plain JSON types."""
+        return [{"reason": r, "count": n, "examples": self.names[r][:SHOWN]} for r, n in self.counts.items()]
+
+    def _some(self, reason: str) -> str:
+        names = [name if len(name) <= 120 else f"{name[:57]}...{name[-60:]}" for name in self.names[reason][:SHOWN]]
+        return ", ".join(names) + (", ..." if self.counts[reason] > SHOWN else "")
