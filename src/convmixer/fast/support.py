@@ -22,17 +22,15 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
     Args:
         device: Where the model is.
-        dtype: float32 or bfloat16, and int8 for inference.
+        dtype: float32 or bfloat16; on a GPU also float16; on a CPU also int8, for inference.
     """
-    return _unknown(device, dtype) or kernels.why_not()
-
-
-def _unknown(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what is wrong with a device and a type themselves, whether or not the kernels are built."""
-    if device.type == "cpu":
-        known = dtype in (torch.float32, torch.bfloat16, torch.int8)
-        return None if known else f"they compute in fp32 and bf16, not in {dtype}"
-    return f"there are none for {device.type}"
+    if device.type == "cuda":
+        return kernels.cuda.why_not(device, dtype)
+    if device.type != "cpu":
+        return f"there are none for {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        return f"on a CPU they compute in fp32 and bf16, not in {dtype}"
+    return kernels.why_not()
 
 
 def has_kernels(device: torch.device, precision: str) -> bool:
@@ -53,7 +51,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if x.device != weight.device:
         return f"the model is on {weight.device}, the images on {x.device}"
     for dtype in (dtype_of(model), weight.dtype):
-        if reason := _unknown(weight.device, dtype):
+        if not torch.compiler.is_compiling() and (reason := why_not(weight.device, dtype)):
             return reason
     if model.grad_checkpointing:
         return "gradient checkpointing is on"
@@ -117,9 +115,10 @@ def norms_of(model: Any) -> list[Any]:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu")
-    return next(model.parameters()).dtype
+    weight = next(model.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def all_depthwise(blocks: Any) -> bool:

@@ -10,9 +10,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from convmixer import kernels
 from convmixer.device import native_bf16
-from convmixer.fast.support import ACTS, all_depthwise, dtype_of, norms_of, plain_blocks, say_once, unfit, unusual
+from convmixer.fast.support import (
+    ACTS,
+    all_depthwise,
+    dtype_of,
+    norms_of,
+    plain_blocks,
+    say_once,
+    unfit,
+    unusual,
+    why_not,
+)
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
 
@@ -22,8 +31,9 @@ _NATIVE_BF16 = native_bf16()  # elsewhere torch emulates bf16 products, a hundre
 def accelerate(model: nn.Module) -> nn.Module:
     """Swap every ConvMixer in a model for a kernel-backed one, in place, and return the model.
 
-    The kernels are built on first use. Each forward pass runs on them when it can: on a CPU, in fp32 or bf16 (by the
-    parameters, or by autocast), with the paper's own layers; otherwise it runs as before, and says why once.
+    The kernels are built on first use. Each forward pass runs on them when it can: on a CPU or an NVIDIA GPU, in fp32
+    or bf16 (by the parameters, or by autocast; on a GPU also in fp16), with the paper's own layers; otherwise it runs
+    as before, and says why once.
 
     An `Isotropic` is swapped where stem and blocks end as those of ConvMixer; its spatial mixer may be any. Others
     stay as they are, without a word.
@@ -33,7 +43,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     found = [module for module in model.modules() if type(module) is ConvMixer]
     varied = [module for module in model.modules() if type(module) is Isotropic and not unusual(module)]
-    if (found or varied) and (reason := kernels.why_not()):
+    if (found or varied) and (reason := _why_not_at_all(model)):
         say_once(reason)
         return model
     for module in found:
@@ -43,13 +53,18 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def _why_not_at_all(model: nn.Module) -> str | None:
+    """Return why no kernels compute where the model is, in any type, or None."""
+    return why_not(next(model.parameters()).device, torch.float32)
+
+
 def uses_kernels(model: nn.Module) -> bool:
     """Return whether `accelerate` found something in the model that the kernels compute, and the kernels."""
     return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
 class _OnKernels(ConvMixer):
-    """What both fast models share: stem, blocks and pool on the CPU kernels."""
+    """What both fast models share: stem, blocks and pool on the kernels."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
@@ -67,7 +82,7 @@ class _OnKernels(ConvMixer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
         super().__setstate__(state)
-        if reason := kernels.why_not():
+        if reason := _why_not_at_all(self):
             say_once(reason)
             self.__class__ = Isotropic if isinstance(self, Isotropic) else ConvMixer  # type: ignore[assignment]
 
@@ -86,11 +101,11 @@ class _OnKernels(ConvMixer):
 
 
 class FastConvMixer(_OnKernels):
-    """A ConvMixer on the CPU kernels. Made by `accelerate`."""
+    """A ConvMixer on the kernels. Made by `accelerate`."""
 
 
 class FastIsotropic(_OnKernels, Isotropic):
-    """An Isotropic on the CPU kernels: all of it, or all but the stem's convolutions, the mixers, `plain_blocks`."""
+    """An Isotropic on the kernels: all of it, or all but the stem's convolutions, the mixers, `plain_blocks`."""
 
 
 def _parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
@@ -159,8 +174,9 @@ def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor
     """
     from convmixer.kernels.blocks import wide
 
-    product = torch.float32 if dtype is torch.bfloat16 and not _NATIVE_BF16 else dtype
-    with torch.autocast("cpu", enabled=False):
+    emulated = rows.device.type == "cpu" and dtype is torch.bfloat16 and not _NATIVE_BF16
+    product = torch.float32 if emulated else dtype
+    with torch.autocast(rows.device.type, enabled=False):
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
         bias = None if bias is None else bias.to(product)
         if wider and (more := wide(conv.out_channels) - conv.out_channels):
@@ -194,7 +210,9 @@ def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:
     means, variances = statistics.unbind(1)
     unbiased = variances * (count / (count - 1))
     with torch.no_grad():
-        for norm, mean, variance in zip(norms, means.float(), unbiased.float(), strict=True):
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-            norm.num_batches_tracked += 1
+        dtype = norms[0].running_mean.dtype
+        for momentum in {norm.momentum for norm in norms}:  # one launch each on a GPU, however many norms
+            chosen = [i for i, norm in enumerate(norms) if norm.momentum == momentum]
+            for name, values in (("running_mean", means.to(dtype)), ("running_var", unbiased.to(dtype))):
+                torch._foreach_lerp_([getattr(norms[i], name) for i in chosen], [values[i] for i in chosen], momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)

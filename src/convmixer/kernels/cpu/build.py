@@ -36,9 +36,12 @@ _OFF_VALUES = ("0", "off", "false", "no")
 
 def why_not() -> str | None:
     """Return why the kernels cannot be used, or None when they are built and loaded. Builds them on first use."""
-    if os.environ.get(OFF, "1").lower() in _OFF_VALUES:
-        return f"{OFF}={os.environ[OFF]} turns them off"
-    return _load()
+    return switched_off() or _load()
+
+
+def switched_off() -> str | None:
+    """Return that the environment turns all kernels off, or None."""
+    return f"{OFF}={os.environ[OFF]} turns them off" if os.environ.get(OFF, "1").lower() in _OFF_VALUES else None
 
 
 def available() -> bool:

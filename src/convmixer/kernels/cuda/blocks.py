@@ -1,0 +1,158 @@
+"""The order of the CUDA kernels for all blocks of a ConvMixer: the GPU's side of `convmixer.kernels.blocks`.
+
+As on the CPU only u and v of each block are kept. Between the halves only parts of sums go on: one launch adds them
+and makes the next kernel's scale and shift (see `sums`), so that a block is five launches forward and nine backward.
+Without gradients and with running statistics there is nothing to wait for, and a half is one launch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convmixer.kernels.cuda import depthwise, product, rows, sums
+
+PER_BLOCK = 8  # see `convmixer.kernels.blocks`
+
+
+class Block(NamedTuple):
+    """The parameters of a block, in their order."""
+
+    taps: Tensor
+    taps_bias: Tensor
+    weight_1: Tensor
+    bias_1: Tensor
+    matrix: Tensor
+    matrix_bias: Tensor
+    weight_2: Tensor
+    bias_2: Tensor
+
+
+def forward(
+    v: Tensor,
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The op `convmixer::blocks`."""
+    if not training:
+        scales, statistics = _running_scales(parameters, running, eps)
+        if not keep:
+            return _infer(v, parameters, scales, act, pool), [statistics]
+    else:
+        statistics = _statistics_like(parameters)
+        scales = None
+    count = v.numel() // v.shape[3]
+
+    def norm(i: int, weight: Tensor, bias: Tensor, parts: Tensor | None) -> Tensor:
+        if scales is not None:
+            return scales[i]
+        assert parts is not None
+        return sums.scale_shift(parts, sums.Norm(weight, bias, eps, count), statistics[i])
+
+    kept: list[Tensor] = []
+    before = v
+    norm_before = norm(0, parameters[0], parameters[1], rows.statistics(v, act) if training else None)
+    for i, block in enumerate(_blocks(parameters)):
+        x = rows.act_norm(before, norm_before, act)
+        u, parts = depthwise.forward(x, depthwise.taps_of(block.taps), block.taps_bias, act)
+        norm_u = norm(2 * i + 1, block.weight_1, block.bias_1, parts)
+        matrix = block.matrix.flatten(1).to(v.dtype)
+        before, parts = product.forward(u, norm_u, x, matrix, block.matrix_bias, act)
+        norm_before = norm(2 * i + 2, block.weight_2, block.bias_2, parts)
+        kept += [u, before] if keep else []
+    y = rows.pool(before, norm_before, act) if pool else rows.act_norm(before, norm_before, act)
+    return y, [*kept, statistics]
+
+
+def backward(
+    grad: Tensor,
+    v: Tensor,
+    parameters: list[Tensor],
+    kept: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The op `convmixer::blocks_backward`."""
+    *kept, statistics = kept
+    outputs, count = [v, *kept[1::2]], v.numel() // v.shape[3]
+    scales = _scales(parameters, statistics, eps)
+    if pool:
+        grad, parts = rows.pool_backward(grad.float().contiguous(), outputs[-1], act)
+    else:
+        grad = grad.to(v.dtype).contiguous()
+        parts = rows.products(grad, outputs[-1], act)
+
+    def norm(i: int, weight: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return sums.gradients(parts, sums.Norm(weight, weight, eps, count), statistics[i], training)
+
+    gradients: list[Tensor] = []
+    for i, block in reversed(list(enumerate(_blocks(parameters)))):
+        u, before, after = kept[2 * i], outputs[i], outputs[i + 1]
+        norm_u, norm_before = scales[2 * i + 1], scales[2 * i]
+        back, *norm_2 = norm(2 * i + 2, block.weight_2, parts)
+        dv, h, x, bias_parts = rows.operands(grad, after, back, u, norm_u, before, norm_before, act)
+        matrix_grad = product.weight_gradient(dv, h).view_as(block.matrix)
+        matrix_bias = sums.total(bias_parts)[:, 0]
+        dh = h  # its place; the product of the weights has been
+        parts = product.input_gradient(dv, block.matrix.flatten(1).to(v.dtype), u, dh, act)
+        back, *norm_1 = norm(2 * i + 1, block.weight_1, parts)
+        du = dv
+        taps_bias = sums.total(rows.act_norm_backward(dh, u, back, du, act))[:, 0]
+        taps_grad = sums.total(depthwise.weight_gradient(x, du, block.taps.shape[2])).view_as(block.taps)
+        grad, parts = depthwise.input_gradient(du, dh, before, depthwise.taps_of(block.taps), act)
+        gradients = [taps_grad, taps_bias, *norm_1, matrix_grad, matrix_bias, *norm_2, *gradients]
+    back, *norm_0 = norm(0, parameters[0], parts)
+    out = torch.empty_like(grad)  # `grad` may be the caller's where there are no blocks
+    rows.act_norm_backward(grad, v, back, out, act)
+    return out, [*norm_0, *gradients]
+
+
+def _infer(v: Tensor, parameters: list[Tensor], scales: Tensor, act: int, pool: bool) -> Tensor:
+    if pool and len(parameters) == 2:
+        return rows.pool(v, scales[0], act)
+    x = rows.act_norm(v, scales[0], act)
+    blocks = _blocks(parameters)
+    for i, block in enumerate(blocks):
+        h = depthwise.forward_norm(x, depthwise.taps_of(block.taps), block.taps_bias, scales[2 * i + 1], act)
+        matrix = block.matrix.flatten(1).to(v.dtype)
+        x = product.forward_norm(h, matrix, block.matrix_bias, scales[2 * i + 2], act)
+    return x.mean((1, 2), dtype=torch.float32) if pool else x
+
+
+def _blocks(parameters: list[Tensor]) -> list[Block]:
+    return [Block(*parameters[i : i + PER_BLOCK]) for i in range(2, len(parameters), PER_BLOCK)]
+
+
+def _norms(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights and the biases of all norms, in their order."""
+    weights, biases = [parameters[0]], [parameters[1]]
+    for block in _blocks(parameters):
+        weights += [block.weight_1, block.weight_2]
+        biases += [block.bias_1, block.bias_2]
+    return weights, biases
+
+
+def _statistics_like(parameters: list[Tensor]) -> Tensor:
+    norms = 1 + 2 * ((len(parameters) - 2) // PER_BLOCK)
+    first = parameters[0]
+    return torch.empty((norms, 2, first.shape[0]), dtype=torch.float64, device=first.device)
+
+
+def _running_scales(parameters: list[Tensor], running: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of all norms, fp32 (norms, 2, C), and the running statistics as float64."""
+    statistics = torch.stack(running).view(-1, 2, running[0].shape[0]).double()
+    return _scales(parameters, statistics, eps), statistics
+
+
+def _scales(parameters: list[Tensor], statistics: Tensor, eps: float) -> Tensor:
+    """Return scale and shift of all norms, fp32 (norms, 2, C), in a few launches."""
+    weights, biases = (torch.stack(vectors) for vectors in _norms(parameters))
+    scale = weights * torch.rsqrt(statistics[:, 1] + eps)
+    return torch.stack((scale, biases - statistics[:, 0] * scale), 1).float()
