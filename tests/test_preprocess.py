@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
-from convmixer import preprocess as module
+from convmixer.decode import pixels as module
 from convmixer.preprocess import ImageError, Preprocessing, load_image, preprocess
 
 
@@ -184,19 +184,6 @@ def test_damaged_files_are_named(photo: Image.Image, tmp_path: Path) -> None:
             load_image(data)
     with pytest.raises(ImageError, match=r"missing\.jpg: No such file"):
         load_image(tmp_path / "missing.jpg")
-
-
-def test_what_is_decoded_in_python_is_left_out_where_it_must_be_fast(photo: Image.Image) -> None:
-    head = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 8, 1, 8, 0, 0, 256, 0)
-    bmp = b"BM" + struct.pack("<IHHI", 1086, 0, 0, 1078) + head + bytes(1024) + b"\2\0\0\0\2\0\0\1"
-    pgm = b"P5\n2 2\n254\n" + bytes(4)
-    for data, reason in ((bmp, "send it as PNG"), (pgm, "not an image of a known format")):
-        assert load_image(data).size == (2, 2)
-        with pytest.raises(ImageError, match=reason):
-            load_image(data, fast_only=True)
-        with pytest.raises(ImageError, match=reason):
-            module.read_header(data, fast_only=True)
-    assert load_image(encoded(photo, "BMP"), fast_only=True).size == photo.size
 
 
 def test_just_too_many_pixels(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:

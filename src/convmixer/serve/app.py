@@ -281,12 +281,12 @@ class Service:
         """Return what the network sees of an image."""
         p = self.classifier.preprocessing
         try:
-            _, (width, height) = read_header(file, fast_only=True)
+            _, (width, height) = read_header(file)
             if width * height > self.limits.pixels:
                 text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
                 raise Refusal(413, "too_many_pixels", text)
             with self._room_for(width * height):
-                image = resize_and_crop(load_image(file, p.in_chans, fast_only=True), p)
+                image = resize_and_crop(load_image(file, p.in_chans), p)
         except ImageError as error:
             raise Refusal(422, "bad_image", f"image {number} cannot be read: {error}") from None
         if width * height > LARGE_PIXELS:

@@ -1,0 +1,1 @@
+"""Image files of strangers to pixels, with bounds on time and memory."""

@@ -1,0 +1,164 @@
+"""What a file's structure says about the cost of decoding it, found out before PIL reads it.
+
+PIL and its libraries bound the pixels of an image, but not the work for each: a progressive JPEG may repeat a scan
+thousands of times, EXIF tags may all point to the same megabyte, every strip of a TIFF may be the same large one.
+"""
+
+import re
+import struct
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from convmixer.decode.errors import Apart, ImageError
+
+MAX_SCANS = 200  # of a JPEG; encoders write 1 to 20
+MAX_SCAN_PIXELS = 4_000_000_000  # scans x pixels of a JPEG; an empty scan costs 0.5 ns a pixel
+SCAN_BYTES = 10  # that a scan takes at least
+METADATA_BYTES = 65_536  # EXIF of a JPEG, or what precedes the pixels of a PNG; PIL copies EXIF once for each tag
+UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, without a look at the clock
+JPEG = ("JPEG", "MPO")
+_JPEG_START = b"\xff\xd8\xff"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_TIFF_STARTS = (b"II*\0", b"MM\0*")
+_APART = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")  # JPEG 2000
+# TIFF tags that describe one plain image of strips, and the ones of GeoTIFF and GDAL
+_TIFF_TAGS = {254, 256, 257, 258, 259, 262, 269, 270, 271, 272, 273, 274, 277, 278, 279, 280, 281, 282, 283, 284}
+_TIFF_TAGS |= {285, 296, 305, 306, 315, 316, 317, 320, 338, 339, 33432, 33550, 33922, 34735, 34736, 34737}
+_TIFF_TAGS |= {42112, 42113}
+_TIFF_CODECS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, PackBits
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed byte, no restart, no fill
+
+
+def needs_clock(data: bytes) -> bool:
+    """Return whether reading a file must be watched; not if it is small, or a JPEG, see `check_scans`."""
+    return len(data) > METADATA_BYTES and not data.startswith(_JPEG_START)
+
+
+def check_file(file: BinaryIO, small: bool = False) -> None:
+    """Look at a file before PIL opens it, and leave it at its start.
+
+    Args:
+        file: It, at its start.
+        small: Whether it has no more than METADATA_BYTES.
+
+    Raises:
+        Apart: It should be decoded in a process that can be killed.
+    """
+    start = file.read(16)
+    if small and start.startswith((_JPEG_START, _PNG_START)):
+        apart = False
+    elif start.startswith(_JPEG_START):
+        apart = _jpeg_exif_bytes(file) > METADATA_BYTES
+    elif start.startswith(_PNG_START):
+        apart = _png_metadata_bytes(file) > METADATA_BYTES
+    elif start.startswith(_TIFF_STARTS):
+        apart = not _is_plain_tiff(file, start)
+    else:
+        apart = start[4:8] == b"ftyp" or start.startswith(_APART)
+    file.seek(0)
+    if apart:
+        raise Apart
+
+
+def check_opened(image: Image.Image) -> None:
+    """Look at an image that PIL has opened, and that is no JPEG, before its pixels are decoded.
+
+    Raises:
+        Apart: It should be decoded in a process that can be killed.
+    """
+    if image.format == "PNG":  # decoded in pieces
+        return
+    in_python = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+    if in_python or image.width * image.height > UNWATCHED_PIXELS:
+        raise Apart
+
+
+def check_metadata(image: Image.Image) -> None:
+    """Look at an image's EXIF before PIL reads it.
+
+    Raises:
+        Apart: It is large; PIL may copy all of it once for each of thousands of tags.
+    """
+    info = image.info
+    if len(info.get("exif") or ()) > METADATA_BYTES or len(info.get("Raw profile type exif") or ()) > METADATA_BYTES:
+        raise Apart
+
+
+def check_scans(data: bytes, pixels: int) -> None:
+    """Check that a JPEG does not make the decoder pass over its pixels again and again.
+
+    Raises:
+        ImageError: It has too many scans for its size.
+    """
+    if len(data) // SCAN_BYTES * pixels <= MAX_SCAN_PIXELS:
+        return
+    most = min(MAX_SCANS, MAX_SCAN_PIXELS // max(pixels, 1))
+    values = np.frombuffer(data, np.uint8)
+    markers = np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))  # bytes.count takes ten times as long
+    if markers > most and _scans(data, most) > most:
+        raise ImageError(f"more than {most} scans: no encoder writes so many, and each takes time to decode")
+
+
+def _scans(data: bytes, most: int) -> int:
+    """Return the scans of the first image in a JPEG file, at most one more than `most`."""
+    place, scans = 2, 0
+    while scans <= most and (found := _MARKER.search(data, place)):
+        marker, place = found[0][1], found.end()
+        if marker == 0xD9:  # the image ends; a preview or a film may follow
+            break
+        scans += marker == 0xDA
+        if marker not in (0x01, 0xD8):  # the others hold their length
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
+
+
+def _jpeg_exif_bytes(file: BinaryIO) -> int:
+    """Return the size of all EXIF in front of a JPEG's pixels."""
+    total, place = 0, 2
+    while True:
+        file.seek(place)
+        head = file.read(10)
+        if len(head) < 4 or head[0] != 0xFF or head[1] in (0xDA, 0xD9):
+            return total
+        if head[1] == 0xFF:  # fill
+            place += 1
+            continue
+        size = int.from_bytes(head[2:4], "big")
+        if head[1] == 0xE1 and head[4:8] == b"Exif":
+            total += size
+        place += 2 + size
+
+
+def _png_metadata_bytes(file: BinaryIO) -> int:
+    """Return the size of what precedes a PNG's pixels, with 64 bytes more for each chunk."""
+    total, place = 0, 8
+    while total <= METADATA_BYTES:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IDAT":
+            break
+        size = int.from_bytes(head[:4], "big")
+        total += size + 64
+        place += size + 12
+    return total
+
+
+def _is_plain_tiff(file: BinaryIO, start: bytes) -> bool:
+    """Return whether a TIFF is one image of strips that a common codec packs, with small tags of known kinds."""
+    order = "<" if start[:2] == b"II" else ">"
+    file.seek(struct.unpack(f"{order}I", start[4:8])[0])
+    count = file.read(2)
+    if len(count) < 2:
+        return True  # cut short: PIL says so
+    tags = file.read(12 * struct.unpack(f"{order}H", count)[0])
+    for place in range(0, len(tags) - 11, 12):
+        tag, kind, values = struct.unpack_from(f"{order}HHI", tags, place)
+        if tag not in _TIFF_TAGS or values * _TIFF_SIZES.get(kind, 1) > METADATA_BYTES // 8:
+            return False
+        codec = struct.unpack_from(f"{order}H", tags, place + 8)[0]
+        if tag == 259 and codec not in _TIFF_CODECS:
+            return False
+    return True

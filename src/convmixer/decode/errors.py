@@ -1,0 +1,17 @@
+"""What can go wrong while an image is decoded."""
+
+from pathlib import Path
+
+
+class ImageError(ValueError):
+    """The image cannot be read; the message says why, and names the file if there is one."""
+
+
+class Apart(Exception):
+    """This image may take too long or too much memory here: decode it in a process that can be killed."""
+
+
+def named(source: Path | bytes, problem: object) -> ImageError:
+    """Return the error to raise for a source: the reason, after the file's name if there is one."""
+    reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
+    return ImageError(str(reason) if isinstance(source, bytes) else f"{source}: {reason}")

@@ -1,0 +1,164 @@
+"""An image file to upright 8-bit pixels, in this process.
+
+A clock runs between the blocks that PIL reads; what it cannot watch is found by `checks` and left to `worker`.
+"""
+
+import functools
+import io
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from convmixer.decode import checks
+from convmixer.decode.errors import ImageError
+
+MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
+SECONDS = 10.0  # computing time to decode one image
+# What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
+)  # fmt: skip
+
+Header = tuple[str, tuple[int, int]]
+
+
+def decode(source: Path | bytes, in_chans: int, trusted: bool) -> Image.Image:
+    """Return an image as 8-bit RGB (in_chans 3) or grey (1), upright.
+
+    Args:
+        source: A file, or the bytes of one.
+        in_chans: 3 or 1.
+        trusted: Decode it here whatever it holds: something else ends this process in time.
+
+    Raises:
+        Apart: Decode it elsewhere; only if not trusted.
+        Exception: It cannot be read; damaged files raise nearly anything from inside a decoder.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    file = _Bytes(data) if checks.needs_clock(data) else io.BytesIO(data)
+    with _open(file, trusted, len(data) <= checks.METADATA_BYTES) as image:
+        if image.format in checks.JPEG:
+            checks.check_scans(data, image.width * image.height)
+        elif not trusted:
+            checks.check_opened(image)
+        image.load()
+        if not trusted and image.format not in checks.JPEG:
+            checks.check_metadata(image)
+        return to_mode(_upright(image), in_chans)
+
+
+def header(source: Path | bytes, trusted: bool) -> Header:
+    """Return an image's mode and size as stored; arguments and errors are those of `decode`."""
+    with (
+        _Bytes(source) if isinstance(source, bytes) else _File(io.FileIO(source)) as file,
+        _open(file, trusted) as image,
+    ):
+        return image.mode, image.size
+
+
+def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
+    if not file.read(1):
+        raise ImageError("the file is empty")
+    file.seek(0)
+    if not trusted:
+        checks.check_file(file, small)
+    try:
+        image = Image.open(file, formats=formats())
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image of a known format") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+    return image
+
+
+class _Clock:
+    """Stops the reading of a file after `SECONDS` of this thread's computing time.
+
+    Computing time, not the time of day: whether an image can be read must not depend on what else the machine does.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._look_at = time.monotonic() + SECONDS  # no earlier can the computing time be used up
+        self._start = time.thread_time()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self._look_at:
+            left = SECONDS - (time.thread_time() - self._start)
+            if left <= 0:
+                raise ImageError(too_slow())
+            self._look_at = time.monotonic() + left
+        return super().read(size)  # type: ignore[misc]
+
+
+class _Bytes(_Clock, io.BytesIO):
+    """A file in memory."""
+
+
+class _File(_Clock, io.BufferedReader):
+    """A file on disk."""
+
+
+def too_slow() -> str:
+    """Return what to say of an image that takes too long."""
+    return f"it takes more than {SECONDS:g} s to decode: save it anew, as plain JPEG or PNG"
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Return PIL's names of the formats that are read."""
+    Image.init()  # registers what this build of PIL can read
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged notes beside sound pixels: shown as stored, as browsers do
+        return image
+
+
+def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
+    """Return a decoded image as mode RGB (in_chans 3) or L (in_chans 1), 8 bits per channel."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = _to_bytes(image)
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = _over_white(image)
+    mode = "L" if in_chans == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Return an image of 32-bit integers (0 to 65535) or floats (0 to 1) in 8 bits; what is outside is clipped.
+
+    The range is that of the kind, not of the one image: a pixel must not depend on the brightest one beside it.
+    """
+    out = np.empty((image.height, image.width), np.uint8)
+    too_large = brightest = 0
+    rows = max(1, 2**20 // image.width)  # at a time: several copies of all would take gigabytes
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if values.dtype.kind == "f":
+            too_large += int((values > 1).sum())
+            out[top : top + rows] = np.nan_to_num(values * np.float32(255)).clip(0, 255)
+        else:
+            out[top : top + rows] = values.clip(0, 65535) >> 8
+            brightest = max(brightest, int(values.max()))
+    if 2 * too_large > out.size:
+        raise ImageError("most of its float values are above 1: floats go from 0 to 1, save it with 8 or 16 bits")
+    if 0 < brightest < 256:
+        raise ImageError("all of its 32-bit values are below 256, black as 16-bit values: save it with 8 bits")
+    return Image.fromarray(out)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
