@@ -3,8 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.exports import Exports
+
+    from convmixer.exported.check import Images
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +82,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     finish(start(tiny(folder), folder / "out"))
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def scans() -> "Images":
+    """Real scans of digits as images: 100 to check an export on, 260 to calibrate with."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from convmixer.exported.check import Images
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = [Image.fromarray((scan.reshape(8, 8) * 15.9).astype(np.uint8)) for scan in pixels[:360]]
+    return Images("digits", images[:100], labels[:100], images[100:])
+
+
+@pytest.fixture(scope="session")
+def exports(scans: "Images", tmp_path_factory: pytest.TempPathFactory) -> "Exports":
+    """A small model and its exports, each made once for all tests."""
+    from tests.exports import Exports
+
+    return Exports(scans, tmp_path_factory.mktemp("exports"))

@@ -29,7 +29,8 @@ import uvicorn
 from PIL import Image
 
 from convmixer.errors import RequestError
-from convmixer.export import Images, export_model
+from convmixer.exported.check import Images
+from convmixer.exported.export import export_model
 from convmixer.inference import Classifier, load_classifier
 from convmixer.models.registry import create_model
 from convmixer.preprocess import Preprocessing

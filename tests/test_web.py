@@ -20,7 +20,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from tests.test_serve import Running
 
-from convmixer.export import Images, export_model
+from convmixer.exported.check import Images
+from convmixer.exported.export import export_model
 from convmixer.inference import load_classifier, predict_files
 from convmixer.models.registry import create_model, shipped
 from convmixer.models.weights import load_model, save_model

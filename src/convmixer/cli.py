@@ -18,6 +18,7 @@ from typing import Any
 from convmixer import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
+from convmixer.exported.formats import FORMATS, PRECISIONS
 
 SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
 
@@ -261,8 +262,9 @@ def _benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", nargs="?", default=SHIPPED, help=f"run folder, weights or name (default: {SHIPPED})")
-    sub.add_argument("--format", choices=("onnx", "openvino", "torch", "web"), default="onnx", help="default: onnx")
-    sub.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="default: fp32")
+    formats = "; ".join(f"{row.name}: {row.summary}" for row in FORMATS.values())
+    sub.add_argument("--format", choices=FORMATS, default="onnx", help=f"{formats} (default: onnx)")
+    sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     sub.add_argument("--out", type=Path, help="file, or folder for web (default: RUN/exports/..., or here)")
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
     sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
@@ -270,7 +272,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.export import export
+    from convmixer.exported.export import export
 
     return export(args.weights, args.format, args.precision, args.out, args.data, args.limit, args.samples)
 

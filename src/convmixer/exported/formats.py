@@ -1,6 +1,7 @@
-"""The table of export formats. Light: `--help` and running an ONNX file import no torch.
+"""The table of export formats. Light: neither `--help` nor running an ONNX file imports torch.
 
-To add a format, add a row here and a module of the same name beside it with `write` and `read`.
+To add a format, add a row here and a module beside this one with `write`, `check` and `read`; if it needs a package,
+add an extra to pyproject.toml.
 """
 
 import importlib
@@ -22,7 +23,8 @@ class Format:
         precisions: What `--precision` takes for it.
         extra: The extra of this package that brings what it needs.
         summary: What it is for, in a few words.
-        folder: The marker file, if the export is a folder.
+        beside: How the names of further files end that belong to it.
+        folder: If the export is a folder, the file that marks it.
     """
 
     name: str
@@ -31,21 +33,26 @@ class Format:
     precisions: tuple[str, ...]
     extra: str
     summary: str
+    beside: tuple[str, ...] = ()
     folder: str = ""
 
     def load_module(self) -> Any:
-        """Return the module that writes and reads this format."""
+        """Return the module that writes, checks and reads this format."""
         return importlib.import_module(f"convmixer.exported.{self.module}")
 
+    def parts(self, path: Path) -> list[Path]:
+        """Return the files that make up an export, the one that names it first."""
+        return [path, *(path.with_suffix(suffix) for suffix in self.beside)]
 
-_ALL = ("fp32", "fp16", "int8")
+
+PRECISIONS = ("fp32", "fp16", "int8")
 FORMATS = {
     row.name: row
     for row in (
-        Format("onnx", "onnx", ".onnx", _ALL, "export", "a file for ONNX Runtime"),
-        Format("openvino", "openvino", ".xml", _ALL, "openvino", "a pair of files for OpenVINO"),
+        Format("onnx", "onnx", ".onnx", PRECISIONS, "export", "a file for ONNX Runtime"),
+        Format("openvino", "openvino", ".xml", PRECISIONS, "openvino", "two files for OpenVINO", beside=(".bin",)),
         Format("torch", "pt2", ".pt2", ("fp32",), "export", "a torch.export program"),
-        Format("web", "web", "-web", _ALL, "export", "a web page that classifies in the browser", "model.js"),
+        Format("web", "web", "-web", PRECISIONS, "export", "a page that classifies images", folder="model.js"),
     )
 }
 

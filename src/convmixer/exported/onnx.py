@@ -1,13 +1,17 @@
-"""ONNX files, run by ONNX Runtime without torch."""
+"""ONNX files: written through torch's exporter, run by ONNX Runtime without torch."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convmixer.errors import RequestError
+
+if TYPE_CHECKING:
+    from convmixer.exported.source import Source
 
 FACTS = ("classes", "preprocessing", "about")
 # Operators that compute tensors from tensors in one step: none that loops, branches, calls a function, draws random
@@ -33,6 +37,132 @@ def import_onnxruntime() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+def write(path: Path, source: "Source") -> None:
+    """Write a model as an ONNX file."""
+    path.write_bytes(to_bytes(source))
+
+
+def check(path: Path) -> None:
+    """Check a file as the ONNX project defines it.
+
+    Raises:
+        onnx.checker.ValidationError: It is not valid.
+    """
+    check_bytes(path.read_bytes())
+
+
+def check_bytes(content: bytes) -> None:
+    """Check an ONNX model as `check` does."""
+    import onnx
+
+    onnx.checker.check_model(content, full_check=True)
+
+
+def to_bytes(source: "Source") -> bytes:
+    """Return a model as ONNX, with its metadata: what `load.py` reads, and what Ultralytics' readers do."""
+    import onnx
+
+    model = to_model(source)
+    p = source.preprocessing
+    customary = {
+        "names": str(dict(enumerate(source.classes))),
+        "task": "classify",
+        "imgsz": str([p.img_size, p.img_size]),
+        "channels": str(p.in_chans),
+    }
+    onnx.helper.set_model_props(model, source.texts | customary)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def to_model(source: "Source") -> Any:
+    """Return a model as an ONNX graph in the precision wanted, without metadata."""
+    model = _from_torch(source)
+    if source.precision == "fp16":
+        return _to_fp16(model)
+    return _to_int8(model, source.calibration) if source.precision == "int8" else model
+
+
+def _from_torch(source: "Source") -> Any:
+    import torch
+
+    program = torch.onnx.export(
+        source.model,
+        (source.example,),
+        dynamo=True,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        input_names=["images"],
+        output_names=list(source.outputs),
+        verbose=False,
+    )
+    assert program is not None
+    return _without_notes(program.model_proto)
+
+
+def _without_notes(model: Any) -> Any:
+    """Drop what the exporter notes of this machine and its source code: half of a small file, with absolute paths."""
+    graph = model.graph
+    parts = (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph)
+    for part in parts:
+        part.doc_string = ""
+        del part.metadata_props[:]
+    return model
+
+
+def _to_fp16(model: Any) -> Any:
+    import_onnxruntime()
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    converted = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
+    converted.topological_sort(is_deterministic=True)  # the casts come last, after the nodes that use them
+    return converted.model
+
+
+def _to_int8(model: Any, calibration: Sequence[np.ndarray]) -> Any:
+    import onnx
+
+    import_onnxruntime()
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "int8.onnx"
+        quantize_static(
+            model,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=_pointwise(model),
+            # 7 bits: without VNNI (AVX2) the runtime adds two products in 16 bits; 8-bit weights overflow silently
+            reduce_range=True,
+        )
+        return onnx.load(target)
+
+
+def _pointwise(model: Any) -> list[str] | None:
+    """Return the names of the 1x1 convolutions if there are depthwise ones, else None (all).
+
+    They hold nearly all of the products and weights. A depthwise kernel and the stem mix few values, so their
+    rounding does not average out: quantising them too costs a ConvMixer several times the accuracy (docs/log.md).
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    kernels = {node.name: shapes[node.input[1]] for node in model.graph.node if node.op_type == "Conv"}
+    depthwise = any(shape[1] == 1 < shape[0] and shape[2] > 1 for shape in kernels.values())
+    return [name for name, shape in kernels.items() if shape[2:] == (1, 1)] if depthwise else None
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:

@@ -2,14 +2,21 @@
 
 import re
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convmixer.errors import RequestError
+from convmixer.exported import onnx
+
+if TYPE_CHECKING:
+    from convmixer.exported.source import Source
 
 XML_BYTES = 256 * 2**20
 # As for ONNX: layers that compute tensors from tensors in one step, without loops, branches and files.
@@ -34,6 +41,81 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
+
+
+def write(path: Path, source: "Source") -> None:
+    """Write a model as a pair of OpenVINO files, by way of ONNX."""
+    openvino = import_openvino()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(onnx.to_model(replace(source, precision="fp32")).SerializeToString())
+        model = openvino.convert_model(file)
+    if source.precision == "int8":
+        model = _to_int8(model, source)
+    _name_by_place(model)
+    for name, text in source.texts.items():
+        model.set_rt_info(text, ["convmixer", name])
+    for name, text in _model_info(source).items():
+        model.set_rt_info(text, ["model_info", name])
+    openvino.save_model(model, path, compress_to_fp16=source.precision == "fp16")
+
+
+def check(path: Path) -> None:
+    """Check a pair of files by OpenVINO's own reader.
+
+    Raises:
+        RuntimeError: It cannot be read.
+    """
+    import_openvino().Core().read_model(path).validate_nodes_and_infer_types()
+
+
+def _model_info(source: "Source") -> dict[str, str]:
+    """Return what OpenVINO's Model API reads: values of 0 to 255, and labels without spaces."""
+    p = source.preprocessing
+    return {
+        "model_type": "Classification",
+        "labels": " ".join(re.sub(r"\s+", "_", name) or "_" for name in source.classes),
+        "mean_values": " ".join(str(255 * value) for value in p.mean),
+        "scale_values": " ".join(str(255 * value) for value in p.std),
+        "reverse_input_channels": str(p.in_chans == 3),  # the Model API reads images as BGR
+        "resize_type": "crop",
+        "output_raw_scores": "False",
+        "multilabel": "False",
+    }
+
+
+def _to_int8(model: Any, source: "Source") -> Any:
+    import nncf
+
+    return nncf.quantize(
+        model,
+        nncf.Dataset(source.calibration),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(source.calibration),
+        ignored_scope=nncf.IgnoredScope(names=_not_pointwise(model)),
+    )
+
+
+def _not_pointwise(model: Any) -> list[str]:
+    """Return the names of an OpenVINO model's products that `onnx._pointwise` leaves out."""
+    names, depthwise = [], False
+    for op in model.get_ops():
+        kind = op.get_type_name()
+        depthwise |= kind == "GroupConvolution"
+        wide = kind == "Convolution" and list(op.input(1).get_shape())[2:] != [1, 1]
+        if wide or kind in ("GroupConvolution", "MatMul"):
+            names.append(op.get_friendly_name())
+    return names if depthwise else []
+
+
+def _name_by_place(model: Any) -> None:
+    """Name the layers by kind and place: OpenVINO's names count all layers that the process has ever made."""
+    seen: Counter[str] = Counter()
+    for op in model.get_ordered_ops():
+        kind = op.get_type_name()
+        if kind not in ("Parameter", "Result"):
+            op.set_friendly_name(f"{kind}_{seen[kind]}")
+            seen[kind] += 1
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:

@@ -6,11 +6,14 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convmixer.errors import RequestError
+
+if TYPE_CHECKING:
+    from convmixer.exported.source import Source
 
 MAX_MEMBERS = 20_000
 MAX_GRAPH_BYTES = 64 * 2**20
@@ -22,6 +25,29 @@ _CALLS = r"torch\.ops\.aten\.(?!from_file|save|load)\w+(\.\w+)?|torch\.sym_\w+"
 _CALLS += r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge)"
 _TYPES = r"builtins\.(tuple|list|dict)|cpu"  # of nested inputs and outputs; of devices
 _SIZES = r"(Symbol\('\w+'(, \w+=True)*\)|(Integer|Rational|Add|Mul|Pow|FloorDiv|Mod|Max|Min)\(|-?\d+|[,) ])*"
+
+
+def write(path: Path, source: "Source") -> None:
+    """Write a model as a torch.export program, without the notes on where its code lies on this machine."""
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(
+            source.model, (source.example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
+    torch.export.save(program, path, extra_files={"convmixer.json": json.dumps(source.texts)})
+    path.write_bytes(_without_code(path).getvalue())
+
+
+def check(path: Path) -> None:
+    """Check a file by torch's own reader.
+
+    Raises:
+        RuntimeError: It cannot be read.
+    """
+    import torch
+
+    torch.export.load(path)
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
@@ -70,7 +96,8 @@ def _without_code(path: Path) -> io.BytesIO:
                 content = json.dumps(graph).encode()
             elif name.startswith("data/sample_inputs/"):
                 content = b""  # pickled, and not needed
-            out.writestr(f"model/{name}", content)
+            # ZipInfo without a time: the same model gives the same bytes
+            out.writestr(zipfile.ZipInfo(f"model/{name}"), content)
     copy.seek(0)
     return copy
 

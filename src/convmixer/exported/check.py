@@ -1,0 +1,158 @@
+"""Whether an exported file agrees with its model: both classify the same real images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from convmixer.errors import RequestError
+from convmixer.exported.load import open_exported
+from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
+from convmixer.run_folder import sample_files
+
+if TYPE_CHECKING:
+    from convmixer.evaluation.data import EvaluationData
+    from convmixer.models.weights import LoadedModel
+
+# Largest logit difference allowed, as a share of the largest logit, and least share of equal top-1. int8 is judged by
+# the accuracy printed; its bound only catches a broken export.
+TOLERANCE = {"fp32": (1e-3, 0.995), "fp16": (5e-2, 0.98), "int8": (float("inf"), 0.8)}
+CALIBRATION = 512  # training images; an eighth of them above SMALL_SIDE
+SMALL_SIDE = 64  # up to this input size a thousand images are checked, above it 64, to stay within a minute
+
+
+class ExportError(RuntimeError):
+    """The exported file does not agree with the model; nothing was left on disk."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Real images for the check and the calibration.
+
+    Args:
+        name: Where they are from.
+        check: Images on which the file and the model are compared.
+        labels: Their classes, or None if the model has other classes.
+        calibration: Training images, for int8; empty if there are none.
+    """
+
+    name: str
+    check: Sequence[Image.Image]
+    labels: np.ndarray | None
+    calibration: Sequence[Image.Image]
+
+
+def real_images(loaded: "LoadedModel", data: str | None, limit: int | None) -> Images:
+    """Return images to check and calibrate on: those of `find_data`, else files beside the weights.
+
+    Args:
+        loaded: The model; its metadata name the data set that it was trained on.
+        data: Another data set, or None.
+        limit: Images to check on; None: 1000, or 64 if the input is larger than 64 pixels.
+
+    Raises:
+        RequestError: `data` is given and cannot be loaded.
+    """
+    from convmixer.evaluation.data import find_data
+
+    limit = limit or (1000 if loaded.preprocessing.img_size <= SMALL_SIDE else 64)
+    try:
+        found = find_data(data, loaded.metadata, loaded.source)
+    except RequestError as error:
+        if data:
+            raise
+        print(f"not checked on the data of the training: {error}")
+    else:
+        return _of_data(found, loaded, limit)
+    chans = loaded.preprocessing.in_chans
+    files = sample_files(loaded.source)
+    if files:
+        return Images("the samples beside the weights", [load_image(file, chans) for file in files], None, ())
+    return Images("photographs of scikit-learn", _photographs(64, chans), None, ())
+
+
+def _of_data(data: "EvaluationData", loaded: "LoadedModel", limit: int) -> Images:
+    splits = data.splits
+    held_out = next(part for part in (splits.test, splits.val, splits.train) if part is not None)
+    order = np.random.default_rng(0).permutation(len(held_out))[:limit]
+    found = [item for i in order if (item := held_out.read(int(i))) is not None]
+    calibration: list[Image.Image] = []
+    if splits.train is not None:
+        count = CALIBRATION if loaded.preprocessing.img_size <= SMALL_SIDE else CALIBRATION // 8
+        chosen = np.random.default_rng(1).permutation(len(splits.train))[:count]
+        calibration = [item[0] for i in chosen if (item := splits.train.read(int(i))) is not None]
+    labels = np.array([label for _, label in found]) if splits.classes == loaded.classes else None
+    return Images(splits.name, [image for image, _ in found], labels, calibration)
+
+
+def _photographs(count: int, in_chans: int) -> list[Image.Image]:
+    """Return square cut-outs of two photographs, of many sizes."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [to_mode(Image.fromarray(pixels), in_chans) for pixels in load_sample_images().images]
+    random = np.random.default_rng(0)
+    cuts = []
+    for number in range(count):
+        image = photographs[number % len(photographs)]
+        side = int(random.integers(32, min(image.size)))
+        left, top = (int(random.integers(0, length - side + 1)) for length in image.size)
+        cuts.append(image.crop((left, top, left + side, top + side)))
+    return cuts
+
+
+def compare(
+    model: nn.Module, path: Path, preprocessing: Preprocessing, images: Images, precision: str
+) -> dict[str, Any]:
+    """Return how an exported file's answers on real images differ from the model's.
+
+    Args:
+        model: Maps (B, C, H, W) to a tuple whose first part is the logits.
+        path: The file or folder.
+        preprocessing: What the model expects of its input.
+        images: Its `check` images are compared.
+        precision: Chooses the tolerance.
+
+    Raises:
+        ExportError: They differ more than `TOLERANCE`.
+    """
+    exported = open_exported(path)
+    expected, got = [], []
+    # uneven batches, so that a file whose batch is not dynamic fails
+    for batch in batches(images.check, preprocessing, sizes=(1, 7, 32)):
+        with torch.inference_mode():
+            expected.append(model(torch.from_numpy(batch))[0].numpy())
+        got.append(exported.run(batch)[0])
+    return _judge(np.concatenate(expected), np.concatenate(got), images, precision)
+
+
+def _judge(expected: np.ndarray, got: np.ndarray, images: Images, precision: str) -> dict[str, Any]:
+    difference = float(np.abs(expected - got).max())
+    same = float((expected.argmax(1) == got.argmax(1)).mean())
+    report: dict[str, Any] = {"images": len(expected), "images_from": images.name}
+    report |= {"max_logit_difference": difference, "top1_agreement": 100 * same}
+    if images.labels is not None:
+        report["top1_model"] = 100 * float((expected.argmax(1) == images.labels).mean())
+        report["top1_export"] = 100 * float((got.argmax(1) == images.labels).mean())
+    share, least = TOLERANCE[precision]
+    allowed = share * max(1.0, float(np.abs(expected).max()))
+    if not (difference <= allowed and same >= least):  # `not`: NaN must fail too
+        raise ExportError(
+            f"the exported model does not agree with the original on {len(expected)} images: logits differ by up to "
+            f"{difference:.3g} (allowed {allowed:.3g}), top-1 agrees on {same:.2%} (needed {least:.1%}); "
+            "no file was left"
+        )
+    return report
+
+
+def batches(images: Sequence[Image.Image], p: Preprocessing, sizes: Sequence[int] = (32,)) -> Iterator[np.ndarray]:
+    """Yield (B, C, H, W) float32 for all images; B follows `sizes`, of which the last repeats."""
+    start, steps = 0, list(sizes)
+    while start < len(images):
+        size = steps.pop(0) if len(steps) > 1 else steps[0]
+        yield np.stack([preprocess(image, p) for image in images[start : start + size]])
+        start += size
