@@ -54,6 +54,15 @@ class Config:
     val_fraction: float = setting(
         0.1, "share of train held out for validation where the data have no val split; 0: none"
     )
+    path_column: str | None = setting(None, "column of a table that holds the images or their paths; none: found")
+    label_column: str | None = setting(None, "column of the labels; none: found")
+    split_column: str | None = setting(
+        None, "column that says the split, or COLUMN=VALUE: rows with that value are val; none: found"
+    )
+    image_root: str | None = setting(None, "folder that the paths of a table are relative to; none: found")
+    group: str | None = setting(
+        None, "column, or regular expression on paths, of what an image belongs to: a group stays in one split"
+    )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
     workers: int = setting(1, "data-loading processes; 0: load in the training process")
     mean: tuple[float, ...] | None = setting(None, "mean per channel, 0 to 1; none: that of the data set")

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from convmixer.data.find import find
 from convmixer.data.found import Found
 from convmixer.data.labels import names_that_differ_in_case
+from convmixer.data.options import Options
 from convmixer.data.sources import Arrays, Cached, Files, Shards, Source
 from convmixer.errors import RequestError
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
@@ -142,6 +143,7 @@ class DataSplits:
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
         spec: The data argument so written that it means the same from every folder.
+        options: What the user said about columns, folders and groups.
     """
 
     name: str
@@ -157,6 +159,7 @@ class DataSplits:
     notes: list[str] = field(default_factory=list)
     bad_files: list[str] = field(default_factory=list)
     spec: str = ""
+    options: Options = field(default_factory=Options)
 
 
 def load_data(
@@ -168,6 +171,7 @@ def load_data(
     img_size: int | None = None,
     recorded: bool = False,
     hold_out: bool = True,
+    options: Options | None = None,
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
@@ -184,13 +188,15 @@ def load_data(
             at most 224, else 224.
         recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
         hold_out: Make missing splits from train. Without it the splits are those that the data come with.
+        options: What the user said about columns, folders and groups; None: nothing.
 
     Raises:
         RequestError: No such data, too many unreadable images, or too few images to split.
     """
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed must be 0 to 2**63 - 1, not {seed}")
-    found = find(spec, recorded)
+    options = (options or Options()).absolute()
+    found = find(spec, recorded, options)
     scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
     headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
     bad = [_told(found.splits[s][0].name(i), h) for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
@@ -224,7 +230,20 @@ def load_data(
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
     side = img_size or _side(sizes, notes)
     return DataSplits(
-        found.name, train, val, test, found.classes, side, in_chans, mean, std, found.checksum, notes, bad, found.spec
+        found.name,
+        train,
+        val,
+        test,
+        found.classes,
+        side,
+        in_chans,
+        mean,
+        std,
+        found.checksum,
+        notes=notes,
+        bad_files=bad,
+        spec=found.spec,
+        options=options,
     )
 
 

@@ -12,18 +12,24 @@ from convmixer.data.folder import count_class_folders, find_folder
 from convmixer.data.found import Found
 from convmixer.data.hub import download
 from convmixer.data.labels import split_of
+from convmixer.data.options import Options
 from convmixer.data.parquet import find_parquet
 from convmixer.data.shards import find_tars
 from convmixer.data.sources import Arrays
-from convmixer.data.table import find_csv
+from convmixer.data.table import find_table
 from convmixer.data.walk import Walk, walk
 from convmixer.errors import RequestError
 
 NOT_READ = "beside the shards that are read"
 
 
-def find(spec: str, recorded: bool = False) -> Found:
-    """Return the images and labels behind a data argument; for the arguments see `argument.read_argument`.
+def find(spec: str, recorded: bool = False, options: Options | None = None) -> Found:
+    """Return the images and labels behind a data argument.
+
+    Args:
+        spec: See `argument.read_argument`.
+        recorded: See there.
+        options: What the user said about columns, folders and groups.
 
     Raises:
         RequestError: Nothing usable is there; the message says what to do.
@@ -33,16 +39,16 @@ def find(spec: str, recorded: bool = False) -> Found:
         found = find_digits()
     else:
         path = argument.path or download(argument) / argument.inside
-        found = find_path(path, None if argument.repository is None else spec.removeprefix(HUB))
+        found = find_path(path, options or Options(), argument.repository and spec.removeprefix(HUB))
     return replace(found, spec=argument.spec, notes=[*argument.notes, *found.notes])
 
 
-def find_path(path: Path, name: str | None = None) -> Found:
+def find_path(path: Path, options: Options, name: str | None = None) -> Found:
     """Return the images and labels in a file or folder, by what it holds."""
     name = name or path.resolve().name
     kind = path.suffix.lower()
     if kind in TABLES and path.is_file():
-        return find_csv(path, name)
+        return find_table(path, name, options)
     if path.is_file():
         if kind not in SHARDS:
             raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")

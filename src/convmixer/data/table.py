@@ -1,69 +1,104 @@
 """Tables of images: a row per image, with its path, its label and, if there is such a column, its split."""
 
-import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from convmixer.data.columns import KNOWN, Columns, choose_columns, holds_path, split_of_row
+from convmixer.data.csv_file import Rows, read_csv
 from convmixer.data.found import Found, file_size, listing_checksum, to_bytes
-from convmixer.data.labels import SPLIT_WORDS, encode_labels
+from convmixer.data.labels import encode_labels, is_label
+from convmixer.data.located import Locator
+from convmixer.data.options import Options
 from convmixer.data.sources import Files, Source
+from convmixer.data.unused import NO_IMAGE, Unused
+from convmixer.data.walk import is_image, walk
 from convmixer.errors import RequestError
 
+A_COLUMN = "a column of the table"
+NOT_NAMED = "an image that the table does not name"
 
-def find_csv(path: Path, name: str) -> Found:
-    """Return the images named by a table of path, label and, where there is one, split."""
-    columns, rows = _table(path)
-    groups: dict[str, tuple[list[str], list[str]]] = {}
-    for number, row in rows:
-        if len(row) <= max(columns["path"], columns["label"]) or not (row[columns["path"]] and row[columns["label"]]):
-            raise RequestError(f"{path} line {number}: expected path,label, found {','.join(row)!r}")
-        paths, labels = groups.setdefault(_split_of(row, columns, path, number), ([], []))
-        paths.append(row[columns["path"]])
-        labels.append(row[columns["label"]])
-    if not groups:
-        raise RequestError(f"{path} names no images: expected lines of path,label")
-    classes, encoded = encode_labels({split: labels for split, (_, labels) in groups.items()})
-    sizes = [f"{p} {file_size(path.parent / p)}" for paths, _ in groups.values() for p in paths]
+
+def find_table(path: Path, name: str, options: Options) -> Found:
+    """Return the images named by a table.
+
+    Raises:
+        RequestError: Columns or images cannot be found without a guess, or a row has no path or label.
+    """
+    base = Path(options.image_root).expanduser() if options.image_root else path.parent
+    if not base.is_dir():
+        raise RequestError(f"--image-root {base} is no folder")
+    rows = read_csv(path, KNOWN, holds_path)
+    _refuse_narrow(rows)
+    columns = choose_columns(rows, Locator(base, path.name), options)
+    order = _rows_by_split(rows, columns)
+    paths = {split: [columns.location.path(rows.cells[n][columns.path]) for n in ns] for split, ns in order.items()}
+    classes, encoded = encode_labels({split: [columns.labels[n] for n in ns] for split, ns in order.items()})
     splits: dict[str, tuple[Source, np.ndarray]] = {
-        split: (Files(path.parent, to_bytes(paths)), encoded[split]) for split, (paths, _) in groups.items()
+        split: (Files(base, to_bytes(found)), encoded[split]) for split, found in paths.items()
     }
-    return Found(name, splits, classes, listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes]))
+    sizes = [f"{p} {file_size(base / p)}" for found in paths.values() for p in found]
+    checksum = listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes])
+    unused = _unused(rows, columns, base, [p for found in paths.values() for p in found])
+    groups = _groups(rows, order, options)
+    return Found(name, splits, classes, checksum, notes=columns.notes, unused=unused, groups=groups)
 
 
-def _table(path: Path) -> tuple[dict[str, int], list[tuple[int, list[str]]]]:
-    """Return the column numbers of a table and its rows with their line numbers, the header left out."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"cannot read {path}: {error}") from error
-    if rows and (columns := _columns(rows[0][1])):
-        return columns, rows[1:]
-    if len(rows) > 1 and file_size(path.parent / rows[0][1][0]) < 0 <= file_size(path.parent / rows[1][1][0]):
-        raise RequestError(f"{path}: line 1 is no image, and as a header it must name the columns path and label")
-    return {"path": 0, "label": 1, "split": 2}, rows
+def _refuse_narrow(rows: Rows) -> None:
+    if len(rows.names) < 2:
+        line = rows.lines[0] if rows.lines else 1
+        found = (rows.cells or [rows.names])[0][0]
+        raise RequestError(f"{rows.path} line {line}: expected path,label, found {found!r}")
 
 
-def _columns(first: Sequence[str]) -> dict[str, int]:
-    """Return column numbers from a header row, or nothing where the first row is not one."""
-    known = {
-        "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img"),
-        "label": ("label", "class", "target", "category", "class_name", "y"),
-        "split": ("split", "subset", "partition"),
-    }
-    lower = [cell.lower() for cell in first]
-    columns = {key: lower.index(n) for key, names in known.items() for n in names[::-1] if n in lower}
-    return columns if "path" in columns and "label" in columns else {}
+def _rows_by_split(rows: Rows, columns: Columns) -> dict[str, list[int]]:
+    """Return the numbers of the rows of each split, in their order.
+
+    Raises:
+        RequestError: A row lacks a path, a label or a split.
+    """
+    splits: dict[str, list[int]] = {}
+    for number, (line, cells) in enumerate(zip(rows.lines, rows.cells, strict=True)):
+        where = f"{rows.path} line {line}"
+        if not cells[columns.path]:
+            raise RequestError(f"{where}: no path of an image")
+        if not is_label(label := columns.labels[number]):
+            raise RequestError(f"{where}: no label, found {label!r}: give it one, or remove the line")
+        text = cells[columns.split] if columns.split is not None else ""
+        name = rows.names[columns.split] if columns.split is not None else ""
+        split = split_of_row(text, name, columns.split_value) if columns.split is not None else "train"
+        if not split:
+            raise RequestError(f"{where}: split {text!r} is not train, val or test")
+        splits.setdefault(split, []).append(number)
+    return splits
 
 
-def _split_of(row: Sequence[str], columns: Mapping[str, int], path: Path, number: int) -> str:
-    column = columns.get("split")
-    if column is None or column >= len(row) or not row[column]:
-        return "train"
-    if row[column].lower() not in SPLIT_WORDS:
-        raise RequestError(f"{path} line {number}: split {row[column]!r} is not train, val or test")
-    return SPLIT_WORDS[row[column].lower()]
+def _unused(rows: Rows, columns: Columns, base: Path, paths: Sequence[str]) -> Unused:
+    """Count columns that are not used, and the files around the images that the table does not name."""
+    unused = Unused()
+    unused.add(A_COLUMN, *(name for n, name in enumerate(rows.names) if n not in columns.used()))
+    named = {os.path.normpath(path) for path in paths}
+    folder = os.path.commonpath([os.path.dirname(path) for path in named]) if _all_below(named) else ""
+    if not folder:  # the images are all over the disk, or beside the table, where anything may be
+        return unused
+    walked = walk(base / folder)
+    rest = [path for file in walked.files if (path := f"{folder}/{file}") not in named]
+    unused.add(NOT_NAMED, *filter(is_image, rest))
+    unused.add(NO_IMAGE, *(path for path in rest if not is_image(path)))
+    unused.update(walked.unused)
+    return unused
+
+
+def _all_below(paths: set[str]) -> bool:
+    return not any(path.startswith(("/", "..")) for path in paths)
+
+
+def _groups(rows: Rows, order: dict[str, list[int]], options: Options) -> dict[str, Sequence[str]]:
+    """Return the group of each image if the option names a column; patterns are applied to names later."""
+    if options.group not in rows.names or options.group is None:
+        return {}
+    number = rows.names.index(options.group)
+    return {split: [rows.cells[n][number] for n in numbers] for split, numbers in order.items()}

@@ -13,6 +13,7 @@ import torch
 
 from convmixer.data.argument import BUILT_IN, read_argument
 from convmixer.data.datasets import DataSplits, ImageSet, load_data
+from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.models.weights import class_names
 from convmixer.seal import is_sealed
@@ -62,7 +63,9 @@ class EvaluationData:
         return self.pick("train" if self.splits.train is not None else self.choose(None))
 
 
-def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -> EvaluationData:
+def find_data(
+    data: str | None, metadata: dict[str, Any], weights: str | Path, options: Options | None = None
+) -> EvaluationData:
     """Return the data to measure on: what the user named, or what the weights were trained on.
 
     The data of the training are split as they were then. Nothing is held out of other data. Weights are believed what
@@ -73,6 +76,7 @@ def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -
         data: What the user named, or None.
         metadata: Of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the split.
         weights: Named in errors.
+        options: What the user said about data that are not those of the training.
 
     Raises:
         RequestError: The user named no data and the weights' word does not count, or the data cannot be loaded.
@@ -87,7 +91,7 @@ def find_data(data: str | None, metadata: dict[str, Any], weights: str | Path) -
     if spec in (data, read_argument(data).spec):
         splits = _load(data, trained_on, hold_out=True)
         return EvaluationData(splits, True, checksum not in (None, splits.checksum))
-    splits = _load(data, trained_on, hold_out=False)
+    splits = _load(data, trained_on, hold_out=False, options=options)
     if splits.checksum == checksum:  # the training's data at another place
         return EvaluationData(_load(data, trained_on, hold_out=True), True)
     return EvaluationData(splits, False)
@@ -103,7 +107,13 @@ def _check_trusted(spec: object, trained_on: dict[str, Any], weights: str | Path
         )
 
 
-def _load(spec: str, trained_on: dict[str, Any], hold_out: bool, recorded: bool = False) -> DataSplits:
+def _load(
+    spec: str,
+    trained_on: dict[str, Any],
+    hold_out: bool,
+    recorded: bool = False,
+    options: Options | None = None,
+) -> DataSplits:
     seed = trained_on.get("seed")
     return load_data(
         spec,
@@ -112,7 +122,15 @@ def _load(spec: str, trained_on: dict[str, Any], hold_out: bool, recorded: bool 
         max_bad_fraction=_share(trained_on.get("max_bad_fraction"), MAX_BAD_FRACTION),
         recorded=recorded,
         hold_out=hold_out,
+        options=_options(trained_on) if hold_out else options,
     )
+
+
+def _options(trained_on: dict[str, Any]) -> Options:
+    """Return how the training read its data, if this user trained: a stranger's pattern may never end."""
+    known = trained_on.get("options")
+    trusted = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
+    return Options.of(known) if isinstance(known, dict) and trusted else Options()
 
 
 def _share(value: Any, default: float) -> float:

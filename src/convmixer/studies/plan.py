@@ -13,6 +13,7 @@ from typing import Any
 from convmixer import records
 from convmixer.config import Config, difference, override, to_dict
 from convmixer.data.datasets import DataSplits, load_data
+from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.probe import Build, macs
 from convmixer.results.study import SPEEDS
@@ -104,7 +105,12 @@ def load_splits(study: Study, data: str) -> DataSplits:
     """Return the data as the study's runs see them, but for the seed of a validation split."""
     c = study.recipe
     return load_data(
-        data, val_fraction=c.val_fraction, seed=0, max_bad_fraction=c.max_bad_fraction, img_size=c.img_size
+        data,
+        val_fraction=c.val_fraction,
+        seed=0,
+        max_bad_fraction=c.max_bad_fraction,
+        img_size=c.img_size,
+        options=Options.of(c),
     )
 
 

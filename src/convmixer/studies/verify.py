@@ -7,6 +7,7 @@ from convmixer import records
 from convmixer.config import Config, override
 from convmixer.data.datasets import load_data
 from convmixer.data.loader import eval_loader
+from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
@@ -65,6 +66,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
         max_bad_fraction=config.max_bad_fraction,
         img_size=config.img_size,
         recorded=data is None,
+        options=Options.of(config),
     )
     if splits.checksum != record.data["checksum"] or not splits.test:
         raise RequestError(f"{data or record.data['spec']} holds other data than {record.name} was measured on")

@@ -333,6 +333,7 @@ class Run:
                 "seed": c.seed,
                 "max_bad_fraction": c.max_bad_fraction,
                 "img_size": c.img_size,
+                "options": self.job.data.options.given(),
             },
             recipe=self.contents["recipe"],
             epoch=row["epoch"],

@@ -11,6 +11,7 @@ import torch.nn as nn
 from convmixer.config import Config
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.loader import Loader, eval_loader, train_loader
+from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
@@ -119,6 +120,7 @@ def prepare(
         max_bad_fraction=config.max_bad_fraction,
         img_size=side,
         recorded=recorded,
+        options=Options.of(config),
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")

@@ -1,0 +1,206 @@
+"""Which column of a table is the path, the label and the split: by name and content, never by a guess."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from convmixer.data.csv_file import Rows, normal
+from convmixer.data.labels import is_label, split_of
+from convmixer.data.located import Location, Locator
+from convmixer.data.options import Options, flag
+from convmixer.errors import RequestError, unknown
+from convmixer.preprocess import SUFFIXES
+
+PATHS = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path",
+    "image_id", "img_id", "id", "image_name", "img_name", "image_file", "photo", "picture", "fname", "relative_path",
+)  # fmt: skip
+LABELS = (
+    "label", "labels", "class", "target", "category", "class_name", "classname", "class_label", "label_name", "y",
+    "species", "breed",
+)  # fmt: skip
+SPLITS = ("split", "subset", "partition", "set", "phase", "usage")
+FLAGS = {  # column of true and false -> the split of true
+    "is_valid": "val", "is_val": "val", "is_validation": "val", "valid": "val",
+    "is_test": "test", "is_train": "train",
+}  # fmt: skip
+FOLDS = ("fold", "folds", "kfold", "k_fold")
+KNOWN = {*PATHS, *LABELS, *SPLITS, *FLAGS, *FOLDS}
+TRUTHS = {"true": True, "1": True, "yes": True, "1.0": True, "false": False, "0": False, "no": False, "0.0": False}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are used.
+
+    Args:
+        path, split: Their numbers; split is None if all rows are train.
+        location: Where the paths lead.
+        labels: The label of each row.
+        label: Number of the label column; None if each class has a column of its own.
+        split_value: The value of the split column that means val; None: its words are the splits.
+        notes: What was understood, if the names do not say it.
+        classes: Numbers of the columns of single classes.
+    """
+
+    path: int
+    location: Location
+    labels: list[str]
+    label: int | None
+    split: int | None = None
+    split_value: str | None = None
+    notes: list[str] = field(default_factory=list)
+    classes: tuple[int, ...] = ()
+
+    def used(self) -> set[int]:
+        """Return the numbers of the columns that are used."""
+        return {self.path, *self.classes} | {n for n in (self.label, self.split) if n is not None}
+
+
+def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
+    """Return the columns of a table.
+
+    Raises:
+        RequestError: A column cannot be found without a guess; the message names the flag that says which it is.
+    """
+    split, value = _split_column(rows, options)
+    path, location = _path_column(rows, locator, options, {split})
+    taken = {path, split}
+    notes = []
+    if not rows.has_header and len(rows.names) > 2 and split is None and options.split_column is None:
+        split = next((n for n in range(len(rows.names)) if n not in taken and _holds_splits(rows.column(n))), None)
+        taken.add(split)
+    label, classes = _label_column(rows, options, taken)
+    if label is not None and normal(rows.names[label]) not in LABELS and rows.has_header:
+        notes.append(f"labels are those of column {rows.names[label]!r}")
+    if classes:
+        notes.append(f"labels are the columns with a 1: {', '.join(rows.names[n] for n in classes[:5])}, ...")
+        labels = [next(rows.names[n] for n in classes if _is_one(row[n])) for row in rows.cells]
+    else:
+        assert label is not None
+        labels = rows.column(label)
+    if (note := location.note(next(text for text in rows.column(path) if text))) is not None:
+        notes.append(note)
+    for number, name in enumerate(rows.names):
+        if normal(name) in FOLDS and number != split:
+            example = rows.cells[0][number]
+            notes.append(f"column {name!r} is not used; to take a fold as val: --split-column {name}={example}")
+    return Columns(path, location, labels, label, split, value, notes, classes)
+
+
+def split_of_row(text: str, name: str, value: str | None) -> str:
+    """Return the split that a cell means, or "" if it means none.
+
+    Args:
+        text: The cell; an empty one means train.
+        name: Of its column.
+        value: What means val, everything else being train; None: the words of the cell say it.
+    """
+    if value is not None:
+        return "val" if text == value else "train"
+    if not text:
+        return "train"
+    if (of_true := FLAGS.get(normal(name))) and text.lower() in TRUTHS:
+        others = "train" if of_true != "train" else "val"
+        return of_true if TRUTHS[text.lower()] else others
+    return split_of(text)[0]
+
+
+def _by_name(rows: Rows, option: str, wanted: str) -> int:
+    if wanted not in rows.names:
+        error = unknown("column", wanted, rows.names)
+        raise RequestError(f"{flag(option)}: {rows.path} has the columns {', '.join(rows.names)}; {error}")
+    return rows.names.index(wanted)
+
+
+def _known(rows: Rows, names: Sequence[str], without: set[int | None]) -> list[int]:
+    """Return the numbers of the columns that are called one of the names, in the names' order."""
+    tidy = [normal(name) for name in rows.names]
+    return [n for known in names for n, name in enumerate(tidy) if name == known and n not in without]
+
+
+def _split_column(rows: Rows, options: Options) -> tuple[int | None, str | None]:
+    if options.split_column:
+        name, _, value = options.split_column.partition("=")
+        return _by_name(rows, "split_column", name), value or None
+    found = [
+        n
+        for n in _known(rows, (*SPLITS, *FLAGS), set())
+        if normal(rows.names[n]) == "split" or _holds_splits(rows.column(n), rows.names[n])
+    ]
+    if len(found) > 1:
+        raise RequestError(f"{rows.path}: which column is the split? {_ask(rows, found, 'split_column')}")
+    return (found[0] if found else None), None
+
+
+def _holds_splits(cells: Sequence[str], name: str = "") -> bool:
+    return bool(cells) and all(cell and split_of_row(cell, name, None) for cell in cells)
+
+
+def _path_column(rows: Rows, locator: Locator, options: Options, taken: set[int | None]) -> tuple[int, Location]:
+    if options.path_column:
+        number = _by_name(rows, "path_column", options.path_column)
+        location = locator.locate(rows.column(number))
+        if location is None:
+            raise RequestError(_nowhere(rows, number, locator))
+        return number, location
+    known = _known(rows, PATHS, taken)
+    others = [n for n in range(len(rows.names)) if n not in known and n not in taken]
+    for numbers in (known, others):
+        found = {n: place for n in numbers if (place := locator.locate(rows.column(n))) is not None}
+        plain = {n: place for n, place in found.items() if place.note(rows.cells[0][n]) is None}
+        found = plain if len(plain) == 1 else found
+        if len(found) == 1:
+            return found.popitem()
+        if found:
+            raise RequestError(f"{rows.path}: which column is the image? {_ask(rows, list(found), 'path_column')}")
+    raise RequestError(_nowhere(rows, known[0] if known else 0, locator))
+
+
+def _nowhere(rows: Rows, number: int, locator: Locator) -> str:
+    example = next((text for text in rows.column(number) if text), "")
+    if "://" in example:
+        return f"{rows.path}: {example} is an address and never fetched: download the images, give their paths"
+    return (
+        f"{rows.path}: no column names images that are in {locator.base}; {example!r} of {rows.names[number]!r} is "
+        "not there: say where the images are with --image-root, or which column it is with --path-column"
+    )
+
+
+def _label_column(rows: Rows, options: Options, taken: set[int | None]) -> tuple[int | None, tuple[int, ...]]:
+    if options.label_column:
+        return _by_name(rows, "label_column", options.label_column), ()
+    known = _known(rows, LABELS, taken)
+    if known and (normal(rows.names[known[0]]) == "label" or len(known) == 1):
+        return known[0], ()
+    rest = known or [n for n in range(len(rows.names)) if n not in taken and normal(rows.names[n]) not in FOLDS]
+    able = [n for n in rest if known or _could_be_labels(rows.column(n))]
+    if len(able) == 1 and (known or len(rest) == 1):
+        return able[0], ()
+    if not known and len(rest) > 1 and all(_is_one_hot([row[n] for n in rest]) for row in rows.cells):
+        return None, tuple(rest)
+    raise RequestError(f"{rows.path}: which column is the label? {_ask(rows, rest, 'label_column')}")
+
+
+def _could_be_labels(cells: Sequence[str]) -> bool:
+    """Return whether a column may hold classes: at least two rows share one, if there are several rows."""
+    return any(map(is_label, cells)) and (len(cells) < 3 or len(set(cells)) < len(cells))
+
+
+def _is_one_hot(cells: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"[01](\.0*)?", cell) for cell in cells) and sum(map(_is_one, cells)) == 1
+
+
+def _is_one(cell: str) -> bool:
+    return cell.startswith("1")
+
+
+def _ask(rows: Rows, numbers: Sequence[int], option: str) -> str:
+    names = [rows.names[n] for n in numbers]
+    could = f"it could be {', '.join(names[:8])}" if names else f"of {', '.join(rows.names[:8])} none is"
+    return f"{could}: say it with {flag(option)} NAME"
+
+
+def holds_path(cell: str) -> bool:
+    """Return whether a cell can only be the path of an image, by its ending."""
+    return cell[cell.rfind(".") :].lower() in SUFFIXES

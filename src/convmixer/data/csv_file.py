@@ -1,0 +1,118 @@
+"""A text table as people save it: UTF-8 or UTF-16, commas, semicolons, tabs or bars, with a header or without."""
+
+import codecs
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convmixer.errors import RequestError
+
+DELIMITERS = ",;\t|"
+PROBED_LINES = 50
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table of text.
+
+    Args:
+        path: The file.
+        names: Names of the columns; "column 1", ... if it has no header.
+        lines: Line number of each row.
+        cells: The rows, each with as many cells as there are names.
+        has_header: Whether the names are the file's.
+    """
+
+    path: Path
+    names: list[str]
+    lines: list[int]
+    cells: list[list[str]]
+    has_header: bool
+
+    def column(self, number: int) -> list[str]:
+        """Return the cells of a column."""
+        return [row[number] for row in self.cells]
+
+
+def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -> Rows:
+    """Return the rows of a table.
+
+    Args:
+        path: A .csv or .tsv file.
+        known: Names that only a header holds, in lower case.
+        is_data: Whether a cell can only be data, since it is the path of an image.
+
+    Raises:
+        RequestError: It is not text, or a row has more cells than the first.
+    """
+    text = _decode(path)
+    known = set(known)
+    rows = _split(text, path, known)
+    if not rows:
+        raise RequestError(f"{path} names no images: expected lines of path,label")
+    first = rows[0][1]
+    width = len(first)
+    tidy = [normal(cell) for cell in first]
+    has_header = not any(is_data(cell) for cell in first) and (len(rows) > 1 or bool(known & set(tidy)))
+    for line, cells in rows:
+        if len(cells) > width and any(cells[width:]):
+            raise RequestError(f"{path} line {line}: {len(cells)} cells, the first line has {width}")
+        cells[width:] = []
+        cells += [""] * (width - len(cells))
+    names = [cell if has_header and cell else f"column {i + 1}" for i, cell in enumerate(first)]
+    body = rows[1:] if has_header else rows
+    return Rows(path, names, [line for line, _ in body], [cells for _, cells in body], has_header)
+
+
+def normal(name: str) -> str:
+    """Return the name of a column in lower case with "_" between words."""
+    return "_".join(name.strip().lower().replace("-", " ").replace("_", " ").split())
+
+
+def _decode(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RequestError(f"{path} line {line} is not UTF-8: save the table as CSV UTF-8") from error
+
+
+def _split(text: str, path: Path, known: set[str]) -> list[tuple[int, list[str]]]:
+    """Return line numbers and cells of the rows that hold something."""
+    start = text.split("\n", 1)[0].strip()
+    skipped = 0
+    if start.lower().startswith("sep=") and len(start) == 5:  # Excel's way to name the delimiter
+        text, delimiter, skipped = text.split("\n", 1)[-1] if "\n" in text else "", start[-1], 1
+    else:
+        delimiter = _delimiter(text, known) if path.suffix.lower() != ".tsv" else "\t"
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        stripped = ((reader.line_num + skipped, [cell.strip() for cell in row]) for row in reader)
+        return [(line, cells) for line, cells in stripped if any(cells)]
+    except csv.Error as error:
+        raise RequestError(f"cannot read {path}: {error}") from error
+
+
+def _delimiter(text: str, known: set[str]) -> str:
+    """Return what parts the cells: it gives every row as many cells; of several, the one whose header is known."""
+    regular = {}
+    for delimiter in DELIMITERS:
+        rows = _probe(text, delimiter)
+        if len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
+            regular[delimiter] = len(known & {normal(cell) for cell in rows[0]})
+    return max(regular, key=regular.__getitem__) if regular else ","
+
+
+def _probe(text: str, delimiter: str) -> Sequence[Sequence[str]]:
+    lines = text.splitlines()[:PROBED_LINES]
+    try:
+        return [row for row in csv.reader(lines, delimiter=delimiter) if any(row)]
+    except csv.Error:
+        return []

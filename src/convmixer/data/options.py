@@ -1,0 +1,53 @@
+"""What the user says about a data set whose columns, folders or groups cannot be found without being told."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from convmixer.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user said about the data; None: found by itself, or refused if that would be a guess.
+
+    Args:
+        path_column: Column of a table or parquet file that holds the images or their paths; of WebDataset shards the
+            extension of the images, e.g. "jpg".
+        label_column: Column of the labels; of WebDataset shards an extension ("txt") or a key of the .json members.
+        split_column: Column that says the split, or COLUMN=VALUE: rows with that value are the val split.
+        image_root: Folder that the paths of a table are relative to.
+        group: Column, or regular expression on an image's path, that names what an image belongs to (a patient, a
+            video): images of one group stay in one split.
+    """
+
+    path_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    image_root: str | None = None
+    group: str | None = None
+
+    @classmethod
+    def of(cls, values: Any) -> "Options":
+        """Return the options among the attributes of settings, or the keys of a dict."""
+        get = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name, None)
+        found = {field.name: get(field.name) for field in fields(cls)}
+        for name, value in found.items():
+            if not isinstance(value, (str, type(None))):
+                raise RequestError(f"{name} must be a text, not {value!r}")
+        return cls(**found)
+
+    def absolute(self) -> "Options":
+        """Return the options with a path that means the same from every folder."""
+        root = self.image_root and os.path.abspath(os.path.expanduser(self.image_root))
+        return replace(self, image_root=root)
+
+    def given(self) -> dict[str, str]:
+        """Return the options that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def flag(name: str) -> str:
+    """Return the command line's flag of an option."""
+    return "--" + name.replace("_", "-")
