@@ -144,7 +144,7 @@ def find_args(state: State, path: Path) -> dict[str, Any]:
         "kernel_size": kernel.shape[-1],
         "patch_size": patch_size,
         "in_chans": in_chans,
-        "num_classes": 0 if head is None or head.ndim != 2 else head.shape[0],
+        "num_classes": 0 if head is None or not head.ndim else head.shape[0],
     }
     relu = (dim, depth, args["kernel_size"], patch_size) == (768, 32, 7, 7)
     return args | {"act": "relu" if relu else "gelu"}
