@@ -8,6 +8,13 @@ class RequestError(ValueError):
     """What was asked for cannot be done; the message says what is wrong and what to do."""
 
 
+def shown(value: object, most: int = 60) -> str:
+    """Return a stranger's text or value for a message: one line, at most `most` characters, nothing unprintable."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
     """Return the error for a name that is not known, suggesting the nearest one.
 

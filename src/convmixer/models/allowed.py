@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 from convmixer.models.registry import SKELETONS, model_args
 from convmixer.preprocess import MAX_SIDE
 
@@ -105,11 +105,11 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
     if not isinstance(name, str) or not isinstance(args, Mapping):
         raise RequestError("architecture must be a name and model_args a table")
     if not _is_int(num_classes, 0, MAX_CLASSES):
-        raise RequestError(f"num_classes must be a whole number from 0 to {MAX_CLASSES:,}, not {_shown(num_classes)}")
+        raise RequestError(f"num_classes must be a whole number from 0 to {MAX_CLASSES:,}, not {shown(num_classes)}")
     given = {"num_classes": num_classes, "in_chans": in_chans}
     for key in _GIVEN:
         if key in args and args[key] != given[key]:
-            raise RequestError(f"model_args says {key} {_shown(args[key])}, the rest of the file {given[key]}")
+            raise RequestError(f"model_args says {key} {shown(args[key])}, the rest of the file {given[key]}")
     name, args = _named(name, {key: value for key, value in args.items() if key not in _GIVEN})
     known = _arguments(name)
     for key, value in args.items():
@@ -125,7 +125,7 @@ def _named(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if name == "convmixer" or name in SKELETONS:
         return name, args
     if not re.fullmatch(r"[\w.-]{1,100}", name):
-        raise RequestError(f"{_shown(name)} is not the name of a model")
+        raise RequestError(f"{shown(name)} is not the name of a model")
     sizes = model_args(name)
     if sizes is not None:
         sizes.pop("num_classes", None)
@@ -134,7 +134,7 @@ def _named(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
     plain = name.partition(".")[0]  # what follows names weights, and they are here
     if not timm.is_model(plain):
-        raise RequestError(f"{_shown(name)} is not a model that this version of timm knows")
+        raise RequestError(f"{shown(name)} is not a model that this version of timm knows")
     return plain, args
 
 
@@ -151,12 +151,7 @@ def _arguments(name: str) -> Mapping[str, _Rule]:
 def _check(name: str, key: Any, value: Any, known: Mapping[str, _Rule]) -> None:
     if key not in known:
         raise RequestError(
-            f"the argument {_shown(key)} is not one that a weights file may set for {name}: remove it from model_args"
+            f"the argument {shown(key)} is not one that a weights file may set for {name}: remove it from model_args"
         )
     if not known[key].passes(value):
-        raise RequestError(f"{key} must be {known[key].words}, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise RequestError(f"{key} must be {known[key].words}, not {shown(value)}")

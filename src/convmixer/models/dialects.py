@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.reading import State, check_tensors, fit, read_file
@@ -96,7 +96,7 @@ def to_timm_keys(state: State, path: Path) -> tuple[str, State]:
     if "0.weight" in state and "3.0.fn.0.weight" in state:
         depth = sum(key.endswith(".0.fn.0.weight") for key in state)
         return "the authors'", _rename(state, lambda key: _from_authors(key, depth))
-    keys = ", ".join(sorted(state)[:3])
+    keys = ", ".join(shown(key) for key in sorted(state)[:3])
     raise RequestError(f"{path} is not a ConvMixer of the authors, timm or mmpretrain (its keys: {keys}, ...)")
 
 

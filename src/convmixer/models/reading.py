@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 
 State = dict[str, torch.Tensor]
 
@@ -119,7 +119,9 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
     plain = {key: torch.Tensor.detach(value) for key, value in state.items()}  # without attributes from the file
     for key, value in plain.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _DTYPES:
-            raise RequestError(f"{path}: {key} is a tensor of kind {value.dtype}, {value.layout}, which is not read")
+            raise RequestError(
+                f"{path}: {_key(key)} is a tensor of kind {value.dtype}, {value.layout}, which is not read"
+            )
     needed, size = sum(value.numel() * value.element_size() for value in plain.values()), path.stat().st_size
     if needed > size + SPARE_BYTES:
         raise RequestError(f"{path} has {size:,} bytes and asks for {needed:,}: its tensors repeat their memory")
@@ -136,12 +138,12 @@ def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = [key for key, value in floats.items() if not value.isfinite().all()]
     if bad:
         raise RequestError(
-            f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinity, the first is {bad[0]}: "
+            f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinity, the first is {_key(bad[0])}: "
             "the training diverged or the file is damaged"
         )
     bad = [key for key, value in floats.items() if key.endswith("running_var") and (value < 0).any()]
     if bad:
-        raise RequestError(f"{path}: {bad[0]} holds negative variances: the file is damaged")
+        raise RequestError(f"{path}: {_key(bad[0])} holds negative variances: the file is damaged")
 
 
 def fit(state: State, model: nn.Module, path: Path) -> State:
@@ -182,7 +184,11 @@ def check_shapes(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
     for problem, keys in (("lacks", missing), ("has unexpected", extra), ("has wrong shapes:", shapes)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise RequestError(f"{path} {problem} {', '.join(keys[:3])}{more}: it does not fit the model")
+            raise RequestError(f"{path} {problem} {', '.join(map(_key, keys[:3]))}{more}: it does not fit the model")
+
+
+def _key(text: str) -> str:
+    return shown(text, 100)
 
 
 def _check_count(tensors: int, path: Path) -> None:
@@ -243,8 +249,7 @@ def _steps(file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _check_global(name: str, path: Path) -> None:
     if not re.fullmatch(_GLOBALS, name):
-        shown = re.sub(r"[^\w.]", "?", name)[:80]
         raise RequestError(
-            f"{path} holds the Python object {shown}, which could run code, so it is not read: "
+            f"{path} holds the Python object {shown(name)}, which could run code, so it is not read: "
             "save its state_dict alone, best as .safetensors"
         )

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 import convmixer
-from convmixer.errors import RequestError, unknown
+from convmixer.errors import RequestError, shown, unknown
 from convmixer.files import write_atomic
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
@@ -241,7 +241,9 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     cfg = config.get("pretrained_cfg", config)  # older files of timm's hub have one level
     state = read_safetensors(path)[0]
     try:
-        chans, size = cfg["input_size"][0], cfg["input_size"][-1]
+        chans, size, width = cfg["input_size"]
+        if size != width:
+            raise RequestError(f"the input must be square, not {shown(size)} x {shown(width)}")
         keep = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
         preprocessing = Preprocessing(img_size=size, in_chans=chans, **keep)
         classes = config.get("num_classes", cfg.get("num_classes"))
@@ -251,7 +253,7 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     except RequestError as error:
         raise RequestError(f"the config of {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RequestError(f"the config of {path} is not one of timm's hub layout: {error!r}") from error
+        raise RequestError(f"the config of {path} is not one of timm's hub layout: {shown(error, 200)}") from error
     model = _build(name, classes, chans, args, state, path)
     metadata = _metadata(config.get("convmixer"), model, name, args)
     found = f"{metadata['name']} with {classes} classes, {size} px"
@@ -283,8 +285,7 @@ def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any], sta
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # whatever a library says about sizes that do not go together
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RequestError(f"{path}: {name} cannot be built with {args}: {reason}") from error
+        raise RequestError(f"{path}: {name} cannot be built with {shown(args)}: {shown(str(error), 200)}") from error
     return model
 
 
