@@ -329,9 +329,9 @@ def test_features_are_channels_last_at_any_width() -> None:
 
 
 def _flat(fast: nn.Module) -> list[torch.Tensor]:
-    from convmixer.fast.training import _parameters
+    from convmixer.fast.training import block_parameters
 
-    return _parameters(fast.stem[-1], list(fast.blocks))
+    return block_parameters(fast.stem[-1], list(fast.blocks))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

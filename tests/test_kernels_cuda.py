@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmixer import kernels
-from convmixer.kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
@@ -84,7 +83,9 @@ def _norm(v: Tensor, norm: Tensor, act: int) -> Tensor:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return reference.depthwise_conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+    before, after = (weight.shape[2] - 1) // 2, weight.shape[2] // 2
+    padded = F.pad(x.permute(0, 3, 1, 2), (before, after, before, after))
+    return F.conv2d(padded, weight, bias, groups=x.shape[3]).permute(0, 2, 3, 1)
 
 
 def _sums(g: Tensor, a: Tensor) -> Tensor:
@@ -94,18 +95,24 @@ def _sums(g: Tensor, a: Tensor) -> Tensor:
 @interpreted
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 9, 15])
 def test_depthwise_and_its_gradients(k: int) -> None:
-    """The last value is that of a kernel one tap off, which must not pass."""
-    shape, ops = (ODD if k % 2 else SHAPE), _ops()
+    """Taps one to the side must not pass."""
+    from convmixer.kernels.cuda import depthwise, sums
+
+    shape = ODD if k % 2 else SHAPE
     x, grad = _random(shape, torch.float32, 0), _random(shape, torch.float32, 1)
     weight, bias = _random((shape[3], 1, k, k), torch.float32, 2), _random((shape[3],), torch.float32, 3)
     leaves = [t.double().requires_grad_() for t in (x, weight)]
-    exact = _convolution(*leaves, bias.double())
+    exact = _convolution(leaves[0], leaves[1], bias.double())
     exact.backward(grad.double())
-    y = ops["depthwise"](x, weight, bias)
-    gradients = ops["depthwise_input_grad"](grad, weight), ops["depthwise_weight_grad"](x, grad, k)
-    _check((y, *gradients), (exact.detach(), *(leaf.grad for leaf in leaves)), torch.float32, units=8)
+    taps, nothing = depthwise.taps_of(weight), torch.zeros(shape)
+    ours = (
+        depthwise.forward(x, taps, bias, 1)[0],
+        depthwise.input_gradient(grad, nothing, nothing, taps, 1)[0],
+        sums.total(depthwise.weight_gradient(x, grad, k)).view_as(weight),
+    )
+    _check(ours, (exact.detach(), *(leaf.grad for leaf in leaves)), torch.float32, units=8)
     if k > 1:
-        shifted = ops["depthwise"](x, weight.roll(1, dims=3), bias)
+        shifted = depthwise.forward(x, depthwise.taps_of(weight.roll(1, dims=3)), bias, 1)[0]
         assert _error(shifted, exact.detach()) > 0.01
 
 
@@ -260,6 +267,21 @@ def test_inference_is_as_exact_as_torch(swapped: Any) -> None:
         assert _error(fast(images), exact) < max(3 * _error(plain(images), exact), 1e-6)
         features = fast.forward_features(images)
         assert _error(features, copy.deepcopy(plain).double().forward_features(images.double())) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_optimized_model_is_as_exact_as_torch(dtype: torch.dtype) -> None:
+    from convmixer.fast.cuda import CudaInference
+
+    plain: Any = _model(12, 3, "gelu").eval()
+    images = _random((2, 3, 9, 12), torch.float32, 1)
+    exact = copy.deepcopy(plain).double()(images.double())
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        allowed = max(3 * _error(plain(images), exact), 4 * torch.finfo(dtype).eps)
+    assert _error(CudaInference(plain, dtype)(images), exact) < allowed
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        CudaInference(plain, dtype)(images[:, :, :1])
 
 
 @interpreted

@@ -181,7 +181,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--limit", type=int, metavar="N", help="evaluate a seeded sample of N images")
     sub.add_argument("--batch-size", type=int, default=64)
-    sub.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto")
+    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
 
 
@@ -196,7 +196,7 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("images", nargs="+", type=Path, help="image files or folders")
     sub.add_argument("--topk", type=int, default=5)
     sub.add_argument("--batch-size", type=int, default=32)
-    sub.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto")
+    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="write all predictions to this .csv or .jsonl file")
 
 
@@ -327,7 +327,7 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", nargs="?", default=SHIPPED, help=f"as for predict (default: {SHIPPED})")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free port")
-    sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), default="auto")
     sub.add_argument(
         "--token-file", type=Path, help="file with a bearer token to ask for (or set CONVMIXER_TOKEN); default: open"
     )

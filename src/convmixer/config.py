@@ -116,8 +116,8 @@ class Config:
     seed: int = setting(0, "seed of the split, the initial weights, the data order and every augmentation")
     precision: str = setting(
         "auto",
-        "auto: bf16 where the processor computes it natively or a ConvMixer runs on the CPU kernels, else fp32",
-        ("auto", "fp32", "bf16", "fp16"),
+        "auto: bf16 if the device computes it natively or the CPU kernels run, else fp32; tf32: a GPU's",
+        ("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     max_time: str | None = setting(None, "time budget such as 30m or 2h; the schedule is fitted to it")

@@ -13,13 +13,14 @@ from convmixer.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
 def choose_device(name: str = "auto") -> "torch.device":
     """Return the device to compute on: CUDA, else Apple's MPS, else the CPU for "auto".
 
-    On CUDA, fp32 is fp32 from then on: by itself cuDNN would round the inputs of convolutions to TF32.
+    On CUDA, fp32 is fp32 from then on: by itself cuDNN would round the inputs of convolutions to TF32. cuBLAS gets a
+    workspace of fixed size, without which its sums may differ from run to run.
 
     Raises:
         RequestError: The device asked for is not there.
@@ -34,8 +35,15 @@ def choose_device(name: str = "auto") -> "torch.device":
             f"no {name} device here: choose from {', '.join(d for d, found in there.items() if found)}"
         )
     if name.startswith("cuda"):
-        torch.backends.cudnn.allow_tf32 = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        _allow_tf32(False)
     return torch.device(name)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def gpu_names() -> list[str]:
@@ -64,15 +72,22 @@ def native_bf16(device: "torch.device | None" = None) -> bool:
 
 
 def choose_precision(name: str = "auto", device: "torch.device | None" = None) -> str:
-    """Return "fp32", "bf16" or "fp16": for "auto" bf16 where it is native, else fp32.
+    """Return "fp32", "tf32", "bf16" or "fp16": for "auto" bf16 if it is native, else fp32.
 
-    bf16 and fp16 mean automatic mixed precision: products in 16 bits, weights and normalisation in fp32.
+    bf16 and fp16 mean automatic mixed precision: products in 16 bits, weights and normalisation in fp32. With tf32
+    everything is stored in fp32, and a GPU rounds the inputs of products to 10 bits of mantissa; from then on, and
+    with any other precision not any more.
 
     Raises:
-        RequestError: The name is not known.
+        RequestError: The name is not known, or it is tf32 and the device no GPU.
     """
     if name not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
+    on_gpu = device is not None and device.type == "cuda"
+    if name == "tf32" and not on_gpu:
+        raise RequestError("precision tf32 is a GPU's way to multiply: choose fp32 or bf16 here")
+    if on_gpu:
+        _allow_tf32(name == "tf32")
     if name == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return name

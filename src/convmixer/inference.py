@@ -100,7 +100,7 @@ def load_classifier(
 
     Args:
         source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
-        precision: "auto" (bf16 where the processor computes it natively), "fp32", "bf16", or "int8" on the CPU.
+        precision: "auto" (bf16 if the device computes it natively), "fp32", "tf32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
         calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
 
@@ -135,12 +135,13 @@ def _from_exported(path: Path, precision: str) -> Classifier:
 def fastest(
     model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None" = None
 ) -> Logits:
-    """Return the function that runs a model on the CPU's kernels where they serve, else as it is.
+    """Return the function that runs a model on the device's kernels if they serve, else as it is.
 
-    On a CPU the model is accelerated in place, so whatever else runs it is fast too.
+    The model is moved to the device and accelerated in place, so whatever else runs it is fast too.
     """
     from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
+    model.to(device)
     if has_kernels(device, precision):
         return torch_logits(optimize_for_inference(accelerate(model), precision, calibration).eval(), device, "fp32")
     return torch_logits(model, device, precision)
@@ -152,7 +153,7 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
     Args:
         model: Moved to the device, and left in the mode it was in.
         device: Where to compute.
-        precision: "fp32", "bf16" or "fp16"; see `device.choose_precision`.
+        precision: "fp32", "tf32", "bf16" or "fp16"; see `device.choose_precision`.
     """
     run = _torch_run(model, device, precision)
     return lambda batch: run(batch)[0]
@@ -179,7 +180,7 @@ def _torch_run(
     import torch
 
     model.to(device)
-    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    kind = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def run(batch: np.ndarray) -> tuple[np.ndarray, ...]:
         modes = [(module, module.training) for module in model.modules()] if model.training else []

@@ -1,4 +1,4 @@
-"""What this installation runs on: versions, devices, the processor, and the CPU kernels, or why there are none."""
+"""What this installation runs on: versions, devices, the processor, and its kernels, or why there are none."""
 
 import os
 import platform
@@ -35,6 +35,7 @@ def info() -> dict[str, Any]:
             "target": build.target(),
             "library": str(build.library()) if reason is None else None,
         },
+        "gpu_kernels": _gpu_kernels(),
     }
     _print(described)
     return described
@@ -42,6 +43,14 @@ def info() -> dict[str, Any]:
 
 def _devices() -> list[str]:
     return ["cpu", *gpu_names(), *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def _gpu_kernels() -> dict[str, Any]:
+    """Say whether the CUDA kernels serve, and which Triton they are in."""
+    reason = "there is no CUDA device"
+    if torch.cuda.is_available():
+        reason = kernels.cuda.why_not(torch.device("cuda"), torch.bfloat16) or ""
+    return {"available": not reason, "why_not": reason or None, "triton": version_of("triton")}
 
 
 def _print(described: dict[str, Any]) -> None:
@@ -52,4 +61,8 @@ def _print(described: dict[str, Any]) -> None:
     print(f"system      {described['system']}, {described['threads']} of {described['cores']} cores in use")
     print(f"processor   {described['processor']}: {instructions}")
     print(f"devices     {', '.join(described['devices'])}")
+    on_gpu = described["gpu_kernels"]
     print(f"kernels     {built['library'] or 'not used, plain PyTorch runs instead: ' + built['why_not']}")
+    print(
+        f"on GPU      {'not used: ' + on_gpu['why_not'] if on_gpu['why_not'] else 'Triton ' + str(on_gpu['triton'])}"
+    )

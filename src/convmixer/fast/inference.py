@@ -30,13 +30,13 @@ def optimize_for_inference(
     fp32 and bf16 are exact but for rounding, and safe as a default. int8 has its weights rounded for each output and
     the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
     int8`. The weights are copied: train the model, then optimise it. Where the kernels cannot serve (see
-    `kernels.why_not`, or a model that is no plain ConvMixer on the CPU) the model itself computes, in eval mode and
-    the precision asked for; of a ConvMixer the reason is said once.
+    `support.why_not`, or a model that is no plain ConvMixer) the model itself computes, in eval mode and the
+    precision asked for; of a ConvMixer the reason is said once. On a GPU each batch shape becomes a CUDA graph.
 
     Args:
         model: Left untouched, but that it is put into eval mode.
         precision: "fp32", "bf16" (storage and products; sums are fp32; where the processor has no bf16 products, fp32
-            takes its place) or "int8".
+            takes its place), on a GPU also "tf32" and "fp16", or on a CPU "int8".
         calibration: For int8, typical preprocessed images, (B, C, H, W) or several such batches; 64 are enough.
 
     Returns:
@@ -45,9 +45,14 @@ def optimize_for_inference(
     Raises:
         RequestError: The precision is not known, int8 has no calibration images, or no kernels.
     """
-    if precision not in PRECISIONS:
-        raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    known = DTYPES if next(model.parameters()).is_cuda else PRECISIONS
+    if precision not in known:
+        raise RequestError(f"precision must be one of {', '.join(known)}, not {precision!r}")
     reason = _unfit(model, precision)
+    if reason is None and isinstance(model, ConvMixer) and next(model.parameters()).is_cuda:
+        from convmixer.fast.cuda import CudaInference  # Triton comes with CUDA builds of PyTorch alone
+
+        return CudaInference(model, DTYPES[precision])
     if reason is None:
         return _optimized(model, precision, calibration)
     if precision == "int8":
@@ -58,7 +63,7 @@ def optimize_for_inference(
 
 
 class PlainInference(nn.Module):
-    """A model in eval mode, without gradients, in fp32 or bf16."""
+    """A model in eval mode, without gradients, in a precision of `DTYPES`."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
@@ -66,8 +71,8 @@ class PlainInference(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
-        bf16 = self.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        half = self.precision in ("bf16", "fp16")
+        with torch.inference_mode(), torch.autocast(images.device.type, DTYPES[self.precision], enabled=half):
             logits: Tensor = self.model(images).float()
         return logits
 

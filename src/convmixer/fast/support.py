@@ -13,7 +13,13 @@ from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
 ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 QUIETLY = "another tool needs the plain model"  # nothing that the user should change
 
 
@@ -34,7 +40,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def has_kernels(device: torch.device, precision: str) -> bool:
-    """Return whether kernels compute on a device in a precision: "fp32", "bf16" or, for inference, "int8"."""
+    """Return whether kernels compute on a device in a precision of `DTYPES`; int8 is for inference."""
     return why_not(device, DTYPES[precision]) is None
 
 

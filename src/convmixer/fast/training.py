@@ -108,7 +108,7 @@ class FastIsotropic(_OnKernels, Isotropic):
     """An Isotropic on the kernels: all of it, or all but the stem's convolutions, the mixers, `plain_blocks`."""
 
 
-def _parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
+def block_parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
     """Return the parameters in the order of `convmixer.kernels.blocks` (without `mixer`: of `mixed`), in fp32."""
     parts = [first_norm]
     for block in blocks:
@@ -132,10 +132,10 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
     settings = norms[0].eps, ACTS[act], training
     if all_depthwise(rest):
-        y, statistics = blocks.features(v, _parameters(norms[0], rest), running, *settings, pool)
+        y, statistics = blocks.features(v, block_parameters(norms[0], rest), running, *settings, pool)
     else:
         mixers = [block[0].fn[0] for block in rest]
-        y, statistics = mixed.features(v, mixers, _parameters(norms[0], rest, mixer=False), running, *settings)
+        y, statistics = mixed.features(v, mixers, block_parameters(norms[0], rest, mixer=False), running, *settings)
         y = y.mean((1, 2), dtype=torch.float32) if pool else y
     if training:
         _update_running(norms, statistics.detach(), v.numel() // v.shape[3])

@@ -27,7 +27,7 @@ class TrainingModule(pl.LightningModule):
 
     Args:
         model: The model, on its device; trained in place.
-        config: Settings; `precision` resolved to fp32, bf16 or fp16.
+        config: Settings; `precision` resolved to fp32, tf32, bf16 or fp16.
         num_classes: Classes of the data.
         steps_per_epoch: Optimiser steps per epoch.
         epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
@@ -86,7 +86,7 @@ class TrainingModule(pl.LightningModule):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model computes in the run's precision."""
-        if self.config.precision == "fp32":
+        if self.config.precision in ("fp32", "tf32"):
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
         return torch.autocast(self.place.type, dtype=dtype)

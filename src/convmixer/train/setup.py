@@ -140,7 +140,9 @@ def prepare(
     _check_side(model, name, preprocessing)
     parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
     model, kernels = _fast(model, config, device)
-    if asked == "auto" and type(model) is FastConvMixer:  # where products stay fp32, bf16 halves what goes to memory
+    if (
+        asked == "auto" and type(model) is FastConvMixer and device.type == "cpu"
+    ):  # where products stay fp32, bf16 halves what goes to memory
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
@@ -238,7 +240,7 @@ def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Mo
         return synchronise_batch_norm(model, device), "plain PyTorch, synchronised BatchNorm"
     if has_kernels(device, config.precision):
         model = accelerate(model)
-    return model, "CPU kernels" if uses_kernels(model) else "plain PyTorch"
+    return model, f"{device.type.upper()} kernels" if uses_kernels(model) else "plain PyTorch"
 
 
 def _batch_size(config: Config, images: int) -> int:

@@ -40,9 +40,9 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The op `convmixer::blocks`."""
     if not training:
-        scales, statistics = _running_scales(parameters, running, eps)
+        scales, statistics = running_scales(parameters, running, eps)
         if not keep:
-            return _infer(v, parameters, scales, act, pool), [statistics]
+            return infer(v, prepare(parameters, v.dtype), scales, act, pool), [statistics]
     else:
         statistics = _statistics_like(parameters)
         scales = None
@@ -114,15 +114,39 @@ def backward(
     return out, [*norm_0, *gradients]
 
 
-def _infer(v: Tensor, parameters: list[Tensor], scales: Tensor, act: int, pool: bool) -> Tensor:
-    if pool and len(parameters) == 2:
+class Prepared(NamedTuple):
+    """The convolutions of a block as the kernels read them."""
+
+    taps: Tensor
+    taps_bias: Tensor
+    matrix: Tensor
+    matrix_bias: Tensor
+
+
+def prepare(parameters: list[Tensor], dtype: torch.dtype) -> list[Prepared]:
+    """Return the convolutions of all blocks for inference in a type."""
+    return [
+        Prepared(depthwise.taps_of(b.taps), b.taps_bias, b.matrix.flatten(1).to(dtype), b.matrix_bias)
+        for b in _blocks(parameters)
+    ]
+
+
+def infer(v: Tensor, prepared: list[Prepared], scales: Tensor, act: int, pool: bool) -> Tensor:
+    """Run the stem's activation and norm, then all blocks, one launch for each half.
+
+    Args:
+        v: (N, H, W, C).
+        prepared: See `prepare`.
+        scales: Scale and shift of all norms, see `running_scales`.
+        act: 0 for GELU, 1 for ReLU.
+        pool: Return the mean over the image, (N, C) fp32.
+    """
+    if pool and not prepared:
         return rows.pool(v, scales[0], act)
     x = rows.act_norm(v, scales[0], act)
-    blocks = _blocks(parameters)
-    for i, block in enumerate(blocks):
-        h = depthwise.forward_norm(x, depthwise.taps_of(block.taps), block.taps_bias, scales[2 * i + 1], act)
-        matrix = block.matrix.flatten(1).to(v.dtype)
-        x = product.forward_norm(h, matrix, block.matrix_bias, scales[2 * i + 2], act)
+    for i, block in enumerate(prepared):
+        h = depthwise.forward_norm(x, block.taps, block.taps_bias, scales[2 * i + 1], act)
+        x = product.forward_norm(h, block.matrix, block.matrix_bias, scales[2 * i + 2], act)
     return x.mean((1, 2), dtype=torch.float32) if pool else x
 
 
@@ -145,7 +169,7 @@ def _statistics_like(parameters: list[Tensor]) -> Tensor:
     return torch.empty((norms, 2, first.shape[0]), dtype=torch.float64, device=first.device)
 
 
-def _running_scales(parameters: list[Tensor], running: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+def running_scales(parameters: list[Tensor], running: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
     """Return scale and shift of all norms, fp32 (norms, 2, C), and the running statistics as float64."""
     statistics = torch.stack(running).view(-1, 2, running[0].shape[0]).double()
     return _scales(parameters, statistics, eps), statistics

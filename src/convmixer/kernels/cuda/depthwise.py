@@ -1,6 +1,6 @@
 """The depthwise convolution on normalised values: forward with its statistics, input gradient, weight gradient.
 
-A program computes tiles of `_HIGH` rows and `_WIDE` columns for one block of channels, down a strip of an image. A
+A program computes tiles of 2 to 4 rows and `_WIDE` columns for one block of channels, down a strip of an image. A
 thread holds two channels and keeps the whole tile's sums in registers: it walks over the input rows once, and each
 value it loads serves all the sums that need it, without shared memory and without a barrier. Only the tile is
 unrolled; unrolling more compiles for minutes.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convmixer.kernels.cuda.activation import activate, norm
 
-_HIGH, _WIDE = 4, 8
+_WIDE = 8
 _PROGRAMS = 1024  # wanted: several for each multiprocessor of the largest cards
 _TAPS = 28  # of the weight gradient at once: each is a sum in a register
 
@@ -29,7 +29,7 @@ def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Te
         bias: (C,) fp32.
         act: 0 for GELU, 1 for ReLU.
     """
-    u, parts = torch.empty_like(x), _parts(x)
+    u, parts = torch.empty_like(x), _parts(x, "statistics")
     _convolve(x, taps, u, act, mode="statistics", bias=bias, parts=parts)
     return u, parts
 
@@ -43,7 +43,7 @@ def forward_norm(x: Tensor, taps: Tensor, bias: Tensor, scale_shift: Tensor, act
 
 def input_gradient(du: Tensor, dh: Tensor, before: Tensor, taps: Tensor, act: int) -> tuple[Tensor, Tensor]:
     """Return dh plus what the convolution passes back of du, and the parts of its sums, (P, 2, C)."""
-    dx, parts = torch.empty_like(du), _parts(du)
+    dx, parts = torch.empty_like(du), _parts(du, "gradient")
     _convolve(du, taps, dx, act, mode="gradient", residual=dh, before=before, parts=parts)
     return dx, parts
 
@@ -85,26 +85,28 @@ def _convolve(
     _, H, W, C = x.shape
     if not x.numel():
         return
-    k, shape = round(taps.shape[0] ** 0.5), _shape(x)
+    k, shape = round(taps.shape[0] ** 0.5), _shape(x, mode)
     settings = shape["settings"] | {"ACT": act, "POLYNOMIAL": x.dtype is torch.bfloat16, "MODE": mode}
     _convolve_kernel[shape["grid"]](
         x, taps, bias, scale_shift, residual, before, out, parts, H, W, C, shape["strips"], K=k, **settings
     )
 
 
-def _parts(x: Tensor) -> Tensor:
-    return torch.empty((_shape(x)["grid"][0], 2, x.shape[3]), dtype=torch.float32, device=x.device)
+def _parts(x: Tensor, mode: str) -> Tensor:
+    return torch.empty((_shape(x, mode)["grid"][0], 2, x.shape[3]), dtype=torch.float32, device=x.device)
 
 
-def _shape(x: Tensor) -> dict[str, Any]:
-    """Return the grid and the sizes of a program, from nothing but the shape."""
+def _shape(x: Tensor, mode: str) -> dict[str, Any]:
+    """Return the grid and the sizes of a program, from nothing but the shape, the type and the mode."""
     N, H, W, C = x.shape
     channels, wide = _channels(C), _wide(W)
     columns, blocks = triton.cdiv(W, wide), triton.cdiv(C, channels)
-    rows = triton.cdiv(H, _HIGH) * _HIGH
-    while rows > _HIGH and N * columns * triton.cdiv(H, rows) * blocks < _PROGRAMS:
-        rows = triton.cdiv(rows // 2, _HIGH) * _HIGH
-    settings = {"ROWS": rows, "HIGH": _HIGH, "WIDE": wide, "CHANNELS": channels, "num_warps": _warps(channels)}
+    # as high as registers allow: what a tile reads and writes at its end counts too
+    high = {"norm": 4, "gradient": 3, "statistics": 2 if x.dtype is torch.float32 else 4}[mode]
+    rows = triton.cdiv(H, high) * high
+    while rows > high and N * columns * triton.cdiv(H, rows) * blocks < _PROGRAMS:
+        rows = triton.cdiv(rows // 2, high) * high
+    settings = {"ROWS": rows, "HIGH": high, "WIDE": wide, "CHANNELS": channels, "num_warps": _warps(channels)}
     return {
         "grid": (N * triton.cdiv(H, rows) * columns, blocks),
         "strips": columns,
@@ -191,7 +193,7 @@ def _convolve_kernel(
             values = _row(x + base, r, left - TOP, W, C, c, present, WIDE + K - 1)
             for j in tl.static_range(HIGH):
                 dy = r - top - j + TOP
-                if (dy >= 0) & (dy < K):
+                if (dy >= 0) & (dy < K) & (top + j < H):
                     sums = _add_taps(sums, values, taps + dy * K * STEP * C, C, c, present, j, K, STEP, HIGH, WIDE)
         for j in tl.static_range(HIGH):
             for i in tl.static_range(WIDE):

@@ -15,21 +15,6 @@ def _double(parts: Tensor) -> Sums:
     return sums.total(parts, torch.float64).t().contiguous()
 
 
-def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    C = x.shape[3]
-    shift = torch.zeros(C, device=x.device) if bias is None else bias
-    return depthwise.forward(x, depthwise.taps_of(weight), shift, 1)[0]
-
-
-def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    nothing = torch.zeros_like(grad)
-    return depthwise.input_gradient(grad, nothing, nothing, depthwise.taps_of(weight), 1)[0]
-
-
-def depthwise_weight_grad(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    return sums.total(depthwise.weight_gradient(x, grad, k)).view(-1, 1, k, k)
-
-
 def spatial_forward(
     before: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, act: int, statistics: bool
 ) -> tuple[Tensor, Sums]:
@@ -43,7 +28,7 @@ def spatial_backward(
 ) -> tuple[Tensor, Tensor, Sums]:
     x, du = rows.act_norm(before, norm_before, act), torch.empty_like(grad)
     bias_grad = _double(rows.act_norm_backward(grad, u, norm, du, act))
-    weight_grad = depthwise_weight_grad(x, du, weight.shape[2])
+    weight_grad = sums.total(depthwise.weight_gradient(x, du, weight.shape[2])).view_as(weight)
     dx, parts = depthwise.input_gradient(du, grad, before, depthwise.taps_of(weight), act)
     grad.copy_(dx)
     return weight_grad, bias_grad, _double(parts)
@@ -98,9 +83,6 @@ def act_norm_backward(grad: Tensor, v: Tensor, norm: Tensor, act: int) -> None:
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "depthwise": depthwise_forward,
-    "depthwise_input_grad": depthwise_input_grad,
-    "depthwise_weight_grad": depthwise_weight_grad,
     "spatial_forward": spatial_forward,
     "spatial_backward": spatial_backward,
     "channel_forward": channel_forward,

@@ -105,7 +105,7 @@ def _shape(like: Tensor) -> dict[str, Any]:
     C = like.shape[-1]
     rows = like.numel() // C
     channels = min(64, triton.next_power_of_2(C))
-    height = 2048 // channels
+    height = 1024 // channels
     columns = triton.cdiv(C, channels)
     each = triton.cdiv(triton.cdiv(rows * columns, _PROGRAMS), height) * height
     each = max(height, min(each, _MOST_ROWS))

@@ -1,0 +1,102 @@
+"""A trained ConvMixer on a GPU: one launch for each half of a block, and one CUDA graph for each batch shape."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmixer.fast.support import ACTS, norms_of
+from convmixer.fast.training import block_parameters
+from convmixer.kernels.cuda import blocks
+from convmixer.models.convmixer import ConvMixer
+
+MOST_GRAPHS = 16  # batch shapes kept; each holds the memory of its activations
+
+
+class CudaInference(nn.Module):
+    """A ConvMixer's logits. Made by `optimize_for_inference`; it has no parameters and is not saved.
+
+    Args:
+        model: The model, on its device; its weights are copied.
+        dtype: What is stored and multiplied: float32, bfloat16 or float16.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: ConvMixer, dtype: torch.dtype) -> None:
+        super().__init__()
+        model.eval()
+        stem: Any = model.stem
+        norms, conv = norms_of(model), stem[0]
+        parameters = [p.detach().clone() for p in block_parameters(norms[0], list(model.blocks))]
+        running = [t.float() for norm in norms for t in (norm.running_mean, norm.running_var)]
+        self.patch_size, self.in_chans, self.act = model.patch_size, model.in_chans, ACTS[type(stem[1])]
+        self.num_classes, self.dtype = model.num_classes, dtype
+        self.stem = conv.weight.flatten(1).to(dtype), conv.bias.to(dtype)
+        self.blocks = blocks.prepare(parameters, dtype)
+        self.scales = blocks.running_scales(parameters, running, norms[0].eps)[0]
+        self.head = [p.detach().float().clone() for p in model.head.parameters()]
+        self.graphs = Graphs(self.compute)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes), fp32."""
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
+        if min(images.shape[2:]) < self.patch_size:
+            raise ValueError(f"images of {tuple(images.shape[2:])} pixels are smaller than a patch")
+        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
+            images = images.to(self.dtype)
+            return self.graphs(images) if images.is_cuda and len(images) else self.compute(images)
+
+    def compute(self, images: Tensor) -> Tensor:
+        """The same without a graph; images are of the storage type."""
+        B, C, H, W = images.shape
+        p = self.patch_size
+        h, w = H // p, W // p
+        patches = images[:, :, : h * p, : w * p].reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+        v = F.linear(patches.reshape(B * h * w, C * p * p), *self.stem).view(B, h, w, -1)
+        pooled = blocks.infer(v, self.blocks, self.scales, self.act, pool=True)
+        return F.linear(pooled, *self.head) if self.head else pooled
+
+
+class Graphs:
+    """Run a function of one tensor as a CUDA graph for each shape: hundreds of launches become one.
+
+    Args:
+        function: Does the same at every call and never waits for the GPU.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.lock = function, threading.Lock()
+        self.known: OrderedDict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return a new tensor with the function's result."""
+        with self.lock, torch.cuda.device(x.device):  # threads that serve share the graph's tensors
+            shape = tuple(x.shape)
+            if shape not in self.known:
+                self.known[shape] = self._capture(x)
+                if len(self.known) > MOST_GRAPHS:
+                    torch.cuda.synchronize()
+                    self.known.popitem(last=False)
+            self.known.move_to_end(shape)
+            graph, inside, out = self.known[shape]
+            inside.copy_(x)
+            graph.replay()
+            return out.clone()
+
+    def _capture(self, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        inside = x.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles the kernels and makes the library's workspaces
+            self.function(inside)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = self.function(inside)
+        return graph, inside, out
