@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from tests.exports import Exports
 
     from convmixer.exported.check import Images
@@ -104,3 +105,35 @@ def exports(scans: "Images", tmp_path_factory: pytest.TempPathFactory) -> "Expor
     from tests.exports import Exports
 
     return Exports(scans, tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium; without one, tests skip."""
+    from tests.pages import open_browser
+
+    yield from open_browser()
+
+
+@pytest.fixture(scope="session")
+def page_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The shipped weights; before they exist, untrained ones of a small model."""
+    from tests.pages import make_weights
+
+    return make_weights(tmp_path_factory.mktemp("page-weights"))
+
+
+@pytest.fixture(scope="session")
+def page_folder(page_weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those weights exported as a web page."""
+    from tests.pages import export_page
+
+    return export_page(page_weights, tmp_path_factory.mktemp("web") / "page")
+
+
+@pytest.fixture(scope="session")
+def page_address(page_folder: Path) -> Iterator[str]:
+    """The exported page on a plain file server."""
+    from tests.pages import serve_files
+
+    yield from serve_files(page_folder)

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"inference", "exported"},
     "explain": {"inference", "models", "results"},
     "studies": {"data", "models", "train", "results", "fast", "inference", "evaluation", "probe"},
-    "benchmark": {"models", "fast", "kernels", "probe"},
+    "benchmark": {"models", "fast", "kernels", "probe", "exported"},
 }
 
 

@@ -3,13 +3,9 @@
 A peer whose package is missing raises `ImportError` while it is prepared; whoever calls names it as missing.
 """
 
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer.benchmark.case import Case, batch, build
+from convmixer.exported.onnx import import_onnxruntime
+from convmixer.exported.openvino import import_openvino
 from convmixer.files import cache_folder
 
 Step = Callable[[], object]
@@ -149,9 +147,7 @@ def _infer_step(model: nn.Module, case: Case, precision: str) -> Step:
 
 
 def _onnxruntime(case: Case) -> Step:
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
@@ -162,7 +158,7 @@ def _onnxruntime(case: Case) -> Step:
 
 
 def _openvino(case: Case) -> Step:
-    openvino = _import_openvino()
+    openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(_openvino_int8(case, core) if case.precision == "int8" else _onnx(case))
     # its own default is bf16 where the processor has it; for int8 that is the rest of the network at its fastest
@@ -175,15 +171,6 @@ def _openvino(case: Case) -> Step:
     request = core.compile_model(model, "CPU", config).create_infer_request()
     images = openvino.Tensor(batch(case)[0].numpy())
     return lambda: request.infer([images])
-
-
-def _import_openvino() -> ModuleType:
-    if importlib.util.find_spec("openvino") is None:
-        raise ImportError("No module named 'openvino'")
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it then finds none and stays silent
-    import openvino
-
-    return openvino
 
 
 def _cache(case: Case) -> Path:
@@ -226,7 +213,7 @@ def _onnx_int8(case: Case) -> Path:
 def _openvino_int8(case: Case, core: Any) -> Path:
     import nncf
 
-    openvino = _import_openvino()
+    openvino = import_openvino()
     source = _onnx(case)
     path = source.with_name(source.stem + "-openvino-int8.xml")
     if not path.exists():
