@@ -9,7 +9,7 @@ import torch
 from convmixer.exported.check import Images
 from convmixer.exported.export import export_model
 from convmixer.exported.formats import FORMATS
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.preprocess import Preprocessing, preprocess
 
 CLASSES = tuple(f"digit {number}" for number in range(10))

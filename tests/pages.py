@@ -18,7 +18,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from convmixer.exported.check import Images
 from convmixer.exported.export import export_model
-from convmixer.models.registry import create_model, shipped
+from convmixer.models.create import create_model
+from convmixer.models.registry import shipped
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 

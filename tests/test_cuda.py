@@ -15,7 +15,7 @@ from convmixer import records
 from convmixer.config import Config
 from convmixer.device import choose_device
 from convmixer.inference import load_classifier, torch_logits
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.studies.probe import probe
 from convmixer.studies.verify import verify
 from convmixer.train.plan import plan

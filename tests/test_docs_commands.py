@@ -46,7 +46,7 @@ PARSED = {
     r"convmixer compare smoke digits --out studies/second --reuse .*": "test_studies_run.py reuses a study",
     r"convmixer (verify (results/.*|record.jsonl)|val \S+ cifar10).*": "needs CIFAR-10; test_pretrained.py does both",
     r"convmixer benchmark .*": "needs an idle machine; test_benchmark.py",
-    r"convmixer convert convmixer_768_32_ks7_p7_relu.pth.tar .*": "needs the authors' file; test_weights.py",
+    r"convmixer convert convmixer_768_32_ks7_p7_relu.pth.tar .*": "needs the authors' file; test_models_dialects.py",
     r"convmixer serve .*": "ends with Ctrl-C; test_serve.py",
 }
 OTHER = {

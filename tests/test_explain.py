@@ -10,7 +10,7 @@ from PIL import Image
 
 from convmixer.cli import main
 from convmixer.models import inspection
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.models.weights import save_model
 from convmixer.preprocess import Preprocessing
 

@@ -13,8 +13,8 @@ from convmixer.exported.check import ExportError, Images
 from convmixer.exported.export import export_model
 from convmixer.exported.formats import FORMATS
 from convmixer.exported.load import load_exported
+from convmixer.models.create import create_model
 from convmixer.models.maps import WithMaps
-from convmixer.models.registry import create_model
 from convmixer.preprocess import Preprocessing, preprocess
 
 

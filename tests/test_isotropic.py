@@ -6,8 +6,10 @@ import torch
 from convmixer.errors import RequestError
 from convmixer.fast import accelerate, optimize_for_inference
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, AveragePooling, Isotropic, resnet
-from convmixer.models.registry import SKELETONS, create_model
+from convmixer.models.create import create_model
+from convmixer.models.isotropic import MIXERS, RESIDUALS, STEMS, AveragePooling, Isotropic
+from convmixer.models.peers import resnet
+from convmixer.models.registry import SKELETONS
 
 SIZES = {"dim": 16, "depth": 2, "kernel_size": 3, "patch_size": 4, "img_size": 16, "num_classes": 5}
 

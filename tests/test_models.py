@@ -6,7 +6,8 @@ import torch
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model, list_models
+from convmixer.models.create import create_model
+from convmixer.models.registry import list_models
 
 
 # arXiv 2201.09792, Tab. 1 and 5; the counts are those of the authors' released weights and of their formula

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.models.weights import save_model
 from convmixer.preprocess import Preprocessing
 from faults.hostile_weights import FETCH, OWNED

@@ -12,7 +12,7 @@ import torch
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 

@@ -10,7 +10,7 @@ import torch
 from convmixer.config import Config
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.train.optim import build_optimizer
 from convmixer.train.schedule import knots, learning_rate, rate_at_step
 

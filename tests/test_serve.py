@@ -32,7 +32,7 @@ from convmixer.errors import RequestError
 from convmixer.exported.check import Images
 from convmixer.exported.export import export_model
 from convmixer.inference import Classifier, load_classifier
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.preprocess import Preprocessing
 from convmixer.serve import app
 from convmixer.serve.app import Limits, create_app, read_token

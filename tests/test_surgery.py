@@ -11,7 +11,7 @@ from convmixer import cli
 from convmixer.errors import RequestError
 from convmixer.evaluation.val import val
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.models.surgery import convert, resize, resize_kernels, resize_patches
 from convmixer.models.weights import LoadedModel, load_model, save_model
 from convmixer.preprocess import Preprocessing

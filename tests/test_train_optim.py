@@ -9,7 +9,7 @@ from torch import nn
 from convmixer.config import Config
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 from convmixer.train.optim import build_optimizer, check_optimizer, layer_scales, parameter_groups, set_rate
 
 NAMES = ("adamw", "muon", "nmuon", "sgd", "nesterov", "lion", "adam", "nadamw", "lamb", "adopt", "mars", "laprop")

@@ -6,16 +6,17 @@ Importing this stays light: a name is loaded when it is first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from convmixer._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from convmixer.config import Config
     from convmixer.estimator import ConvMixerClassifier
     from convmixer.fast.inference import optimize_for_inference
     from convmixer.inference import load_classifier
     from convmixer.models.convmixer import ConvMixer
-    from convmixer.models.registry import create_model, list_models
+    from convmixer.models.create import create_model
+    from convmixer.models.registry import list_models
     from convmixer.models.weights import load_model, save_model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",
@@ -33,7 +34,7 @@ _HOMES = {
     "Config": "convmixer.config",
     "ConvMixer": "convmixer.models.convmixer",
     "ConvMixerClassifier": "convmixer.estimator",
-    "create_model": "convmixer.models.registry",
+    "create_model": "convmixer.models.create",
     "list_models": "convmixer.models.registry",
     "load_classifier": "convmixer.inference",
     "load_model": "convmixer.models.weights",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convmixer import __version__
+from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-import convmixer
 from convmixer import kernels
+from convmixer._version import __version__
 from convmixer.device import gpu_names
 from convmixer.kernels.cpu import build
 from convmixer.records import processor_name, version_of
@@ -18,7 +18,7 @@ _SHOWN = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", 
 
 def info() -> dict[str, Any]:
     """Print and return the versions, devices, processor and kernels; builds the kernels on first use."""
-    found = {"convmixer": convmixer.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"convmixer": __version__, "python": platform.python_version(), "torch": torch.__version__}
     found |= {name: version for name in _PACKAGES if (version := version_of(name))}
     reason = kernels.why_not()
     described = {

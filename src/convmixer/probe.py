@@ -81,7 +81,7 @@ def meta_model(build: Build, in_chans: int, num_classes: int) -> "nn.Module":
     """
     import torch
 
-    from convmixer.models.registry import create_model
+    from convmixer.models.create import create_model
 
     name, kwargs = build
     try:

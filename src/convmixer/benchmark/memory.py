@@ -9,7 +9,7 @@ import torch
 from convmixer.benchmark import contenders
 from convmixer.benchmark.case import Case
 from convmixer.device import count_memory
-from convmixer.models.registry import create_model
+from convmixer.models.create import create_model
 
 
 def measured_here(case: dict[str, Any], name: str) -> int:

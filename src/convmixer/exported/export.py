@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.nn as nn
 
-import convmixer
+from convmixer._version import __version__
 from convmixer.data.argument import BUILT_IN, HUB
 from convmixer.errors import RequestError
 from convmixer.exported.check import Images, batches, compare, real_images
@@ -104,7 +104,7 @@ def export_model(
     if precision == "int8" and not len(images.calibration):
         raise RequestError("int8 is calibrated on training images: name the data set with --data")
     _check_target(path, kind)
-    facts = {"precision": precision, "exported_by": f"convmixer {convmixer.__version__}", **(about or {})}
+    facts = {"precision": precision, "exported_by": f"convmixer {__version__}", **(about or {})}
     whole, outputs = prepared(model)
     calibration = list(batches(images.calibration, preprocessing)) if precision == "int8" else []
     source = Source(whole, outputs, tuple(classes), preprocessing, facts, precision, calibration, pictures)

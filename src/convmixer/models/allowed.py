@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convmixer.errors import RequestError, shown
-from convmixer.models.registry import SKELETONS, model_args
+from convmixer.models.registry import SKELETONS, model_args, skeleton
 from convmixer.preprocess import MAX_SIDE
 
 MAX_CLASSES = 1_000_000
@@ -142,9 +142,7 @@ def _arguments(name: str) -> Mapping[str, _Rule]:
     if name == "convmixer":
         return {key: _RULES[key] for key in _CONVMIXER}
     if name in SKELETONS:
-        from convmixer.models.isotropic import BUILDERS
-
-        return {key: _RULES[key] for key in inspect.signature(BUILDERS[name]).parameters if key not in _GIVEN}
+        return {key: _RULES[key] for key in inspect.signature(skeleton(name)).parameters if key not in _GIVEN}
     return _RULES
 
 

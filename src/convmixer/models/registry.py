@@ -5,11 +5,12 @@ setting of that size is meant. timm's spellings of the released weights (`convmi
 """
 
 import fnmatch
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.nn as nn
 
@@ -33,7 +34,12 @@ IMAGENET_MORE: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {(1536, 20):
 CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (128, 8), (128, 12))
 CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
 ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
-SKELETONS = ("isotropic", "mlp_mixer", "resmlp", "resnet")  # models of any size for comparisons, see isotropic.py
+SKELETONS = (
+    "isotropic",
+    "mlp_mixer",
+    "resmlp",
+    "resnet",
+)  # any size, see isotropic.py and peers.py
 SHIPPED = Path(__file__).parent.parent / "pretrained"  # weights inside the package, one folder per name
 
 
@@ -106,58 +112,43 @@ def free_name(args: Mapping[str, Any]) -> str:
     return "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)
 
 
-def create_model(
-    name: str, pretrained: bool = False, num_classes: int | None = None, in_chans: int = 3, **kwargs: Any
-) -> nn.Module:
-    """Return a new model that maps (B, in_chans, H, W) to (B, num_classes).
+def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **kwargs: Any) -> nn.Module:
+    """Return a new model with random weights, as `create.create_model` does.
 
     Args:
-        name: A ConvMixer (see `list_models`), any `convmixer_<dim>_<depth>_p<p>_k<k>`, or a name that timm knows.
-        pretrained: Load the released weights (from the package or timm's hub).
+        name: See `create.create_model`.
         num_classes: Outputs; None means the variant's own (1000, or 10 for the CIFAR sizes).
         in_chans: Channels of the image.
-        **kwargs: Passed to the model, e.g. act="relu", or img_size=32 for timm's ViT.
+        **kwargs: Passed to the model.
 
     Raises:
         RequestError: The name is not known, or an argument is not the model's.
     """
     args = model_args(name)
     if name in SKELETONS:
-        return _skeleton(name, pretrained, {"num_classes": num_classes or 10, "in_chans": in_chans} | kwargs)
-    if args is None:
-        return _from_timm(name, pretrained, num_classes, in_chans, kwargs)
+        args, make = {"num_classes": 10}, skeleton(name)
+    elif args is None:
+        args, make = {}, _timm_maker(name)
+    else:
+        make = ConvMixer
     if num_classes is not None:
         args["num_classes"] = num_classes
-    model = ConvMixer(**(args | {"in_chans": in_chans} | kwargs))
-    if pretrained:
-        from convmixer.models.weights import load_pretrained
-
-        load_pretrained(model, name)
-    return model
-
-
-def _skeleton(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    from convmixer.models.isotropic import BUILDERS
-
-    if pretrained:
-        raise RequestError(f"{name} has no released weights")
     try:
-        return BUILDERS[name](**kwargs)
+        return make(**(args | {"in_chans": in_chans} | kwargs))
     except TypeError as error:
         raise RequestError(f"{name}: {error}") from error
 
 
-def _from_timm(
-    name: str, pretrained: bool, num_classes: int | None, in_chans: int, kwargs: dict[str, Any]
-) -> nn.Module:
+def skeleton(name: str) -> Callable[..., nn.Module]:
+    """Return what builds one of SKELETONS."""
+    from convmixer.models import isotropic, peers
+
+    return isotropic.Isotropic if name == "isotropic" else cast(Callable[..., nn.Module], getattr(peers, name))
+
+
+def _timm_maker(name: str) -> Callable[..., nn.Module]:
     import timm
 
     if not timm.is_model(name):
         raise unknown("model", name, [*VARIANTS, *timm.list_models()])
-    if num_classes is not None:
-        kwargs = kwargs | {"num_classes": num_classes}
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
-    except TypeError as error:
-        raise RequestError(f"{name}: {error}") from error
-    return model
+    return functools.partial(timm.create_model, name)

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-import convmixer
+from convmixer._version import __version__
 from convmixer.errors import RequestError, shown, unknown
 from convmixer.files import write_atomic
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.dialects import read_checkpoint
-from convmixer.models.reading import State, check_shapes, fit, parse_json, read_json, read_safetensors
-from convmixer.models.registry import SHIPPED, VARIANTS, create_model, free_name, shipped
+from convmixer.models.reading import State, fit, parse_json, read_json, read_safetensors
+from convmixer.models.registry import SHIPPED, VARIANTS, build_model, free_name, shipped
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folder
 
@@ -130,7 +130,7 @@ def hub_config(
         "num_features": getattr(model, "num_features", None),
         "model_args": {} if stock else args,
         "pretrained_cfg": pretrained_cfg,
-        "convmixer": {"name": architecture, "model_args": args, "version": convmixer.__version__, **metadata},
+        "convmixer": {"name": architecture, "model_args": args, "version": __version__, **metadata},
     }
 
 
@@ -178,25 +178,6 @@ def load_model(source: str | Path) -> LoadedModel:
     if name in shipped():
         return _load_folder(SHIPPED / name)
     return _load_folder(_download(_hub_id(name)))
-
-
-def load_pretrained(model: nn.Module, name: str) -> None:
-    """Fill a ConvMixer with the released weights of that name, from the package or timm's hub.
-
-    A classifier of another number of classes keeps its new weights; a stem of other channels gets adapted ones.
-
-    Raises:
-        RequestError: No weights of that name are released, the hub cannot be reached, or the sizes differ.
-    """
-    loaded = load_model(name)
-    state = loaded.model.state_dict()
-    own = model.state_dict()
-    heads = [{k: v for k, v in s.items() if k.startswith("head.")} for s in (own, state)]
-    if {k: v.shape for k, v in heads[0].items()} != {k: v.shape for k, v in heads[1].items()}:
-        state = {k: v for k, v in state.items() if k not in heads[1]} | heads[0]
-    state["stem.0.weight"] = adapt_channels(state["stem.0.weight"], own["stem.0.weight"].shape[1])
-    check_shapes(state, own, loaded.source)
-    model.load_state_dict(state)
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
@@ -292,7 +273,7 @@ def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any], sta
 def _new(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn.Module:
     if name == "convmixer":
         return ConvMixer(num_classes=num_classes, in_chans=in_chans, **args)
-    return create_model(name, num_classes=num_classes, in_chans=in_chans, **args)
+    return build_model(name, num_classes=num_classes, in_chans=in_chans, **args)
 
 
 def _metadata(ours: Any, model: nn.Module, name: str, args: dict[str, Any]) -> dict[str, Any]:

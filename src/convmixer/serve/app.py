@@ -39,7 +39,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-import convmixer
+from convmixer._version import __version__
 from convmixer.errors import RequestError
 from convmixer.exported.samples import choose_samples
 from convmixer.exported.web import data_uri
@@ -361,7 +361,7 @@ def create_app(
 
     app = FastAPI(
         title="convmixer",
-        version=convmixer.__version__,
+        version=__version__,
         description="Classify images with one ConvMixer.",
         docs_url=None,
         redoc_url=None,
@@ -477,7 +477,7 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
     names = ("body_bytes", "pixels", "images", "queue", "send_seconds", "answer_seconds")
     return ModelInfo(
         name=str(about.get("name") or about.get("architecture") or "model"),
-        version=convmixer.__version__,
+        version=__version__,
         classes=list(classifier.classes),
         preprocessing=vars(classifier.preprocessing),
         precision=str(about.get("precision", "fp32")),

@@ -17,7 +17,8 @@ from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import FastConvMixer, accelerate, has_kernels, uses_kernels
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import create_model, model_args
+from convmixer.models.create import create_model
+from convmixer.models.registry import model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size

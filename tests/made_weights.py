@@ -1,0 +1,64 @@
+"""Checkpoints as the authors and mmpretrain lay them out, with statistics that matter."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from convmixer.preprocess import Preprocessing
+
+GREY = Preprocessing(8, 1, (0.3,), (0.4,), "bilinear", 0.9)
+RGB = Preprocessing(12)
+State = dict[str, torch.Tensor]
+
+
+class Plus(nn.Module):
+    """x -> fn(x) + x, as both the authors and mmpretrain name it."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fn(x) + x
+        return y
+
+
+def blocks(dim: int, depth: int, k: int) -> list[nn.Module]:
+    """The paper's blocks in the layout of its listing: plain modules, padding="same"."""
+    return [
+        nn.Sequential(
+            Plus(nn.Sequential(nn.Conv2d(dim, dim, k, groups=dim, padding="same"), nn.GELU(), nn.BatchNorm2d(dim))),
+            nn.Conv2d(dim, dim, 1),
+            nn.GELU(),
+            nn.BatchNorm2d(dim),
+        )
+        for _ in range(depth)
+    ]
+
+
+def authors(dim: int, depth: int, k: int, p: int, classes: int) -> nn.Sequential:
+    """The authors' whole model: one flat nn.Sequential, so its keys are numbers."""
+    stem = [nn.Conv2d(3, dim, p, stride=p), nn.GELU(), nn.BatchNorm2d(dim)]
+    head = [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(dim, classes)]
+    model = nn.Sequential(*stem, *blocks(dim, depth, k), *head)
+    return settle(model)
+
+
+def mmpretrain(dim: int, depth: int, k: int, p: int, classes: int) -> nn.Module:
+    """mmpretrain's layout: backbone.stem, backbone.stages, head.fc."""
+    model = nn.Module()
+    model.backbone, model.head = nn.Module(), nn.Module()
+    model.backbone.stem = nn.Sequential(nn.Conv2d(3, dim, p, stride=p), nn.GELU(), nn.BatchNorm2d(dim))
+    model.backbone.stages = nn.Sequential(*blocks(dim, depth, k))
+    model.head.fc = nn.Linear(dim, classes)
+    return settle(model)
+
+
+def settle(model: nn.Module) -> Any:
+    """Give BatchNorm statistics that matter, so that a mapping that drops or swaps them shows."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    return model.eval()
