@@ -35,9 +35,9 @@ def test_bad_files_are_named_and_left_out(tmp_path: Path) -> None:
     for file, told, reason in zip(bad, data.bad_files, ("empty", "not an image", "No such file", ""), strict=True):
         assert file.name in told
         assert reason in told
-    assert any(note.startswith("4 of 100 images cannot be read") for note in data.notes)
+    assert any(note.startswith("4 of 100 images cannot be used") for note in data.notes)
     with pytest.raises(
-        RequestError, match=r"4 of 100 images cannot be read, more than max_bad_fraction allows: .*empty"
+        RequestError, match=r"4 of 100 images cannot be used, more than max_bad_fraction allows: .*empty"
     ):
         load(tmp_path, bad=0.03)
 
@@ -78,9 +78,9 @@ def test_damage_behind_the_header(tmp_path: Path, workers: int, capfd: pytest.Ca
     assert len(next(iter(loader))[1]) == len(images)
 
     images.max_bad = 0
-    with pytest.raises(RequestError, match=r"^1 of 60 images cannot be read"):
+    with pytest.raises(RequestError, match=r"^1 of 60 images cannot be used"):
         list(eval_loader(images, transform, 8, workers))
-    with pytest.raises(RequestError, match=r"^1 of 60 images cannot be read"):
+    with pytest.raises(RequestError, match=r"^1 of 60 images cannot be used"):
         next(iter(train_loader(images, transform, batch_size=len(images), seed=0, workers=workers)))
 
 
@@ -107,5 +107,5 @@ def test_damage_in_several_splits_is_counted_together(tmp_path: Path, workers: i
     assert [Path(name).name for images in sets for name in images.failed] == ["05.jpg", "25.jpg", "45.jpg"]
     half = sets[0].subset(np.arange(10))
     assert [half.name(i) for i in range(10) if half.read(i) is None] == half.failed
-    with pytest.raises(RequestError, match=r"^4 of 60 images cannot be read, more than .*45\.jpg.* \.\.\.; "):
+    with pytest.raises(RequestError, match=r"^4 of 60 images cannot be used, more than .*45\.jpg.* \.\.\.; "):
         read(3)

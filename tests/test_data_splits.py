@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convmixer.data.datasets import stratified
+from convmixer.data.splits import stratified
 from data_sets import DIGITS, PHOTO, load, names, parts, write_folder
 
 

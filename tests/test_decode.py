@@ -26,7 +26,7 @@ from bombs import (
     text_pixels,
     tiff_of_jpegs,
 )
-from convmixer.data.datasets import ImageSet
+from convmixer.data.images import ImageSet
 from convmixer.data.loader import eval_loader
 from convmixer.data.sources import Files
 from convmixer.data.transforms import eval_transform

@@ -175,7 +175,7 @@ def test_unreadable_images_that_stopped_a_run_can_be_allowed(tmp_path: Path) -> 
         file = tmp_path / "data" / "a" / f"{i}.png"
         file.write_bytes(file.read_bytes()[:200])
     config = override(load_recipe("finetune"), {"model": "convmixer_16_1_p4_k3", "epochs": 1, "batch_size": 8})
-    with pytest.raises(RequestError, match="of 40 images cannot be read"):
+    with pytest.raises(RequestError, match="of 40 images cannot be used"):
         train(str(tmp_path / "data"), config, out=tmp_path / "run")
     assert resume(tmp_path / "run", max_bad_fraction=0.5)["epochs"] == 1
     assert "max_bad_fraction: 0.5" in (tmp_path / "run" / "config.yaml").read_text()

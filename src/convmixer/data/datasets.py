@@ -1,33 +1,36 @@
-"""Image sets with their splits: what a run trains on, selects on, is tested on. Nothing is random but by seed.
+"""Data sets with their splits: what a run trains on, selects on, is tested on. Nothing is random but by seed.
 
-Unreadable images, in two steps. `load_data` reads the header of every image: what is no image, empty or too large is
-named in `bad_files`, left out, and counted against `max_bad_fraction`. Damage behind a good header shows only on
-decoding: then training takes the next readable image instead, evaluation leaves the image out, and both mark it in
-`ImageSet.failed`, over all worker processes, against the same limit.
+Unreadable images, in two steps. `load_data` reads the header of every image: what is no image, empty, too large, or
+there twice with two labels is named in `bad_files`, left out, and counted against `max_bad_fraction`. Damage behind a
+good header shows only on decoding: then training takes the next readable image instead, evaluation leaves the image
+out, and both mark it in `ImageSet.failed`, over all worker processes, against the same limit.
 """
 
 import math
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
 from convmixer.data.find import find
 from convmixer.data.found import Found
+from convmixer.data.images import ImageSet, named, new_marks, too_many
 from convmixer.data.labels import names_that_differ_in_case
 from convmixer.data.options import Options
-from convmixer.data.sources import Arrays, Cached, Files, Shards, Source
+from convmixer.data.scan import Scan, copies, scan
+from convmixer.data.sources import Arrays, Cached, Source
+from convmixer.data.splits import (
+    TEST_FRACTION,
+    TEST_SEED,
+    Conflicts,
+    check_groups,
+    find_conflicts,
+    group_names,
+    joined,
+    stratified,
+)
 from convmixer.errors import RequestError
-from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageError
-from convmixer.progress import track
+from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
-TEST_FRACTION = 0.2  # of data that come without a test split
-TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
 DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
 CACHE_SIDE = 128  # and up to this side, pixels
@@ -37,95 +40,7 @@ STATISTICS = {  # mean and standard deviation per channel of the training images
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-
-Header = tuple[str, tuple[int, int]]
-
-
-class ImageSet(Dataset[tuple[Image.Image, int]]):
-    """Labelled images with random access.
-
-    Args:
-        source: The images.
-        labels: int64 (N,), a class index per image of the set.
-        classes: Class names.
-        indices: Which images of the source, (N,); None: all.
-        in_chans: 1 for mode L, 3 for mode RGB.
-        max_bad: Images that may be marked before reading raises RequestError.
-        marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
-            sets of the data; None: of this source alone, none marked.
-        first: Where in `marks` the source's images begin.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        labels: np.ndarray,
-        classes: Sequence[str],
-        indices: np.ndarray | None = None,
-        in_chans: int = 3,
-        max_bad: int = 0,
-        marks: torch.Tensor | None = None,
-        first: int = 0,
-    ) -> None:
-        self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
-        self.labels = np.asarray(labels, np.int64)
-        self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
-        self.max_bad = max_bad
-        self.marks, self.first = _marks([False] * len(source)) if marks is None else marks, first
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and its label; where it cannot be decoded, those of the next one that can.
-
-        Raises:
-            RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
-        """
-        for candidate in range(index, index + len(self)):
-            found = self.read(candidate % len(self))
-            if found is not None:
-                return found
-        raise RequestError("no image of the set can be decoded")
-
-    def read(self, index: int) -> tuple[Image.Image, int] | None:
-        """Return an image and its label, or None and a mark in `failed` where it cannot be decoded."""
-        try:
-            image = self.source.image(int(self.indices[index]), self.in_chans)
-        except (ImageError, OSError) as error:
-            self._fail(index, error)
-            return None
-        return image, int(self.labels[index])
-
-    def _fail(self, index: int, error: Exception) -> None:
-        place = self.first + int(self.indices[index])
-        if not self.marks[place]:
-            self.marks[place] = 1
-            print(f"unreadable image left out: {_told(self.name(index), error)}", file=sys.stderr, flush=True)
-        if (count := int(self.marks.sum())) > self.max_bad:
-            raise _too_many(count, len(self.marks), self.failed)
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the images that could not be decoded so far, in any process."""
-        return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
-
-    def name(self, index: int) -> str:
-        """Return what to call an image."""
-        return self.source.name(int(self.indices[index]))
-
-    def subset(self, positions: np.ndarray) -> "ImageSet":
-        """Return the set of the images at these positions."""
-        return ImageSet(
-            self.source,
-            self.labels[positions],
-            self.classes,
-            self.indices[positions],
-            self.in_chans,
-            self.max_bad,
-            self.marks,
-            self.first,
-        )
+ANOTHER_LABEL = "its contents are there with another label too"
 
 
 @dataclass(frozen=True)
@@ -144,6 +59,8 @@ class DataSplits:
         bad_files: "name: reason" of images left out because their header cannot be read.
         spec: The data argument so written that it means the same from every folder.
         options: What the user said about columns, folders and groups.
+        found: What is there, before it is split.
+        checked: What was found out about the images.
     """
 
     name: str
@@ -160,6 +77,8 @@ class DataSplits:
     bad_files: list[str] = field(default_factory=list)
     spec: str = ""
     options: Options = field(default_factory=Options)
+    found: Found | None = field(default=None, repr=False)
+    checked: "Checked | None" = field(default=None, repr=False)
 
 
 def load_data(
@@ -177,74 +96,140 @@ def load_data(
 
     Missing splits are made from train, stratified by class, and `notes` says so: val from `seed`, test always the
     same. With `val_fraction` 0 there is no val split, and data that come with train and val but no test use their val
-    as test.
+    as test. Images with equal contents are in one split.
 
     Args:
         spec: See `argument.read_argument`.
-        val_fraction: Share of train, 0 to 1, held out where there is no val split.
+        val_fraction: Share of train, 0 to 1, held out if there is no val split.
         seed: Of the val split.
-        max_bad_fraction: Share of unreadable images above which this, or later reading, fails.
-        img_size: Side to train at, pixels; None: that of the data, where they are square, alike and
-            at most 224, else 224.
+        max_bad_fraction: Share of unusable images above which this, or later reading, fails.
+        img_size: Side to train at, pixels; None: that of the data if square, alike and at most 224, else 224.
         recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
         hold_out: Make missing splits from train. Without it the splits are those that the data come with.
         options: What the user said about columns, folders and groups; None: nothing.
 
     Raises:
-        RequestError: No such data, too many unreadable images, or too few images to split.
+        RequestError: No such data, too many unusable images, or too few images to split.
     """
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed must be 0 to 2**63 - 1, not {seed}")
     options = (options or Options()).absolute()
     found = find(spec, recorded, options)
-    scans = {split: _scan(source) for split, (source, _) in found.splits.items()}
-    headers = [h for scan in scans.values() for h in scan if not isinstance(h, str)]
-    bad = [_told(found.splits[s][0].name(i), h) for s, scan in scans.items() for i, h in enumerate(scan) if _bad(h)]
-    total = sum(len(scan) for scan in scans.values())
-    if not headers or len(bad) > max_bad_fraction * total:
-        raise _too_many(len(bad), total, bad)
+    checked = _check(found, options)
+    notes = [*found.notes, *found.unused.notes(), *names_that_differ_in_case(found.classes), *checked.notes]
+    total = sum(len(scan.headers) for scan in checked.scans.values())
+    headers = [h for scan in checked.scans.values() for h in scan.headers if not isinstance(h, str)]
+    if not headers or len(checked.bad) > max_bad_fraction * total:
+        raise too_many(len(checked.bad), total, checked.bad)
+    if checked.bad:
+        few = "; ".join(checked.bad[:20])
+        notes.append(f"{len(checked.bad)} of {total} images cannot be used and are left out: {few}")
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
-    notes = [*found.notes, *found.unused.notes(), *names_that_differ_in_case(found.classes)]
-    max_bad = int(max_bad_fraction * total)
-    marks = _marks([_bad(h) for scan in scans.values() for h in scan])
-    first = dict(zip(scans, np.cumsum([0] + [len(scan) for scan in scans.values()]), strict=False))
-    sets, cache = {}, CACHE_BYTES
-    # train first: it is read most
-    for split, (source, labels) in sorted(found.splits.items(), key=lambda item: item[0] != "train"):
-        good = np.array([i for i, h in enumerate(scans[split]) if not _bad(h)], np.int64)
-        if not len(good):
-            notes.append(f"split {split} is empty: not used")
-            continue
-        cached = _cached(source, in_chans, sizes, cache)
-        cache -= cached.nbytes if isinstance(cached, Cached) else 0
-        sets[split] = ImageSet(cached, labels[good], found.classes, good, in_chans, max_bad, marks, int(first[split]))
-    if bad:
-        notes.append(f"{len(bad)} of {total} images cannot be read and are left out: {'; '.join(bad[:20])}")
+    sets = _image_sets(found, checked, in_chans, sizes, int(max_bad_fraction * total), notes)
     if hold_out:
-        train, val, test = _complete(sets, val_fraction, seed, notes)
+        train, val, test = _complete(sets, checked.together, val_fraction, seed, notes)
     else:
         train, val, test = (sets.get(split) for split in ("train", "val", "test"))
     mean, std = _statistics(found, in_chans, train or test or val, notes)
     if len(found.classes) < 2:
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
-    side = img_size or _side(sizes, notes)
     return DataSplits(
         found.name,
         train,
         val,
         test,
         found.classes,
-        side,
+        img_size or _side(sizes, notes),
         in_chans,
         mean,
         std,
         found.checksum,
         notes=notes,
-        bad_files=bad,
+        bad_files=checked.bad,
         spec=found.spec,
         options=options,
+        found=found,
+        checked=checked,
     )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found out about the images before any is decoded.
+
+    Args:
+        scans: Split -> headers and digests.
+        usable: Split -> bool (N,): readable, one label, and not kept in another split.
+        rejected: Split -> bool (N,): unreadable, or with two labels.
+        together: Split -> int64 (N,): a number that images share which are not to be parted.
+        bad: "name: reason" of each image that cannot be read or has two labels.
+        copies: How many images are copies of others.
+        notes: What the user should know.
+    """
+
+    scans: dict[str, Scan]
+    usable: dict[str, np.ndarray]
+    rejected: dict[str, np.ndarray]
+    together: dict[str, np.ndarray]
+    bad: list[str]
+    copies: int
+    notes: list[str]
+
+
+def _check(found: Found, options: Options) -> Checked:
+    """Return which images can be used, and which belong together."""
+    scans = {split: scan(source) for split, (source, _) in found.splits.items()}
+    same = copies([source for source, _ in found.splits.values()], [s.digests for s in scans.values()])
+    equal = dict(zip(scans, same, strict=True))
+
+    def name(split: str, index: int) -> str:
+        return found.splits[split][0].name(index)
+
+    conflicts = find_conflicts(equal, {split: labels for split, (_, labels) in found.splits.items()}, name)
+    if found.name in STATISTICS:  # known benchmarks stay as they were published
+        conflicts = _without_consequences(conflicts)
+    bad = []
+    rejected = {split: known.bad() | conflicts.contradicting[split] for split, known in scans.items()}
+    usable = {split: ~(mask | conflicts.elsewhere[split]) for split, mask in rejected.items()}
+    for split, mask in rejected.items():
+        for i in map(int, np.flatnonzero(mask)):
+            header = scans[split].headers[i]
+            bad.append(named(name(split, i), header if isinstance(header, str) else ANOTHER_LABEL))
+    names = {s: [name(s, i) for i in range(len(k.headers))] for s, k in scans.items()} if options.group else {}
+    groups = group_names(options, found.groups, names)
+    together = {split: joined(equal[split], groups.get(split)) for split in scans}
+    return Checked(
+        scans, usable, rejected, together, bad, conflicts.copies, [*conflicts.notes, *check_groups(groups)]
+    )
+
+
+def _without_consequences(conflicts: Conflicts) -> Conflicts:
+    nothing = {split: np.zeros_like(mask) for split, mask in conflicts.elsewhere.items()}
+    count = int(sum(map(np.count_nonzero, conflicts.elsewhere.values())))
+    notes = [f"{count} images are in two splits, and stay, since the data are a known benchmark"] if count else []
+    return replace(conflicts, contradicting=nothing, elsewhere=nothing, notes=notes)
+
+
+def _image_sets(
+    found: Found, checked: Checked, in_chans: int, sizes: set[tuple[int, int]], max_bad: int, notes: list[str]
+) -> dict[str, ImageSet]:
+    """Return the usable images of every split that has some."""
+    marks = new_marks(np.concatenate([checked.rejected[split] for split in found.splits]))
+    counts = [len(source) for source, _ in found.splits.values()]
+    first = dict(zip(found.splits, np.cumsum([0, *counts]), strict=False))
+    sets, room = {}, CACHE_BYTES
+    # train first: it is read most
+    for split, (source, labels) in sorted(found.splits.items(), key=lambda item: item[0] != "train"):
+        usable = np.flatnonzero(checked.usable[split])
+        if not len(usable):
+            notes.append(f"split {split} is empty: not used")
+            continue
+        cached = _cached(source, in_chans, sizes, room)
+        room -= cached.nbytes if isinstance(cached, Cached) else 0
+        start = int(first[split])
+        sets[split] = ImageSet(cached, labels[usable], found.classes, usable, in_chans, max_bad, marks, start)
+    return sets
 
 
 def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
@@ -257,32 +242,8 @@ def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
     return DEFAULT_SIDE
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return which images to hold out: the same share of every class, as nearly as whole images allow.
-
-    Args:
-        labels: int64 (N,).
-        fraction: Share, 0 to 1; rounded up to whole images, and train keeps at least one of every class.
-        seed: Chooses the images.
-
-    Returns:
-        bool, (N,): True for held out.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    quantile = (rank + 0.5) / np.repeat(counts, counts)
-    quantile[rank == np.repeat(counts, counts) - 1] = np.inf  # each class's last image stays
-    wanted = math.ceil(fraction * len(labels) - 1e-9)
-    chosen = np.argsort(quantile, kind="stable")[:wanted]
-    held = np.zeros(len(labels), bool)
-    held[by_class[chosen[np.isfinite(quantile[chosen])]]] = True
-    return held
-
-
 def _complete(
-    sets: dict[str, ImageSet], val_fraction: float, seed: int, notes: list[str]
+    sets: dict[str, ImageSet], together: dict[str, np.ndarray], val_fraction: float, seed: int, notes: list[str]
 ) -> tuple[ImageSet | None, ImageSet | None, ImageSet | None]:
     """Return train, val and test, making from train what is missing."""
     train, val, test = (sets.get(split) for split in ("train", "val", "test"))
@@ -292,58 +253,22 @@ def _complete(
         notes.append(f"val ({len(val)} images) serves as test: there is no test split and val_fraction is 0")
         val, test = None, val
     if test is None:
-        train, test = _hold_out(train, TEST_FRACTION, TEST_SEED, "test")
+        train, test = _hold_out(train, together["train"], TEST_FRACTION, TEST_SEED, "test")
         notes.append(f"no test split: {len(test)} images held out of train, the same for every seed")
     if val is None and val_fraction > 0:
-        train, val = _hold_out(train, val_fraction, seed, "val")
+        train, val = _hold_out(train, together["train"], val_fraction, seed, "val")
         notes.append(f"no val split: {len(val)} images held out of train, chosen by seed {seed}")
     notes.append(f"train {len(train)}, val {len(val) if val else 0}, test {len(test)} images")
     return train, val, test
 
 
-def _hold_out(train: ImageSet, fraction: float, seed: int, split: str) -> tuple[ImageSet, ImageSet]:
-    held = stratified(train.labels, fraction, seed)
+def _hold_out(
+    train: ImageSet, together: np.ndarray, fraction: float, seed: int, split: str
+) -> tuple[ImageSet, ImageSet]:
+    held = stratified(train.labels, fraction, seed, together[train.indices])
     if not held.any() or held.all():
         raise RequestError(f"{len(train)} training images are too few to hold a {split} split out; provide one")
     return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
-
-
-def _scan(source: Source) -> list[Header | str]:
-    """Return the header of every image, or why it cannot be read, with a progress bar where it takes long."""
-    if isinstance(source, Arrays):
-        return [source.header(0)] * len(source) if len(source) else []
-
-    def check(index: int) -> Header | str:
-        try:
-            return source.header(index)
-        except (ImageError, OSError) as error:
-            return str(error)
-
-    parts = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    # threads wait for the disk; what lies in memory is faster without
-    with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
-        results = pool.map(lambda part: [check(index) for index in part], parts)
-        return [header for part in track(results, "checking images", len(parts), shown_from=80) for header in part]
-
-
-def _bad(header: Header | str) -> bool:
-    return isinstance(header, str)
-
-
-def _told(name: str, problem: object) -> str:
-    return str(problem) if name in str(problem) else f"{name}: {problem}"
-
-
-def _marks(bad: Sequence[bool]) -> torch.Tensor:
-    return torch.tensor(bad, dtype=torch.uint8).share_memory_()
-
-
-def _too_many(count: int, total: int, names: Sequence[str]) -> RequestError:
-    """Return the error that `count` images of the data are bad, with some of the names that are known."""
-    return RequestError(
-        f"{count} of {total} images cannot be read, more than max_bad_fraction allows: "
-        f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise it"
-    )
 
 
 def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: int) -> Source:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convmixer.data.datasets import ImageSet
+from convmixer.data.images import ImageSet
 from convmixer.data.sampler import Key, KeyedBatchSampler, is_flipped, sample_seed, seed_everything
 from convmixer.data.transforms import Transform
 from convmixer.errors import RequestError

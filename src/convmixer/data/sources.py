@@ -3,6 +3,7 @@
 A source knows nothing of labels or splits, and decodes nothing but on request. `datasets` finds sources and splits.
 """
 
+import hashlib
 import math
 import mmap
 import os
@@ -21,6 +22,8 @@ from PIL import Image
 from convmixer.errors import RequestError
 from convmixer.preprocess import load_image, read_header
 
+DIGESTED = 8192  # bytes at the start of a file
+
 
 class Source(Protocol):
     """A numbered collection of images."""
@@ -37,6 +40,10 @@ class Source(Protocol):
 
     def image(self, index: int, in_chans: int) -> Image.Image:
         """Return the decoded image as RGB or L; ImageError where that fails."""
+        ...
+
+    def digest(self, index: int, whole: bool = False) -> int:
+        """Return a 64-bit digest, not 0, of the stored image, or of its size and first 8 KiB if that is less."""
         ...
 
 
@@ -58,6 +65,9 @@ class Arrays:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def digest(self, index: int, whole: bool = False) -> int:
+        return digest(self.pixels[index].tobytes())
+
     def header(self, index: int) -> tuple[str, tuple[int, int]]:
         height, width = self.pixels.shape[1:3]
         return "L" if self.pixels.ndim == 3 else "RGB", (width, height)
@@ -66,6 +76,15 @@ class Arrays:
         image = Image.fromarray(self.pixels[index])
         mode = "L" if in_chans == 1 else "RGB"
         return image if image.mode == mode else image.convert(mode)
+
+
+def digest(data: bytes) -> int:
+    """Return a 64-bit digest of bytes, never 0."""
+    return int.from_bytes(_blake(data).digest(), "little") or 1
+
+
+def _blake(data: bytes = b"") -> Any:
+    return hashlib.blake2b(data, digest_size=8)
 
 
 class _Encoded:
@@ -79,6 +98,15 @@ class _Encoded:
 
     def header(self, index: int) -> tuple[str, tuple[int, int]]:
         return read_header(self.encoded(index))
+
+    def digest(self, index: int, whole: bool = False) -> int:
+        data = self.encoded(index)
+        if isinstance(data, bytes):
+            return digest(data)
+        with data.open("rb") as file:
+            if whole:
+                return int.from_bytes(hashlib.file_digest(file, _blake).digest(), "little") or 1
+            return digest(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + file.read(DIGESTED))
 
     def image(self, index: int, in_chans: int) -> Image.Image:
         return load_image(self.encoded(index), in_chans)
@@ -229,6 +257,9 @@ class Cached:
 
     def header(self, index: int) -> tuple[str, tuple[int, int]]:
         return self.source.header(index)
+
+    def digest(self, index: int, whole: bool = False) -> int:
+        return self.source.digest(index, whole)
 
     def image(self, index: int, in_chans: int) -> Image.Image:
         if in_chans != self.in_chans:

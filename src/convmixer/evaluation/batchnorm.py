@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from convmixer.data.datasets import DataSplits, ImageSet
+from convmixer.data.datasets import DataSplits
+from convmixer.data.images import ImageSet
 from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision

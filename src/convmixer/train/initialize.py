@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from convmixer.config import Config
-from convmixer.data.datasets import ImageSet
+from convmixer.data.images import ImageSet
 from convmixer.data.loader import eval_loader
 from convmixer.data.transforms import eval_transform
 from convmixer.errors import RequestError

@@ -1,0 +1,118 @@
+"""A labelled set of images with random access, which says and counts what cannot be decoded."""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from convmixer.data.sources import Source
+from convmixer.errors import RequestError
+from convmixer.preprocess import ImageError
+
+
+class ImageSet(Dataset[tuple[Image.Image, int]]):
+    """Labelled images with random access.
+
+    Args:
+        source: The images.
+        labels: int64 (N,), a class index per image of the set.
+        classes: Class names.
+        indices: Which images of the source, (N,); None: all.
+        in_chans: 1 for mode L, 3 for mode RGB.
+        max_bad: Images that may be marked before reading raises RequestError.
+        marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
+            sets of the data; None: of this source alone, none marked.
+        first: Where in `marks` the source's images begin.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        indices: np.ndarray | None = None,
+        in_chans: int = 3,
+        max_bad: int = 0,
+        marks: torch.Tensor | None = None,
+        first: int = 0,
+    ) -> None:
+        self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
+        self.labels = np.asarray(labels, np.int64)
+        self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
+        self.max_bad = max_bad
+        self.marks, self.first = new_marks([False] * len(source)) if marks is None else marks, first
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its label; if it cannot be decoded, those of the next one that can.
+
+        Raises:
+            RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
+        """
+        for candidate in range(index, index + len(self)):
+            found = self.read(candidate % len(self))
+            if found is not None:
+                return found
+        raise RequestError("no image of the set can be decoded")
+
+    def read(self, index: int) -> tuple[Image.Image, int] | None:
+        """Return an image and its label, or None and a mark in `failed` if it cannot be decoded."""
+        try:
+            image = self.source.image(int(self.indices[index]), self.in_chans)
+        except (ImageError, OSError) as error:
+            self._fail(index, error)
+            return None
+        return image, int(self.labels[index])
+
+    def _fail(self, index: int, error: Exception) -> None:
+        place = self.first + int(self.indices[index])
+        if not self.marks[place]:
+            self.marks[place] = 1
+            print(f"unreadable image left out: {named(self.name(index), error)}", file=sys.stderr, flush=True)
+        if (count := int(self.marks.sum())) > self.max_bad:
+            raise too_many(count, len(self.marks), self.failed)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the images that could not be decoded so far, in any process."""
+        return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
+
+    def name(self, index: int) -> str:
+        """Return what to call an image."""
+        return self.source.name(int(self.indices[index]))
+
+    def subset(self, positions: np.ndarray) -> "ImageSet":
+        """Return the set of the images at these positions."""
+        return ImageSet(
+            self.source,
+            self.labels[positions],
+            self.classes,
+            self.indices[positions],
+            self.in_chans,
+            self.max_bad,
+            self.marks,
+            self.first,
+        )
+
+
+def named(name: str, problem: object) -> str:
+    """Return a problem with the name of its image, which it may hold already."""
+    return str(problem) if name in str(problem) else f"{name}: {problem}"
+
+
+def new_marks(bad: Sequence[bool] | np.ndarray) -> torch.Tensor:
+    """Return a mark per image, in memory that worker processes share."""
+    return torch.from_numpy(np.asarray(bad, np.uint8)).clone().share_memory_()
+
+
+def too_many(count: int, total: int, names: Sequence[str]) -> RequestError:
+    """Return the error that `count` images of the data are bad, with some of the names that are known."""
+    return RequestError(
+        f"{count} of {total} images cannot be used, more than max_bad_fraction allows: "
+        f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise it"
+    )
