@@ -20,7 +20,8 @@ from convmixer.errors import RequestError
 from convmixer.models.weights import load_model
 from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import LATEST, load_checkpoint, save_checkpoint
-from convmixer.train.run import Run, resume, train
+from convmixer.train.run import resume, train
+from convmixer.train.session import Run
 
 EPOCHS, STEPS_PER_EPOCH = 6, 10
 # everything that draws random numbers or carries state from step to step

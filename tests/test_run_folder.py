@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from convmixer.run_folder import RunFolder, is_own_output, is_run, run_of, sample_files, weights_folder
+from convmixer.run_folder import RunFolder, is_own_output, is_run, run_of, sample_files, weights_folders
 
 
 def make(*paths: Path, text: str = "") -> None:
@@ -31,7 +31,7 @@ def test_a_run_is_told_from_another_programs_config(run: Path, tmp_path: Path) -
 
 def test_published_runs_are_runs() -> None:
     results = Path(__file__).parent.parent / "results"
-    assert is_run(results / "authors-cifar10-seed0")
+    assert is_run(results / "authors-cifar10-3-epochs-seed0")
     assert is_own_output(results / "mixers")
 
 
@@ -56,11 +56,11 @@ def test_a_folder_of_runs_is_recognised_unless_it_holds_anything_else(run: Path,
 
 
 def test_the_best_weights_come_before_the_last(run: Path) -> None:
-    assert weights_folder(run) is None
+    assert weights_folders(run) == []
     make(RunFolder(run).weights("last") / "model.safetensors")
-    assert weights_folder(run) == run / "weights" / "last"
+    assert weights_folders(run) == [run / "weights" / "last"]
     make(RunFolder(run).weights("best") / "model.safetensors")
-    assert weights_folder(run) == run / "weights" / "best"
+    assert weights_folders(run) == [run / "weights" / "best", run / "weights" / "last"]
     assert run_of(run / "weights" / "best" / "model.safetensors") == run
     assert run_of(run.parent) is None
 

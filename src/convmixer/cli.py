@@ -63,7 +63,10 @@ def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
     if args.debug:
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
-    prefix = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    said = isinstance(error, (RequestError, OSError, FloatingPointError))
+    prefix = "" if said else f"{type(error).__name__}: "
     print(f"convmixer {args.command}: {prefix}{text}", file=sys.stderr)
     return status
 

@@ -100,7 +100,7 @@ def read_growth(log: Path) -> list[dict[str, Any]]:
     if not log.is_file():
         return []
     rows = []
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             e = json.loads(line)
             if e["event"] == "epoch" and e.get("kernels"):

@@ -34,7 +34,7 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         path: The file; missing folders are made.
         keep: Where the file that was at `path` goes; None: it is deleted.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -53,6 +53,22 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside a file, for this process to write to; `remove_leftovers` knows it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the file system in the block the name of a file: a write to a full disk says no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from convmixer.device import gpu_names
+from convmixer.files import naming, write_atomic
 
+_DIGEST = "sha256"
 _PACKAGES = (
     "convmixer",
     "torch",
@@ -87,23 +90,47 @@ def command_line() -> str:
 
 
 def append(path: Path, record: RunRecord) -> None:
-    """Add a record as one line at the end of a JSON-lines file; the folder is made where missing."""
+    """Add a record as one line at the end of a JSON-lines file; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def write(path: Path, record: RunRecord) -> None:
+    """Write a JSON-lines file with one record; readers find all of it or none."""
+    write_atomic(path, _line(record).encode())
+
+
+def _line(record: RunRecord) -> str:
+    """Return a record as a line of JSON with a digest as its last entry."""
+    contents = dataclasses.asdict(record)
+    return json.dumps(contents | {_DIGEST: _digest(contents)}) + "\n"
+
+
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(line: str) -> RunRecord:
+    contents = json.loads(line)
+    digest = contents.pop(_DIGEST, None)
+    if digest not in (None, _digest(contents)):
+        raise ValueError("its digest does not match")
+    return RunRecord(**contents)
 
 
 def read(path: Path) -> list[RunRecord]:
-    """Return the records of a JSON-lines file, in order.
+    """Return the records of a JSON-lines file, in order. Older records have no digest and are read unchecked.
 
     Raises:
-        ValueError: A line is not a record; the message names file and line.
+        ValueError: A line is not a record or is damaged; the message names file and line.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            records.append(RunRecord(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+            records.append(_parse(line))
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number} is not a record: {error}") from error
     return records
 

@@ -9,6 +9,7 @@ CONFIG = "config.yaml"
 LOG = "log.jsonl"
 METRICS = "metrics.csv"
 RECORD = "record.jsonl"
+LOCK = "lock"
 CARD = "README.md"
 LATEST, PREVIOUS = "latest.pt", "previous.pt"
 MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
@@ -32,6 +33,7 @@ class RunFolder:
         self.log_file = self.path / LOG
         self.metrics = self.path / METRICS
         self.record = self.path / RECORD
+        self.lock = self.path / LOCK
         self.card = self.path / CARD
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
@@ -81,10 +83,10 @@ def is_own_output(path: Path | str) -> bool:
     return _is_output(path) or _holds_only_outputs(path)
 
 
-def weights_folder(path: Path) -> Path | None:
-    """Return the folder of the weights in a run (the best, else the last) or in a folder of weights, or None."""
+def weights_folders(path: Path) -> list[Path]:
+    """Return the folders of weights in a run (the best, then the last), or a folder of weights itself."""
     run = RunFolder(path)
-    return next((folder for folder in (run.weights(BEST), run.weights(LAST), path) if _is_file(folder / MODEL)), None)
+    return [folder for folder in (run.weights(BEST), run.weights(LAST), path) if _is_file(folder / MODEL)]
 
 
 def run_of(path: Path | str) -> Path | None:

@@ -19,6 +19,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import RequestError, shown
+from convmixer.models.digest import check_weights
 
 State = dict[str, torch.Tensor]
 
@@ -75,11 +76,13 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             _check_count(len(keys), path)
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            state, metadata = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, struct.error, OSError, AttributeError, TypeError) as error:  # unknown types of numbers
         raise RequestError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
+    check_weights(state, metadata, path)
+    return state, metadata
 
 
 def read_json(path: Path) -> Any:

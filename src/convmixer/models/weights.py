@@ -5,7 +5,9 @@ key "convmixer", what timm does not ask for: the model's full arguments, the rec
 inside the .safetensors file, so that the file alone still knows its classes and preprocessing.
 """
 
+import itertools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +20,14 @@ import torch.nn as nn
 from convmixer._version import __version__
 from convmixer.errors import RequestError, shown, unknown
 from convmixer.files import write_atomic
+from convmixer.models import digest
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.dialects import read_checkpoint
 from convmixer.models.reading import State, fit, parse_json, read_json, read_safetensors
 from convmixer.models.registry import SHIPPED, VARIANTS, build_model, free_name, shipped
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folder
+from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folders
 
 # the variants that timm builds itself, by our name, so that its stock version loads what we save
 TIMM_NAMES = {
@@ -73,7 +76,7 @@ def save_model(
     and the keyword arguments "val_fraction", "seed", "max_bad_fraction", "img_size" of `load_data`.
 
     Args:
-        folder: Where to write; made where missing.
+        folder: Where to write; made if it is missing.
         model: The model; its device and memory format do not matter.
         architecture: The name that `create_model` knows it by.
         model_args: What `create_model` was given besides num_classes and in_chans; ConvMixers tell by themselves.
@@ -86,11 +89,10 @@ def save_model(
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     config = hub_config(model, architecture, model_args, classes, preprocessing, metadata)
-    text = json.dumps(config, indent=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    packed = {"format": "pt", "config": json.dumps(config)}
+    inside = json.dumps(config)
+    packed = {"format": "pt", "config": inside, digest.KEY: digest.digest_weights(state, inside)}
     write_atomic(folder / MODEL, safetensors.torch.save(state, packed))
-    write_atomic(folder / MODEL_CONFIG, text.encode())
+    write_atomic(folder / MODEL_CONFIG, json.dumps(digest.with_digest(config), indent=2).encode())
 
 
 def hub_config(
@@ -171,7 +173,7 @@ def load_model(source: str | Path) -> LoadedModel:
     """
     path = Path(source)
     if path.is_dir():
-        return _load_folder(_weights_folder(path))
+        return _load_newest(path)
     if path.is_file():
         return _load_file(path)
     name = str(source)
@@ -191,10 +193,22 @@ def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
     return adapted
 
 
-def _weights_folder(path: Path) -> Path:
-    if folder := weights_folder(path):
-        return folder
-    raise RequestError(f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last")
+def _load_newest(path: Path) -> LoadedModel:
+    """Return the first weights of a folder that are intact: the best ones, the last ones, those in the folder itself.
+
+    Damaged ones are named.
+    """
+    folders = weights_folders(path)
+    if not folders:
+        raise RequestError(
+            f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last"
+        )
+    for folder, other in itertools.pairwise(folders):
+        try:
+            return _load_folder(folder)
+        except RequestError as error:
+            print(f"{error}; using {other} instead", file=sys.stderr)
+    return _load_folder(folders[-1])
 
 
 def _load_folder(folder: Path) -> LoadedModel:
@@ -213,6 +227,7 @@ def _config_of(path: Path) -> dict[str, Any] | None:
     beside = path.with_name(MODEL_CONFIG)
     if path.name == MODEL and beside.is_file():
         config = read_json(beside)
+        config = digest.check_config(config, beside) if isinstance(config, dict) else config
     else:
         config = parse_json(read_safetensors(path)[1].get("config", "null"), path)
     return config if config is None or isinstance(config, dict) else {}

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from convmixer.files import atomic_file
+
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#6b6b6b"
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
@@ -291,6 +293,6 @@ def _short(text: str, most: int = 14) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=130, format=path.suffix[1:] or "png")
     plt.close(figure)

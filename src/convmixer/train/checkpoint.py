@@ -1,13 +1,21 @@
-"""Checkpoints that survive a kill at any moment: written beside, synced, renamed over; the one before is kept."""
+"""Checkpoints that survive a kill at any moment and notice a single wrong bit; the one before is kept.
 
+A file is what `torch.save` writes and a digest of that. Files of older versions have none and are read unchecked.
+"""
+
+import hashlib
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from convmixer.errors import RequestError
 from convmixer.files import atomic_file
 from convmixer.run_folder import LATEST, PREVIOUS
+
+_MARK = b"\nconvmixer sha256 "
+_TRAILER_BYTES = len(_MARK) + hashlib.sha256().digest_size
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -18,23 +26,79 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         state: Tensors, numbers, strings, lists and dicts: what `torch.load` reads with weights_only.
     """
     with atomic_file(folder / LATEST, keep=folder / PREVIOUS) as file:
-        torch.save(state, file)
+        hashing = _Hashing(file)
+        torch.save(state, hashing)  # type: ignore[arg-type]
+        hashing.check()
+        file.write(_MARK + hashing.digest.digest())
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the newest state that can be read, or None where none was ever written.
+    """Return the newest state that is intact, or None if none was ever written; a damaged one is named.
 
     Raises:
-        RequestError: There are checkpoints but none can be read.
+        RequestError: There are checkpoints but none is intact.
     """
     broken = []
     for path in (folder / LATEST, folder / PREVIOUS):
         if path.exists():
             try:
-                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-                return state
-            except Exception as error:  # a damaged archive raises many types
-                broken.append(f"{path.name}: {' '.join(str(error).split())[:80]}")
+                state = _read(path)
+            except (OSError, ValueError) as error:
+                broken.append(f"{path.name}: {error}")
+                continue
+            if broken:
+                print(f"damaged checkpoint {folder / broken[0]}; going on from {path.name}, which is intact")
+            return state
     if broken:
         raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}); start the run anew")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the state in a file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    content = path.read_bytes()
+    body, trailer = content[:-_TRAILER_BYTES], content[-_TRAILER_BYTES:]
+    if trailer.startswith(_MARK):
+        if hashlib.sha256(body).digest() != trailer[len(_MARK) :]:
+            raise ValueError("its digest does not match")
+        content = body
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises many types
+        raise ValueError(f"it is cut or damaged ({' '.join(str(error).split())[:80]})") from error
+    if not isinstance(state, dict):
+        raise ValueError("it holds no state of a run")
+    return state
+
+
+class _Hashing:
+    """A file to write to that digests what goes through, and keeps the error of a full disk.
+
+    torch's own writer says "unexpected pos" instead.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes; after an error nothing more."""
+        if self._error is None:
+            self.digest.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self._error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the file is flushed at its end."""
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self._error is not None:
+            raise self._error

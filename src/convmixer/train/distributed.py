@@ -5,13 +5,14 @@ Started by `torchrun`; alone, every function here does nothing.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.utils import distribute_bn
+
+from convmixer.errors import RequestError
 
 T = TypeVar("T")
 
@@ -62,6 +63,20 @@ def from_first(value: T) -> T:
     return cast(T, box[0])
 
 
+def on_first(work: Callable[[], T]) -> T:
+    """Do something in the first process and return its value in all of them; what it refuses, all refuse."""
+    value: Any = None
+    if rank() == 0:
+        try:
+            value = work()
+        except RequestError as error:
+            value = error
+    value = from_first(value)
+    if isinstance(value, RequestError):
+        raise value
+    return cast(T, value)
+
+
 def copy_from_first(model: nn.Module) -> None:
     """Give all processes the first one's parameters and buffers."""
     if world_size() > 1:
@@ -70,9 +85,17 @@ def copy_from_first(model: nn.Module) -> None:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Give all processes the mean of their BatchNorm statistics, as timm's training does before it evaluates."""
-    if world_size() > 1:
-        distribute_bn(model, world_size(), reduce=True)
+    """Give all processes the mean of their BatchNorm statistics.
+
+    After every step, so that all processes always hold the same model and any of them can write a checkpoint. The
+    running mean is then that of all images; the running variance is the mean of the processes' own.
+    """
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    if world_size() == 1 or not statistics:
+        return
+    flat = sum_over_processes(torch.cat([b.flatten().float() for b in statistics])) / world_size()
+    for buffer, part in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from convmixer.train.distributed import world_size
 from convmixer.train.module import TrainingModule
@@ -69,7 +70,8 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             accelerator="gpu" if module.place.type == "cuda" else module.place.type,
             devices=local,
             num_nodes=world_size() // local,
-            strategy="ddp" if world_size() > 1 else "auto",
+            # the module keeps BatchNorm statistics equal; DDP would copy the first process's
+            strategy=DDPStrategy(broadcast_buffers=False) if world_size() > 1 else "auto",
             plugins=alone,
             max_epochs=1,
             limit_train_batches=steps,

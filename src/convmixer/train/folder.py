@@ -1,6 +1,7 @@
 """Writes the files of a run: config.yaml, metrics.csv, log.jsonl, the model card. Nothing here computes."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -16,9 +17,9 @@ from convmixer import records
 from convmixer.config import Config, difference, override, to_dict
 from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
-from convmixer.files import write_atomic
+from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
-from convmixer.run_folder import RunFolder, is_run
+from convmixer.run_folder import LOCK, RunFolder, is_run
 
 COLUMNS = (
     "epoch",
@@ -32,6 +33,8 @@ COLUMNS = (
     "loader_share",
     "seconds",
 )
+_NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", "build", "schedule")
+_DIGEST = "# sha256: "  # begins the last line of config.yaml
 
 
 class RunFiles(RunFolder):
@@ -59,21 +62,52 @@ class RunFiles(RunFolder):
     def write_config(self, contents: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
-        write_atomic(self.config, text.encode())
+        write_atomic(self.config, f"{text}{_DIGEST}{_digest(text)}\n".encode())
 
     def read_config(self) -> dict[str, Any]:
         """Return the contents of config.yaml.
 
         Raises:
-            RequestError: The folder is not a run.
+            RequestError: The folder is not a run, or config.yaml is damaged.
         """
+        text = self._read_text(self.config, "is not a run folder")
+        body, mark, digest = text.rpartition(_DIGEST)
+        if mark and digest.strip() != _digest(body):
+            raise RequestError(
+                f"{self.config} was damaged or changed after it was written: copy it again, or if you changed it on "
+                "purpose, delete its last line"
+            )
         try:
-            contents = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            contents = dict(yaml.safe_load(text))
             override(Config(), contents["settings"])
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, RequestError) as error:
-            text = " ".join(str(error).split())
-            raise RequestError(f"{self.path} is not a run folder with a readable config.yaml: {text}") from error
-        return dict(contents)
+            missing = [key for key in _NEEDED if key not in contents]
+        except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
+            why = str(error) if isinstance(error, RequestError) else "it is cut or damaged"
+            raise RequestError(f"{self.config} cannot be read: {why}") from error
+        if missing:
+            raise RequestError(f"{self.config} is cut or damaged: it has no {missing[0]}")
+        return contents
+
+    def read_results(self) -> dict[str, Any] | None:
+        """Return the results of a finished run, or None; one with a damaged record (it is named) is not finished."""
+        if not self.record.exists():
+            return None
+        try:
+            found = records.read(self.record)
+        except (OSError, ValueError) as error:
+            print(f"{self.record} is damaged ({error}): it will be written again")
+            return None
+        if not found:
+            print(f"{self.record} is empty: it will be written again")
+        return found[-1].results if found else None
+
+    def _read_text(self, path: Path, otherwise: str) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path} is cut or damaged: it is no text") from error
+        except OSError as error:
+            raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.csv anew, one row per epoch; it is small, and so never holds a row twice."""
@@ -86,26 +120,30 @@ class RunFiles(RunFolder):
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Add an event to log.jsonl."""
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
-        with self.log_file.open("a", encoding="utf-8") as file:
+        with naming(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Drop the events after a step: they will happen again."""
         path = self.log_file
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def check_empty(path: Path) -> None:
-    """Raise RequestError where a new run cannot go: it is a file, or a folder that holds something."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raise RequestError if a new run cannot go there: it is a file, or a folder that holds something.
+
+    What a process leaves that was killed before its first file does not count.
+    """
+    taken = path.exists() and not path.is_dir()
+    if taken or (path.exists() and any(child.name[0] != "." and child.name != LOCK for child in path.iterdir())):
         hint = f"continue it with --resume {path}" if is_run(path) else "choose another --out"
         raise RequestError(f"{path} is not empty: {hint}")
 
 
 class Board:
-    """TensorBoard's event files: the numbers of metrics.csv; opened when the first row comes.
+    """TensorBoard's event files: the numbers of metrics.csv, opened with the first row. A run goes on without them.
 
     Args:
         path: Their folder.
@@ -115,13 +153,23 @@ class Board:
         self.path = path
         self._writer: Any = None
         self._purge: int | None = None
+        self._failed = False
 
     def rewind(self, step: int) -> None:
-        """Let TensorBoard ignore what lies after a step."""
+        """Let TensorBoard ignore what was written after a step."""
         self._purge = step + 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Write one epoch's numbers."""
+        if self._failed:
+            return
+        try:
+            self._add_row(row)
+        except (OSError, RuntimeError) as error:
+            self._failed = True
+            print(f"TensorBoard's files in {self.path} cannot be written any more ({error}); the run goes on")
+
+    def _add_row(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -133,7 +181,7 @@ class Board:
 
     def close(self) -> None:
         """End the file."""
-        if self._writer is not None:
+        if self._writer is not None and not self._failed:
             self._writer.close()
 
 
@@ -212,6 +260,10 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _next_free(name: str) -> Path:

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from convmixer.config import Config
 from convmixer.data.sampler import sample_seed
 from convmixer.data.transforms import erase, mix
-from convmixer.train.distributed import rank
+from convmixer.train.distributed import average_statistics, rank
 from convmixer.train.optim import build_optimizer, set_rate
 from convmixer.train.schedule import rate_at_step
 
@@ -79,6 +79,7 @@ class TrainingModule(pl.LightningModule):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.steps_done += 1
+        average_statistics(self.model)
         if self._average:
             self._average[0].update(self.model, self.steps_done)
         self.loss_sum += loss.double().cpu()

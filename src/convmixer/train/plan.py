@@ -14,8 +14,8 @@ from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.device import available_bytes, count_memory
 from convmixer.errors import RequestError
 from convmixer.probe import fresh, macs
+from convmixer.train.budget import seconds_per_image
 from convmixer.train.engine import fit, measure_speed
-from convmixer.train.run import seconds_per_image
 from convmixer.train.setup import prepare
 
 

@@ -1,0 +1,62 @@
+"""Notices that a data set changes while a run trains on it: by names, sizes and times, and then by its checksum."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from convmixer.data.argument import read_argument
+from convmixer.data.find import find
+from convmixer.data.options import Options
+from convmixer.data.walk import walk
+from convmixer.errors import RequestError
+
+
+class Watch:
+    """The state of a data set on this machine's disk.
+
+    Args:
+        spec: The data argument, see `argument.read_argument`.
+        checksum: Of the data as they were read.
+        options: How they were read.
+    """
+
+    def __init__(self, spec: str, checksum: str, options: Options) -> None:
+        self.spec, self.checksum, self.options = spec, checksum, options
+        self.path = read_argument(spec).path
+        self._listing = self._list()
+
+    def changed(self) -> str | None:
+        """Return what has changed since the last call, in words, or None."""
+        listing = self._list()
+        if listing == self._listing:
+            return None
+        self._listing = listing
+        try:
+            checksum = find(self.spec, options=self.options).checksum
+        except RequestError as error:
+            return f"they cannot be read any more ({error})"
+        if checksum == self.checksum:  # only touched
+            return None
+        self.checksum = checksum
+        return "their checksum is another one"
+
+    def _list(self) -> str | None:
+        """Return a hash of names, sizes and times of all files, or None for data that are not on this disk."""
+        if self.path is None:
+            return None
+        digest = hashlib.sha256()
+        try:
+            names = walk(self.path).files if self.path.is_dir() else [""]
+        except RequestError as error:
+            return str(error)
+        for name in names:
+            digest.update(_describe(self.path / name if name else self.path))
+        return digest.hexdigest()
+
+
+def _describe(path: Path) -> bytes:
+    try:
+        found = path.stat()
+    except OSError:
+        return os.fsencode(path) + b" is gone\n"
+    return os.fsencode(path) + f" {found.st_size} {found.st_mtime_ns}\n".encode()

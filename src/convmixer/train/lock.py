@@ -1,0 +1,199 @@
+"""One process trains in a run folder at a time. A holder that died, on this machine or another, does not block.
+
+The lock is a file with the holder's machine and process id, which the holder touches every few seconds. On the same
+machine a holder is alive if its process is. On another machine it is alive as long as it touches the file.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from convmixer.errors import RequestError
+from convmixer.files import process_exists, temporary_name
+
+BEAT_SECONDS = 5.0
+DEAD_AFTER_SECONDS = 30.0  # six beats: a machine that swaps, or a slow network file system
+
+
+class RunLock:
+    """Context in which this process alone trains in a run folder.
+
+    Args:
+        path: The lock file; its folder exists.
+
+    Raises:
+        RequestError: Another process trains there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost = False  # another process took the lock, because this one was silent for too long
+        self._own = json.dumps(_identity() | {"token": secrets.token_hex(8)})
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "RunLock":
+        while not self._try():
+            self._wait_for_holder()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._read() == self._own:
+            self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise RuntimeError if another process has taken the lock."""
+        if self.lost:
+            raise RuntimeError(f"another process took over {self.path.parent} while this one was silent")
+
+    def _try(self) -> bool:
+        """Return whether the lock was free and is ours now."""
+        draft = temporary_name(self.path)
+        draft.write_text(self._own, encoding="utf-8")
+        try:
+            _link(draft, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True
+
+    def _wait_for_holder(self) -> None:
+        """Remove the lock of a dead holder; one on another machine gets time to show that it lives.
+
+        Raises:
+            RequestError: The holder lives.
+        """
+        text = self._read()
+        if text is None:
+            return
+        holder = _parse(text)
+        here = all(holder.get(key) == value for key, value in _machine().items())
+        if here and _runs(holder):
+            raise self._held(holder)
+        if not here:
+            self._watch(text, holder)
+        self._remove(text)
+
+    def _watch(self, text: str, holder: dict[str, Any]) -> None:
+        first, deadline = self._touched(), time.monotonic() + DEAD_AFTER_SECONDS
+        print(f"{self.path.parent}: waiting {DEAD_AFTER_SECONDS:.0f} s for a sign of life of {_name(holder)}")
+        while time.monotonic() < deadline:
+            if self._read() != text:
+                return
+            if self._touched() != first:
+                raise self._held(holder)
+            time.sleep(min(0.2, DEAD_AFTER_SECONDS / 10))
+
+    def _remove(self, text: str) -> None:
+        """Remove the lock if it still is the dead holder's; of several processes that try, one succeeds."""
+        aside = temporary_name(self.path)
+        with contextlib.suppress(FileNotFoundError), _one_at_a_time(self.path.parent):
+            if self._read() == text:
+                self.path.replace(aside)
+                aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            if self._read() not in (self._own, None):
+                self.lost = True
+                return
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _read(self) -> str | None:
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError:  # a network file system that is away for a moment
+            return self._own if self._thread.is_alive() else None
+
+    def _touched(self) -> int:
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_mtime_ns
+        return 0
+
+    def _held(self, holder: dict[str, Any]) -> RequestError:
+        return RequestError(f"{self.path.parent} is in use by {_name(holder)}: wait for it, or stop it")
+
+
+def _link(draft: Path, path: Path) -> None:
+    """Give a file its name if no file has it; atomic on network file systems too.
+
+    Raises:
+        FileExistsError: A file has the name.
+    """
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, e.g. on a USB stick
+        with path.open("x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {str(holder.get('host', '?'))[:100]}"
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        holder = None
+    return holder if isinstance(holder, dict) else {}
+
+
+def _machine() -> dict[str, Any]:
+    """Return what tells machines apart, and containers, whose process ids are their own."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"host": socket.gethostname(), "boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
+    return {"host": socket.gethostname()}
+
+
+def _identity() -> dict[str, Any]:
+    return _machine() | {"pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _runs(holder: dict[str, Any]) -> bool:
+    """Return whether a holder on this machine is alive; another process may have got its number since."""
+    pid = holder.get("pid")
+    return isinstance(pid, int) and pid > 0 and process_exists(pid) and holder.get("started") == _started(pid)
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started, as the system counts, or None if the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]  # a zombie is dead
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this machine at a time into the block."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

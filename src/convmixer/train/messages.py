@@ -1,0 +1,55 @@
+"""What a run says on the terminal."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from convmixer.config import to_dict
+from convmixer.run_folder import RunFolder
+from convmixer.train.distributed import world_size
+from convmixer.train.setup import Job
+
+
+def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
+    """Print all that is decided before the first step; `contents` are those of config.yaml."""
+    data, c = job.data, job.config
+    console.print(f"run      {folder.path}")
+    console.print(f"recipe   {contents['recipe'] or 'none'}")
+    for note in data.notes:
+        console.print(f"data     {data.name}: {note}")
+    parameters = sum(p.numel() for p in job.model.parameters())
+    console.print(f"model    {job.build[0]}, {parameters:,} parameters, {job.kernels}")
+    console.print(f"compute  {c.device}, {c.precision}, {torch.get_num_threads()} threads x {world_size()}")
+    settings = "  ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
+    for line in textwrap.wrap(settings, 106):
+        console.print(f"settings {line}")
+    for name, change in contents["differs_from_recipe"].items():
+        console.print(f"differs  {name}: {_show(change['here'])} (recipe: {_show(change['recipe'])})")
+    if job.batch_size != c.batch_size:
+        console.print(f"batch    {job.batch_size}, all the training images there are")
+
+
+def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any]) -> None:
+    """Print what the chosen weights were measured to."""
+    console.print(f"chosen   {results['chosen']}")
+    for split, use in (("val", "chose the epoch"), ("test", "read once, now")):
+        if results[f"{split}_n"]:
+            top1, top5, n = (results[f"{split}_{key}"] for key in ("top1", "top5", "n"))
+            console.print(f"{split:<8} top-1 {top1:.2f}%  top-5 {top5:.2f}%  of {n} images ({use})")
+    console.print(f"files    {folder.path}, pictures in {folder.pictures}")
+
+
+def epoch_line(row: Mapping[str, Any], epochs: float, better: bool) -> str:
+    """Return what is printed after an epoch: a row of metrics.csv, the run's length, if it is the best."""
+    text = f"epoch {row['epoch']:g}/{epochs:g}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"
+    if row["top1"] is not None:
+        text += f"  val loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}%"
+    text += f"  {row['images_per_second']:.0f} images/s, loader {100 * row['loader_share']:.0f}% of the time"
+    return text + ("  (best)" if better else "")
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
