@@ -70,6 +70,16 @@ def test_a_report_is_what_its_records_give(tmp_path: Path, study: str) -> None:
     assert (folder / "report.md").read_text() == (ROOT / "results" / study / "report.md").read_text()
 
 
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_picture_of_a_report_is_linked_by_one(study: str) -> None:
+    linked = {
+        (path.parent / link).resolve()
+        for path in ROOT.glob("results/*/report.md")
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
+    }
+    assert set((ROOT / "results" / study / "pictures").iterdir()) <= linked
+
+
 def test_weights_that_ship_stand_where_their_record_says() -> None:
     path = ROOT / "results" / "authors-cifar10-seed0" / "record.jsonl"
     record = records.read(path)[0]

@@ -3,7 +3,7 @@
     python tools/vendor_runtime.py [VERSION]
 
 Needs npm and the network, and the onnxruntime package for its notices; about 10 s. Writes `ort.js` (the module bundle
-turned into a classic script, because browsers refuse modules from file://) and `ort.wasm.xz` (14 MB packed to 2.2).
+as a classic script, because browsers refuse modules from file://) and `ort.wasm.xz` (14 MB packed to 2.2).
 """
 
 import lzma

@@ -1,14 +1,14 @@
 """Your own images, a few hundred or more: the default for every data set but the bundled digits.
 
     convmixer train FOLDER                                          from scratch
-    convmixer train FOLDER --weights WEIGHTS --lr 0.001 --epochs 15 from weights that exist
+    convmixer train FOLDER --weights WEIGHTS --lr 0.001 --epochs 15 from existing weights
 
 Expected: it depends on the images; run `convmixer plan FOLDER` first for the time. FOLDER holds one folder of images
-per class. A tenth of them is held out to choose the best epoch, and a test folder, where there is one, is read once.
+per class. A tenth of them is held out to choose the best epoch, and the test split is read once, at the end.
 
 From scratch, the model is a ConvMixer-256/8 whose patches cut the image into 16 x 16, so the cost of a step does not
 depend on `--img-size` (594,186 parameters at 32 px). Augmentation is moderate: flips, crops of at least half the
-area, light RandAugment and erasing, label smoothing; an average of the weights evens out the noise of small sets.
+area, light RandAugment and erasing, label smoothing; a moving average of the weights smooths the noise of small sets.
 """
 
 from convmixer.config import Config

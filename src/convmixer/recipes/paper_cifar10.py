@@ -7,8 +7,8 @@ author of that issue got 95.89% with the command given there, which is followed 
 on, the last epoch is taken, the test set is read once. Days on a CPU: see `convmixer plan cifar10 --recipe
 paper-cifar10`.
 
-Not in that command, so the defaults of the timm fork it ran in: smoothing 0.1, flip 0.5, aspect ratio 3/4 to 4/3,
-random interpolation, no decay of biases and 1-D parameters. That fork's "onecycle" is the piecewise schedule.
+What that command leaves out has the defaults of the timm fork it ran in: smoothing 0.1, flip 0.5, aspect ratio 3/4
+to 4/3, random interpolation, no decay of biases and 1-D parameters. That fork's "onecycle" is the piecewise schedule.
 """
 
 from convmixer.config import Config

@@ -3,12 +3,12 @@
     torchrun --nproc-per-node 10 -m convmixer train IMAGENET_FOLDER --recipe paper-imagenet
 
 Expected: 81.37% top-1 of the ImageNet validation set is what the authors' README gives for their weights, after about
-9 days on 10 RTX 8000 (48 GB each), as they tell in issue #12. IMAGENET_FOLDER holds `train` and `val`, each with one
+9 days on 10 RTX 8000 (48 GB each), as they say in issue #12. IMAGENET_FOLDER holds `train` and `val`, each with one
 folder per class. `--grad-accum` saves memory at the same batch of 640. ConvMixer-768/32 took 300 epochs: recipe
 paper-imagenet-300. Other sizes: `--model convmixer_1024_20`.
 
-Not in that command, so the defaults of the timm fork it ran in: weight decay 2e-5 with none on biases and 1-D
-parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42.
+What that command leaves out has the defaults of the timm fork it ran in: weight decay 2e-5 with none on biases and
+1-D parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42.
 """
 
 from convmixer.config import Config

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 10 -m convmixer train IMAGENET_FOLDER --recipe paper-imagenet-300
 
 Expected: 80.16% top-1 of the ImageNet validation set is what the released weights reach; the authors needed about
-8 days on 10 RTX 8000 (issue #12 of github.com/locuslab/convmixer). Those weights use ReLU where the paper says GELU,
+8 days on 10 RTX 8000 (issue #12 of github.com/locuslab/convmixer). The paper says GELU, those weights use ReLU,
 and so does this model; `--act gelu` is the paper's text.
 """
 

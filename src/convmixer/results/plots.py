@@ -1,6 +1,7 @@
 """Pictures of a single run, from numbers alone: curves, grids of images, filters and kernels.
 
-Every picture has a solid white background and dark text, so that it reads on a light and on a dark page alike.
+Charts have a white background and dark text. Filters and kernels have no background and grey text, so that they
+read on a light and on a dark page without a glaring frame.
 """
 
 import math
@@ -18,8 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from convmixer.files import atomic_file
+from convmixer.results.fonts import drawing
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#6b6b6b"
+BOTH = "#7b7f86"  # text with a contrast of 4 to 1 on white and on near-black
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -33,13 +36,23 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "legend.frameon": False,
 }
+_BARE: dict[Any, Any] = _STYLE | {
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.color": BOTH,
+    "axes.labelcolor": BOTH,
+    "axes.edgecolor": BOTH,
+}
+NUMBERED, NAMED, PAIRS = 15, 60, 20  # classes with numbers in the cells, with all names; pairs listed beside
+CHOSEN = 40  # classes shown if there are more than NAMED
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs.
 
     Args:
-        rows: One mapping per epoch with epoch, lr, train_loss and, where measured, val_loss, top1, top5 (percent).
+        rows: One mapping per epoch with epoch, lr, train_loss and, if measured, val_loss, top1, top5 (percent).
         path: The PNG to write.
     """
     with plt.rc_context(_STYLE):
@@ -47,7 +60,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _line(loss, rows, "train_loss", "train, augmented", ORANGE)
         _line(loss, rows, "val_loss", "validation", BLUE)
         _line(accuracy, rows, "top1", "validation top-1", BLUE)
-        _line(accuracy, rows, "top5", "validation top-5", GREY)
+        if any((row.get("top5") or 100) < 100 for row in rows):  # always 100 with five classes
+            _line(accuracy, rows, "top5", "validation top-5", GREY)
         _line(rate, rows, "lr", "at the end of the epoch", BLUE)
         for axes, title in ((loss, "Loss"), (accuracy, "Accuracy, %"), (rate, "Learning rate")):
             axes.set(title=title, xlabel="epoch")
@@ -71,7 +85,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
         columns: Images per row.
     """
     rows = math.ceil(len(images) / columns)
-    with plt.rc_context(_STYLE):
+    with drawing(_STYLE, map(_short, titles)):
         figure, grid = plt.subplots(
             rows, columns, figsize=(columns * 1.25, rows * 1.45 + 0.5), layout="constrained", squeeze=False
         )
@@ -99,7 +113,7 @@ def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
     low, high = chosen.min(axis, keepdims=True), chosen.max(axis, keepdims=True)
     if weight.shape[2] > 1:
         chosen = (chosen - low) / np.maximum(high - low, 1e-12)
-    else:  # a single pixel has no range of its own
+    else:  # one pixel has no range: scale by that of all
         chosen = (chosen - chosen.min()) / max(float(chosen.max() - chosen.min()), 1e-12)
     size = "x".join(map(str, weight.shape[2:]))
     _tiles(chosen, f"First convolution: {len(order)} of {len(weight)} filters ({size}), largest first", path)
@@ -116,7 +130,7 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
     """
     names = list(layers)
     shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(_BARE):
         figure, grid = plt.subplots(
             len(shown),
             per_layer,
@@ -200,7 +214,7 @@ def explanation(
         path: The PNG to write.
     """
     panels = 3 if evidence is not None else 2
-    with plt.rc_context(_STYLE):
+    with drawing(_STYLE, (_short(name, 22) for name in classes)):
         figure, row = plt.subplots(1, panels, figsize=(3.7 * panels, 3.9), layout="constrained")
         side = seen.shape[0]
         row[0].imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -239,35 +253,101 @@ def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray,
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw which classes are taken for which: rows are the true class, each scaled to its own number of images.
+    """Draw which classes are taken for which, and list the pairs confused most beside it.
+
+    Up to 15 classes keep their order, and their cells hold the numbers. More are ordered so that classes that are
+    taken for each other stand together. Of more than 60, the 40 that are confused most are shown.
 
     Args:
         counts: (classes, classes) numbers of images, row: true, column: predicted.
-        classes: Names; written where there are at most 30, the numbers in the cells where at most 15.
+        classes: Names.
         path: The PNG to write.
     """
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few, n = len(classes) <= 30, len(classes)
-    side = min(11.0, 3 + 0.4 * n)
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
-        image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
-        names = [_short(name) for name in classes] if few else []
-        axes.set_xticks(range(n) if few else [], names, rotation=90, parse_math=False)
-        axes.set_yticks(range(n) if few else [], names, parse_math=False)
-        axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(counts.sum()):,} images")
-        for row, column in np.ndindex(n, n) if n <= 15 else ():
-            color = "white" if share[row, column] > 0.5 else "black"
-            text = str(int(counts[row, column]))
-            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-        figure.colorbar(image, label="% of the true class", shrink=0.8)
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of each true class
+    pairs = confused_pairs(counts)
+    shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
+    if len(shown) > NUMBERED:
+        shown = shown[_alike(share[np.ix_(shown, shown)])]
+    listed = [(classes[i], classes[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
+    side = min(12.0, 3.4 + 0.24 * len(shown))
+    with drawing(_STYLE | {"axes.grid": False}, (_short(name) for name in classes)):
+        figure, (matrix, beside) = plt.subplots(
+            1, 2, figsize=(side + 5.8, side), width_ratios=(side + 0.8, 5.0), layout="constrained"
+        )
+        _matrix(
+            figure, matrix, counts[np.ix_(shown, shown)], share[np.ix_(shown, shown)], [classes[i] for i in shown]
+        )
+        of = f"{len(shown)} of {len(classes):,} classes, those confused most; " if len(shown) < len(classes) else ""
+        matrix.set_title(f"Confusion matrix: {of}{int(counts.sum()):,} images")
+        _pairs(beside, listed)
         _save(figure, path)
+
+
+def confused_pairs(counts: np.ndarray) -> list[tuple[int, int]]:
+    """Return the (true, predicted) classes that are confused at all, most images first.
+
+    Args:
+        counts: (classes, classes) numbers of images, row: true, column: predicted.
+    """
+    wrong = counts - np.diag(np.diag(counts))
+    rows, columns = np.nonzero(wrong)
+    order = np.argsort(-wrong[rows, columns], kind="stable")
+    return [(int(rows[k]), int(columns[k])) for k in order]
+
+
+def _confused_most(pairs: Sequence[tuple[int, int]], n: int) -> np.ndarray:
+    """Return the numbers of the classes in the first pairs, filled up with the first classes."""
+    found = dict.fromkeys(i for pair in pairs for i in pair)
+    return np.array(list(dict.fromkeys([*found, *range(n)]))[:CHOSEN])
+
+
+def _alike(share: np.ndarray) -> np.ndarray:
+    """Return an order of the classes in which those taken for each other stand together."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    both = share + share.T
+    apart = (both.max() - both)[np.triu_indices(len(both), 1)]
+    order: np.ndarray = leaves_list(linkage(apart, "average", optimal_ordering=True))
+    return order
+
+
+def _matrix(figure: Figure, axes: Axes, counts: np.ndarray, share: np.ndarray, classes: Sequence[str]) -> None:
+    n = len(classes)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    names = [_short(name) for name in classes]
+    size = 10 if n <= NUMBERED else 8 if n <= 30 else 7
+    axes.set_xticks(range(n), names, rotation=90, parse_math=False, fontsize=size)
+    axes.set_yticks(range(n), names, parse_math=False, fontsize=size)
+    axes.set(xlabel="predicted", ylabel="true")
+    for row, column in np.ndindex(n, n) if n <= NUMBERED else ():
+        color = "white" if share[row, column] > 50 else "black"
+        axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+
+
+def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
+    """Draw bars of the pairs confused most: true class, predicted class, images, percent of the true class."""
+    if not pairs:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no image was misclassified", ha="center", va="center")
+        return
+    names = [f"{_short(true, 18)} → {_short(predicted, 18)}" for true, predicted, _, _ in pairs]
+    axes.barh(range(len(pairs)), [n for _, _, n, _ in pairs], color=ORANGE, height=0.6)
+    axes.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=8)
+    for place, (_, _, n, percent) in enumerate(pairs):
+        axes.text(n, place, f" {n} ({percent:.0f}%)", va="center", fontsize=8)
+    axes.set_title("True → predicted, most images first", fontsize=10)
+    axes.set(ylim=(max(len(pairs), 6) - 0.4, -0.6), xticks=[])
+    axes.set_xlim(0, 1.45 * max(n for _, _, n, _ in pairs))
+    for side in ("bottom", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
 
 
 def _tiles(images: np.ndarray, title: str, path: Path) -> None:
     columns = min(16, len(images))
     rows = math.ceil(len(images) / columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(_BARE):
         size = (max(5.5, columns * 0.6), rows * 0.6 + 0.5)
         figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         for axes in grid.flat:
@@ -289,7 +369,7 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, c
 def _short(text: str, most: int = 14) -> str:
     """Return a name as it is drawn, with `parse_math=False`: a $ in it is a $."""
     text = text.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= most else f"{text[: most - 5]}…{text[-4:]}"  # numbers stand at the end
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -19,13 +19,13 @@ RELATIONS = {
     "at-least": "less than {m} worse",
     "same": "less than {m} apart",
 }
-HEADS = ("arm", "parameters", "MACs", "test top-1 %", "n", "train images/s", "infer images/s", "time", "memory")
+HEADS = ("arm", "test top-1 %", "n", "parameters", "MACs", "train images/s", "infer images/s", "time", "memory")
 HOW = (
     "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds; "
-    "it is supported where the whole 95% interval agrees with it, contradicted where the whole interval disagrees, "
+    "it is supported if the whole 95% interval agrees with it, contradicted if the whole interval disagrees, "
     "else not decided with this many seeds. Claims, directions and the smallest differences that matter stood in the "
     "study file before it ran; the intervals are not corrected for the number of claims. Speeds and memory (beyond "
-    "libraries and data) are those of a few steps of each arm in a process of its own, one after the other on one "
+    "libraries and data) are those of a few steps of each arm in a fresh process, one arm after the other on one "
     "machine before the runs; time is that of a run at this speed. The runs themselves may have shared machines."
 )
 
@@ -182,10 +182,10 @@ def _paper_html(results: StudyResults) -> str:
 def _cells(row: ArmRow) -> Sequence[str]:
     return (
         row.label,
-        f"{row.parameters:,}",
-        f"{row.macs / 1e6:,.1f} M",
         _accuracy(row),
         str(row.test.n if row.test else 0),
+        f"{row.parameters:,}",
+        f"{row.macs / 1e6:,.1f} M",
         f"{row.train_speed:,.0f}",
         f"{row.infer_speed:,.0f}",
         f"{row.seconds:,.0f} s",
@@ -304,8 +304,10 @@ def _figure(title: str, picture: str) -> str:
 
 
 def _embedded(path: Path, title: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    content = path.read_bytes()
+    white = "" if content[25:26] == b"\x06" else ' class="white"'  # PNG's colour type: 6 has transparency
+    data = base64.b64encode(content).decode()
+    return f'<img{white} alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
 def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:

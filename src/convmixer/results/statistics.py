@@ -13,8 +13,8 @@ class Interval:
 
     Args:
         mean: The mean.
-        low: Lower end; minus infinity where n < 2.
-        high: Upper end; infinity where n < 2.
+        low: Lower end; minus infinity if n < 2.
+        high: Upper end; infinity if n < 2.
         n: Number of values.
     """
 
@@ -57,26 +57,26 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95
 ) -> Interval | None:
-    """Return the mean of first - second over the seeds that both have, or None where they share none.
+    """Return the mean of first - second over the seeds that both have, or None if they share none.
 
-    Pairing takes out what a seed does to both arms (order of the data, augmentation).
+    Pairing removes what a seed does to both arms: the order of the data, and the augmentation.
     """
     seeds = sorted(first.keys() & second.keys())
     return mean_interval([first[s] - second[s] for s in seeds], level) if seeds else None
 
 
 def verdict(difference: Interval | None, relation: str, matters: float) -> str:
-    """Return what the interval of a difference says of a claim.
+    """Return the verdict on a claim, from the interval of its difference.
 
     Args:
-        difference: first - second, or None where nothing is paired.
+        difference: first - second, or None if nothing is paired.
         relation: "better": first - second >= matters. "at-least": first - second > -matters.
             "same": |first - second| < matters.
         matters: Smallest difference that matters, at least 0.
 
     Returns:
-        "supported" where the whole interval agrees with the claim, "contradicted" where the whole interval
-        disagrees, "not decided" where it holds values of both kinds.
+        "supported" if the whole interval agrees with the claim, "contradicted" if the whole interval disagrees,
+        "not decided" if it holds values of both kinds.
 
     Raises:
         ValueError: The relation is not known.

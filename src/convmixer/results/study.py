@@ -1,4 +1,4 @@
-"""What a study folder says: arms, values per seed, intervals, verdicts; from study.json and records.jsonl alone."""
+"""The results in a study folder: arms, values per seed, intervals, verdicts. Reads the plan and the records alone."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SPEEDS = ("train_images_per_second", "infer_images_per_second")  # of the probe;
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One line of the table of arms; None where nothing is measured yet.
+    """One line of the table of arms; None if nothing is measured yet.
 
     Args:
         name, label: Of the arm.
@@ -36,7 +36,7 @@ class ArmRow:
 
 
 class StudyResults:
-    """A study as far as it has come.
+    """The results of a study so far.
 
     Args:
         folder: The study folder.
@@ -119,7 +119,7 @@ class StudyResults:
         }
 
     def curve(self, arm: str, key: str) -> tuple[list[float], list[list[float]]]:
-        """Return epochs and, for each, the values of all seeds; empty where the key was not measured."""
+        """Return epochs and, for each, the values of all seeds; empty if the key was not measured."""
         by_epoch: dict[float, list[float]] = {}
         for record in self.of_arm(arm):
             for row in record.results["history"]:

@@ -1,7 +1,7 @@
 """Pictures of a study as SVG: readable on light and dark pages, in print, and without telling colours apart.
 
 Ink and grid are CSS variables of the page; `standalone` puts fixed ones in, on white, for files that stand alone.
-Colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm has a marker and a line style of its own too.
+Colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm also has its own marker and line style.
 """
 
 import io
@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+ALIKE = 1.1  # accuracy is not drawn against what all arms have alike, such as parameters they were matched by
 UNITS = {
     "test_top1": "test top-1, percentage points",
     "train_images_per_second": "training, images/s",
@@ -89,13 +90,13 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
 
 
 def standalone(svg: str) -> str:
-    """Return a themed SVG with fixed colours on white, for a file of its own."""
+    """Return a themed SVG with fixed colours on white, for a separate file."""
     fixed = svg.replace("var(--ink)", "#222222").replace("var(--grid)", "#dddddd")
     return re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', fixed, count=1)
 
 
 def draw_weights(weights: Path, folder: Path, arm: str) -> None:
-    """Draw the first convolution and the depthwise kernels of saved weights, where there are such.
+    """Draw the first convolution and the depthwise kernels of saved weights, if it has any.
 
     Args:
         weights: A .safetensors file.
@@ -183,6 +184,9 @@ def _claims(results: StudyResults, axes: Axes) -> bool:
 
 def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes], bool]:
     def draw(results: StudyResults, axes: Axes) -> bool:
+        costs = [getattr(row, key) for row in results.rows()]
+        if max(costs) < ALIKE * min(costs):
+            return False
         points = 0
         for i, row in enumerate(results.rows()):
             x = getattr(row, key)

@@ -1,4 +1,4 @@
-"""Families of models that a study can name, and what an arm of a given size costs. Builds nothing for real.
+"""Families of models that a study can name, and what an arm of a given size costs. Allocates no weights.
 
 An arm is a registry name and plain arguments: the same pair builds the model to train and to load its weights into.
 """
@@ -75,7 +75,7 @@ FAMILIES: dict[str, Callable[..., Build]] = {
 def width_step(family: str, sizes: dict[str, Any]) -> int:
     """Return the step between widths that matching tries: one for ResNet, whose later stages multiply it, else two.
 
-    Where there is attention, a width must also be a multiple of its heads.
+    With attention, a width must also be a multiple of its heads.
     """
     heads = inspect.signature(FAMILIES[family]).parameters.get("heads")
     attends = heads and (family != "isotropic" or sizes.get("mixer") == "attention")

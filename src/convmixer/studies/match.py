@@ -47,7 +47,7 @@ def solve(
     bound = low
     while bound < high and at(bound) < target:
         low, bound = bound, min(2 * bound, high)
-    while bound - low > 1:  # at(low) < target <= at(bound), where both exist
+    while bound - low > 1:  # at(low) < target <= at(bound), if both exist
         middle = (low + bound) // 2
         low, bound = (middle, bound) if at(middle) < target else (low, middle)
     best = min((low, bound), key=lambda steps: abs(at(steps) - target))

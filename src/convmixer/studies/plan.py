@@ -1,4 +1,4 @@
-"""A study made ready to run: data looked at, sizes solved, models counted, costs probed. Plain JSON from here on.
+"""A study made ready to run: data read, sizes solved, parameters counted, costs measured. The plan is plain JSON.
 
 The plan goes into the study folder and into the queue, so every worker trains the same sizes, and a report can be
 made from the plan and the records alone.
@@ -77,8 +77,8 @@ def run_name(arm: str, seed: int) -> str:
 def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
     """Return arm -> what `probe` measured, saying each as it is measured.
 
-    Where a claim is about a speed, all arms are measured once for every seed, turn by turn: the speeds are then their
-    medians, and `rounds` holds each turn's.
+    If a claim is about a speed, all arms are measured once for every seed, in turns: the speeds are then the medians,
+    and `rounds` holds each turn's.
     """
     rounds = len(study.seeds) if any(claim.measure in SPEEDS for claim in study.claims) else 1
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["arms"]}
@@ -102,7 +102,7 @@ def _typical(costs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_splits(study: Study, data: str) -> DataSplits:
-    """Return the data as the study's runs see them, but for the seed of a validation split."""
+    """Return the data as the study's runs see them, except for the seed of a validation split."""
     c = study.recipe
     return load_data(
         data,

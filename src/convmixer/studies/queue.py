@@ -1,7 +1,7 @@
 """The runs of a study as a queue that several workers, on one machine or many, take from. Optuna keeps it.
 
-Only its queue is used: every run is enqueued before the first one starts, nothing is sampled. A worker shows by a
-heartbeat that it lives; when that stops, Optuna enqueues its run again and the next worker continues it.
+Only its queue is used: every run is enqueued before the first one starts, and nothing is sampled. Each worker sends a
+heartbeat. When it stops, Optuna enqueues the worker's run again, and the next worker continues it.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ class Queue:
     """The runs of one study in a database.
 
     Args:
-        url: SQLAlchemy URL of the database; its tables are made where missing.
+        url: SQLAlchemy URL of the database; missing tables are made.
         name: The study's name there.
-        heartbeat_seconds: Time between the signs of life of a worker; of a study that was started already, the time
-            it was started with holds for all workers.
+        heartbeat_seconds: Time between the signs of life of a worker; if the study was started before, the time
+            given then holds for all workers.
 
     Raises:
         RequestError: The database cannot be used.
@@ -75,7 +75,7 @@ class Queue:
         return "plan" in self._attributes()
 
     def start(self, runs: list[str], plan: dict[str, Any], done: Mapping[str, Record] | None = None) -> None:
-        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists is left as it is.
+        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists stays as it is.
 
         Args:
             runs: Names of all runs.
@@ -85,7 +85,7 @@ class Queue:
         if self.exists():
             return
         done = done or {}
-        if self.name in optuna.get_all_study_names(self._storage):  # killed in the middle of the lines below
+        if self.name in optuna.get_all_study_names(self._storage):  # killed between the lines below
             optuna.delete_study(study_name=self.name, storage=self._storage)
         study = optuna.create_study(storage=self._storage, study_name=self.name, direction="maximize")
         for run in runs:
@@ -121,11 +121,11 @@ class Queue:
         return {run: t.user_attrs.get("error", "its workers died") for run, t in failed}
 
     def waiting(self) -> list[str]:
-        """Return the runs that nobody has taken, in the order in which they will be."""
+        """Return the runs that no worker has taken, the next one first."""
         return self._runs(TrialState.WAITING)
 
     def running(self) -> list[str]:
-        """Return the runs that workers have in hand, or had when they died."""
+        """Return the runs that workers are training, or were when they died."""
         return self._runs(TrialState.RUNNING)
 
     def retry_failures(self) -> None:
@@ -134,7 +134,7 @@ class Queue:
             self._study().enqueue_trial({"run": run})
 
     def recover(self) -> None:
-        """Put back what dead workers had: at once on this machine, elsewhere when the heartbeat has stopped."""
+        """Put the runs of dead workers back: at once if they died here, else when their heartbeat stops."""
         here = _place()
         with _one_at_a_time(self.name):
             for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -151,7 +151,7 @@ class Queue:
                 SystemExit or KeyboardInterrupt the run is the next to be taken.
 
         Returns:
-            The run's name, or None where no run was waiting.
+            The run's name, or None if no run was waiting.
         """
         taken: list[str] = []
         ids: list[int] = []
@@ -196,12 +196,12 @@ class Queue:
         return float(record["results"]["test_top1"])
 
     def _put_back(self, trial_id: int) -> None:
-        # without the worker, or the next one's run would look like this one's until it has signed
+        # forget this worker, or the run of the next one would look dead until it has written its own number
         self._storage.set_trial_user_attr(trial_id, "pid", None)
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def _take_back(self, trial_id: int) -> None:
-        """Go on with a run that another worker has put back although this one lives, and that nobody has taken."""
+        """Take a run again that another worker put back although this one is alive, if nobody has taken it since."""
         if self._storage.get_trial(trial_id).state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
@@ -229,7 +229,7 @@ def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenT
 
 
 def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Enqueue the run of a worker whose heartbeat has stopped, without that worker's name on it."""
+    """Enqueue the run of a worker whose heartbeat has stopped, without that worker's process number."""
     trial.user_attrs.pop("pid", None)
     RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
 
@@ -247,7 +247,7 @@ def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:
 
 
 def _place() -> str:
-    """Return where a process number holds: the machine and, where the system tells, its boot and PID namespace.
+    """Return where a process number is valid: the machine and, if the system tells them, its boot and PID namespace.
 
     Containers may share a host name, and each counts its processes from 1.
     """
@@ -258,7 +258,7 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process was started, in ticks since the boot, or None where the system does not tell."""
+    """Return when a process was started, in ticks since the boot, or None if the system does not tell."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -272,7 +272,7 @@ def _alive(pid: int, started: str | None) -> bool:
         return False
     except PermissionError:
         pass
-    return started is None or _started(pid) in (None, started)  # not another process that got the number since
+    return started is None or _started(pid) in (None, started)  # a later process may have the same number
 
 
 def _without_password(url: str) -> str:

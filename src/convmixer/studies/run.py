@@ -45,18 +45,18 @@ def compare(
         resume: Go on with the study in that folder.
         budget: Start no run that would not end within this time, such as "2h"; None: the study's own, or no limit.
         dry_run: Probe and print the plan; train nothing.
-        worker: Take runs from a queue that was started elsewhere.
+        worker: Take runs from a queue that another process started.
         storage: SQLAlchemy URL of the queue; None: SQLite in the study folder.
         heartbeat_seconds: Time between the signs of life of this worker.
-        reuse: Folder of another study; what it has finished with the same model, settings, seed and data is not
-            trained again.
+        reuse: Folder of another study; runs that finished there with the same model, settings, seed and data are
+            not trained again.
 
     Returns:
-        `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); of a dry
+        `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); for a dry
         run `arms` and `seconds_total`.
 
     Raises:
-        RequestError: The study, the data or the folder do not allow it; nothing was trained.
+        RequestError: The study, the data or the folder is wrong; nothing was trained.
     """
     began = time.monotonic()
     study = load_study(name)
@@ -95,7 +95,7 @@ class Runner:
 
     Args:
         study: The study.
-        spec: The data argument; workers on other machines may have the same data elsewhere.
+        spec: The data argument; workers on other machines may keep the same data elsewhere.
         queue: Its queue, started.
         out: The study folder.
         deadline: Start nothing that would end after this (`time.monotonic`).
@@ -122,7 +122,7 @@ class Runner:
             raise RequestError(f"{self.spec} holds other data than the study was started with")
 
     def work(self) -> None:
-        """Take runs until none is left, or the next does not fit the budget; wait for those of other workers."""
+        """Take runs until none is left or the next does not fit the budget; then wait for other workers."""
         said = ""
         while True:
             self.queue.recover()
@@ -159,7 +159,7 @@ class Runner:
         return self._record(run, arm, folder)
 
     def report(self) -> dict[str, Any]:
-        """Write the records and the report of what there is, and return what the command returns."""
+        """Write the records and the report on the runs that have ended, and return the command's result."""
         from convmixer.results.report import write_report
 
         self._write_records()
@@ -243,7 +243,7 @@ class Runner:
     # Time
 
     def _estimate(self, run: str) -> float:
-        """Return the seconds a run will still take: as its arm's finished ones on this machine, or as the probe."""
+        """Return the seconds a run will still take, by the arm's finished runs on this machine, else by the probe."""
         arm, seed = self.of_run[run]
         if self._elsewhere(run):
             return 0.0
@@ -297,11 +297,11 @@ def _say_plan(plan: Plan) -> None:
     print(f"data     {data['name']}: {data['train']} train, {data['val']} val, {data['test']} test")
     if plan["unequal"]:
         changed = [name for name, arm in plan["arms"].items() if arm["recipe"]]
-        print(f"unequal  these arms have a recipe of their own: {', '.join(changed) or 'none'}")
+        print(f"unequal  these arms change the recipe: {', '.join(changed) or 'none'}")
 
 
 def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
-    """Refuse to mix two studies in one folder, and to go on by accident."""
+    """Refuse to mix two studies in one folder, or to continue one without --resume."""
     known = out / "study.json"
     if not known.exists():
         if out.exists() and any(out.iterdir()) and not goes_on:

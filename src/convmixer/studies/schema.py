@@ -1,6 +1,6 @@
-"""A study as read from its YAML file: arms, the one recipe they share, seeds, claims. Checks all, trains nothing.
+"""A study as read from its YAML file: arms, the recipe they share, seeds, claims. Checks everything, trains nothing.
 
-The file is the pre-registration: claims, directions and smallest differences that matter stand in it before any run.
+The file is the pre-registration: it holds the claims, their directions and the smallest differences that matter.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
 # larger is better; a claim may be about any of them
 MEASURES = ("test_top1", *SPEEDS)
-# settings of `train` that are no part of a recipe here, and why
+# settings of `train` that a study's recipe must not hold, and what to do instead
 ELSEWHERE = {
     "seed": "write `seeds`",
     "model": "it is the arm's",
@@ -36,11 +36,11 @@ class Arm:
 
     Args:
         name: Its key in the file; also part of folder names.
-        label: How tables and plots call it.
+        label: Its name in tables and plots.
         family: A name of `arms.FAMILIES`.
         sizes: Arguments of the family; `match` may replace width or depth.
-        fixed: Leave the sizes as written although the study matches.
-        recipe: Settings that only this arm has; allowed where the study says `unequal: true`.
+        fixed: Keep the sizes as written although the study matches.
+        recipe: Settings that only this arm has; allowed if the study says `unequal: true`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Claim:
             more; "same": they differ by less than `matters`.
         matters: Smallest difference that matters, in the unit of the measure (percentage points for accuracy).
         measure: One of MEASURES.
-        paper: What the paper reports: `says`, `source`, and `difference` where it can be compared.
+        paper: What the paper reports: `says`, `source`, and `difference` if it can be compared.
         settings: A plain sentence on how the paper's settings differ from these.
     """
 
@@ -89,7 +89,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """One comparison; see the shipped files for what each part looks like."""
+    """One comparison; docs/studies.md explains the file."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""Does a recorded number still hold? Weights and data are looked up, checked, and measured again."""
+"""Does a recorded number still hold? Finds its weights and data, checks them, and measures again."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from convmixer.fast import accelerate, has_kernels
 from convmixer.models.weights import load_model
 from convmixer.run_folder import BEST, RunFolder
 
-# percentage points: other processors and kernels round differently, and flip images that lie on the border
+# percentage points: other processors and kernels round differently, and change the class of images near the boundary
 TOLERANCE = 0.1
 
 
@@ -24,15 +24,15 @@ def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[
     """Re-evaluate recorded test accuracies and return whether each still holds.
 
     Args:
-        path: A run's record.jsonl or a study's records.jsonl; the weights lie beside it.
-        data: Where the data are now; None: where they were.
+        path: A run's record.jsonl or a study's records.jsonl; the weights stand beside it.
+        data: Where the data are now; None: as recorded.
         run: Verify only the record of this name.
 
     Returns:
         `holds` (all of them) and `records`: name, recorded, measured, difference, holds.
 
     Raises:
-        RequestError: There is no such record, its weights are gone, or the data are not those recorded.
+        RequestError: There is no such record, its weights are missing, or the data are not those recorded.
         RuntimeError: A number does not hold.
     """
     try:

@@ -1,0 +1,73 @@
+"""Fonts for names in any script: what matplotlib's own font cannot draw is looked for among the installed ones."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib import font_manager, ft2font
+
+OWN = "DejaVu Sans"  # ships with matplotlib
+MOST_FILES = 2000  # looked into at most: some machines have tens of thousands
+_said: set[str] = set()
+
+
+@contextlib.contextmanager
+def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
+    """Draw with a style and with fonts that hold the texts. If no font holds a script, a line says so once.
+
+    Args:
+        style: Matplotlib settings.
+        texts: Names that the picture will hold.
+    """
+    families, missing = families_for("".join(texts))
+    if missing and missing not in _said:
+        _said.add(missing)
+        print(
+            f"note     no font here draws {missing[:20]}, so pictures show boxes: install one, such as Noto Sans CJK"
+        )
+    with plt.rc_context(style | {"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
+        yield
+
+
+def families_for(text: str) -> tuple[list[str], str]:
+    """Return font families that together hold the text, matplotlib's own first, and the characters none holds."""
+    wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()} - _holds(font_manager.findfont(OWN))
+    families = [OWN]
+    for name, path in _installed() if wanted else ():
+        found = wanted & _holds(path)
+        if found:
+            families.append(name)
+            wanted -= found
+        if not wanted:
+            break
+    return families, "".join(map(chr, sorted(wanted)))
+
+
+@functools.cache
+def _installed() -> list[tuple[str, str]]:
+    """Return (family, file) of upright, regular fonts, those made for many scripts first."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in set(font_manager.findSystemFonts()[:MOST_FILES]) - known:  # installed after matplotlib looked
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            font_manager.fontManager.addfont(path)
+    regular = {
+        font.name: font.fname
+        for font in font_manager.fontManager.ttflist
+        if font.style == "normal" and font.weight in (400, "normal", "regular") and "Last Resort" not in font.name
+    }
+    broad = ("CJK", "Noto Sans", "Unicode", "Fallback", "Gothic", "Hei", "Hiragino")
+    names = sorted(regular, key=lambda name: (not any(word in name for word in broad), name))
+    return [(name, regular[name]) for name in names[:MOST_FILES]]
+
+
+@functools.lru_cache(maxsize=64)
+def _holds(path: str) -> frozenset[int]:
+    """Return the code points that a font file can draw."""
+    try:
+        return frozenset(ft2font.FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
