@@ -274,9 +274,8 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
         figure, (matrix, beside) = plt.subplots(
             1, 2, figsize=(side + 5.8, side), width_ratios=(side + 0.8, 5.0), layout="constrained"
         )
-        _matrix(
-            figure, matrix, counts[np.ix_(shown, shown)], share[np.ix_(shown, shown)], [classes[i] for i in shown]
-        )
+        part = np.ix_(shown, shown)
+        _matrix(figure, matrix, counts[part], share[part], [classes[int(i)] for i in shown])
         of = f"{len(shown)} of {len(classes):,} classes, those confused most; " if len(shown) < len(classes) else ""
         matrix.set_title(f"Confusion matrix: {of}{int(counts.sum()):,} images")
         _pairs(beside, listed)
