@@ -1,16 +1,20 @@
 """Parquet files and WebDataset shards, with real images."""
 
+import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from convmixer.data import parquet
+from convmixer.data.options import Options
 from convmixer.errors import RequestError
-from data_sets import DIGITS, label, load, parts, pixels, png, write_parquet, write_tar
+from data_sets import DIGITS, label, load, parts, pixels, png, write_members, write_parquet, write_tar
 
 
 @pytest.mark.parametrize("folder", ["", "data"])
@@ -76,9 +80,13 @@ def test_parquet_labels_come_from_the_column_called_so(tmp_path: Path) -> None:
     assert data.classes == tuple(f"digit {i}" for i in range(10))
     assert "labels are those of column 'label'" in data.notes
     pq.write_table(pa.table({"image": images, "number": sides, "text": words}), tmp_path / "b.parquet")
-    data = load(tmp_path / "b.parquet")  # no such name: the one column of integers
-    assert data.classes == ("320", "640")
-    assert "labels are those of column 'number'" in data.notes
+    with pytest.raises(RequestError, match=r"which column is the label\? .*several could be \(number, text\)"):
+        load(tmp_path / "b.parquet")
+    assert load(tmp_path / "b.parquet", options=Options(label_column="number")).classes == ("320", "640")
+    pq.write_table(pa.table({"image": images, "breed": words}), tmp_path / "c.parquet")
+    data = load(tmp_path / "c.parquet")
+    assert "labels are those of column 'breed'" in data.notes
+    assert not [note for note in data.notes if note.startswith("not used")]
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -109,3 +117,142 @@ def test_wrong_tar(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("readme.txt"))
     with pytest.raises(RequestError, match=r"NAME\.cls"):
         load(file)
+
+
+def write_table(path: Path, metadata: object = None, **columns: pa.Array) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pq.write_table(table, path)
+    return path
+
+
+def values(**types: str) -> dict[str, object]:
+    return {"info": {"features": {name: {"dtype": kind, "_type": "Value"} for name, kind in types.items()}}}
+
+
+SCANS = pa.array([png(i) for i in range(60)])
+NUMBERS = pa.array([int(DIGITS.target[i]) for i in range(60)])
+STRUCTS = pa.array([{"bytes": png(i), "path": None} for i in range(60)])
+
+
+@pytest.mark.parametrize("metadata", [None, "text", [1], {"info": None}, {"info": {"features": [1]}}, {"info": []}])
+def test_descriptions_of_columns_of_any_form(tmp_path: Path, metadata: object) -> None:
+    data = load(write_table(tmp_path / "a.parquet", metadata, image=SCANS, label=NUMBERS))
+    assert data.classes == tuple("0123456789")
+
+
+def test_value_features_are_read(tmp_path: Path) -> None:
+    described = values(image="binary", label="int64")
+    assert len(load(write_table(tmp_path / "a.parquet", described, image=SCANS, label=NUMBERS)).classes) == 10
+    struct = {"bytes": {"dtype": "binary", "_type": "Value"}, "path": {"dtype": "string", "_type": "Value"}}
+    described["info"]["features"]["image"] = struct
+    assert len(load(write_table(tmp_path / "b.parquet", described, image=STRUCTS, label=NUMBERS)).classes) == 10
+
+
+def test_paths_in_place_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(60):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / f"{i}.png").write_bytes(png(i))
+    described = {"info": {"features": {"image": {"_type": "Image"}}}}
+    whole = pa.array([{"bytes": None, "path": str(tmp_path / "files" / f"{i}.png")} for i in range(60)])
+    short = pa.array([{"bytes": None, "path": f"{i}.png"} for i in range(60)])
+    for column in (whole, short, pc.struct_field(short, "path")):
+        data = load(write_table(tmp_path / "train.parquet", described, image=column, label=NUMBERS))
+        assert sum(map(len, parts(data))) == 60
+        assert any("the images are read from the paths in the column" in note for note in data.notes)
+    lost = pa.array([{"bytes": None, "path": f"gone/{i}x.png"} for i in range(60)])
+    with pytest.raises(RequestError, match=r"not in the parquet files, only their paths, .*--image-root"):
+        load(write_table(tmp_path / "train.parquet", described, image=lost, label=NUMBERS))
+    write_table(tmp_path / "hub" / "train.parquet", described, image=whole, label=NUMBERS)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    with pytest.raises(RequestError, match="a stranger's paths are not followed"):
+        load("hf-hub:owner/name")
+
+
+def test_what_is_no_single_label_is_refused(tmp_path: Path) -> None:
+    def refused(reason: str, label: pa.Array, names: list[str] | None = None) -> None:
+        described = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}} if names else None
+        with pytest.raises(RequestError, match=reason):
+            load(write_table(tmp_path / "a.parquet", described, image=SCANS, label=label))
+
+    refused("an image has exactly one label", pa.array([[0, 1]] * 60))
+    refused("NaN", pa.array([0.0, float("nan")] * 30))
+    refused("between classes, such as 0.5", pa.array([0.5, 1.0] * 30))
+    refused("holds 'nan', which is no label", pa.array(["a", "nan"] * 30))
+    refused("have no label in column 'label'", pa.array([0, None] * 30))
+    refused(r"two class names 'cat' and 'cat' are equal", pa.array([0, 1] * 30), ["cat", "cat"])
+    refused("differ only in how Unicode", pa.array([0, 1] * 30), ["caf\u00e9", "cafe\u0301"])
+    refused("only 2 class names", pa.array([0, 2] * 30), ["a", "b"])
+
+
+def test_a_column_that_says_the_split(tmp_path: Path) -> None:
+    split = pa.array(["test" if i >= 40 else "train" for i in range(60)])
+    fold = pa.array([i % 5 for i in range(60)])
+    file = write_table(tmp_path / "all.parquet", image=SCANS, label=NUMBERS, split=split, fold=fold)
+    data = load(file, 0)
+    assert [len(part) for part in (data.train, data.test) if part] == [40, 20]
+    assert "not used, a column of the table: 1 (fold)" in data.notes
+    data = load(file, 0, options=Options(split_column="fold=0"))
+    assert [len(part) for part in (data.train, data.test) if part] == [48, 12]
+    with pytest.raises(RequestError, match=r"--split-column folds: .* has the columns image, label, split, fold"):
+        load(file, options=Options(split_column="folds=0"))
+
+
+def members(i: int, **files: object) -> list[tuple[str, bytes]]:
+    return [(f"{i:04}.png", png(i)), *((f"{i:04}.{end}", str(text).encode()) for end, text in files.items())]
+
+
+def shard(path: Path, sample: Callable[[int], list[tuple[str, bytes]]]) -> Path:
+    write_members(path, (member for i in range(60) for member in sample(i)))
+    return path
+
+
+def test_labels_of_shards_in_any_member(tmp_path: Path) -> None:
+    tar = tmp_path / "train.tar"
+    for sample in (
+        lambda i: members(i, txt=label(i)),
+        lambda i: members(i, json=json.dumps({"label": label(i), "width": 8, "url": f"x{i}"})),
+        lambda i: members(i, json=json.dumps({"cls": label(i), "hash": f"x{i}"})),
+        lambda i: members(i, json=json.dumps(label(i))),
+        lambda i: members(i, cls=label(i), json="{}", txt=f"a scan of {label(i)}, number {i}"),
+    ):
+        data = load(shard(tar, sample))
+        assert data.classes == tuple(f"digit {i}" for i in range(10))
+    assert (
+        "not used, a member that is no image and no label: 120 (train.tar:0000.json, train.tar:0000.txt"
+        in " ".join(data.notes)
+    )
+    shard(tar, lambda i: members(i, json=json.dumps({"kind": label(i), "size": 8})))
+    with pytest.raises(
+        RequestError, match=r"which key of the \.json members is the label\? of kind, size: say it with"
+    ):
+        load(tar)
+    assert len(load(tar, options=Options(label_column="kind")).classes) == 10
+
+
+def test_members_that_could_be_two_things_are_asked_about(tmp_path: Path) -> None:
+    tar = tmp_path / "train.tar"
+    shard(tar, lambda i: [*members(i, cls=label(i)), (f"{i:04}.jpg", png(59 - i))])
+    with pytest.raises(
+        RequestError, match=r"which member is the image\? \.png, \.jpg: say it with --path-column EXT"
+    ):
+        load(tar)
+    data = load(tar, options=Options(path_column="png"))
+    assert sum(map(len, parts(data))) == 60
+    assert any("no image and no label: 60 (train.tar:0000.jpg" in note for note in data.notes)
+    shard(tar, lambda i: members(i, txt=f"a scan of {label(i)}, number {i}"))
+    with pytest.raises(RequestError, match="look like captions; if they are classes: --label-column txt"):
+        load(tar)
+    shard(tar, lambda i: members(i, json=json.dumps({"label": [1, 2]})))
+    with pytest.raises(RequestError, match=r"which key|exactly one label"):
+        load(tar)
+    shard(tar, lambda i: members(i, cls="" if i == 7 else label(i)))
+    with pytest.raises(RequestError, match=r"0007\.cls holds no label"):
+        load(tar)
+    shard(tar, lambda i: members(i % 59, cls=label(i % 59)))
+    with pytest.raises(RequestError, match=r"two members 0000.png"):
+        load(tar)
+    shard(tar, lambda i: members(i, cls=label(i)) if i else members(i))
+    assert "not used, an image without label: 1 (train.tar:0000.png)" in load(tar).notes

@@ -174,7 +174,7 @@ def _label_column(rows: Rows, options: Options, taken: set[int | None]) -> tuple
     if known and (normal(rows.names[known[0]]) == "label" or len(known) == 1):
         return known[0], ()
     rest = known or [n for n in range(len(rows.names)) if n not in taken and normal(rows.names[n]) not in FOLDS]
-    able = [n for n in rest if known or _could_be_labels(rows.column(n))]
+    able = [n for n in rest if known or could_be_labels(rows.column(n))]
     if len(able) == 1 and (known or len(rest) == 1):
         return able[0], ()
     if not known and len(rest) > 1 and all(_is_one_hot([row[n] for n in rest]) for row in rows.cells):
@@ -182,7 +182,7 @@ def _label_column(rows: Rows, options: Options, taken: set[int | None]) -> tuple
     raise RequestError(f"{rows.path}: which column is the label? {_ask(rows, rest, 'label_column')}")
 
 
-def _could_be_labels(cells: Sequence[str]) -> bool:
+def could_be_labels(cells: Sequence[str]) -> bool:
     """Return whether a column may hold classes: at least two rows share one, if there are several rows."""
     return any(map(is_label, cells)) and (len(cells) < 3 or len(set(cells)) < len(cells))
 

@@ -39,12 +39,14 @@ def find(spec: str, recorded: bool = False, options: Options | None = None) -> F
         found = find_digits()
     else:
         path = argument.path or download(argument) / argument.inside
-        found = find_path(path, options or Options(), argument.repository and spec.removeprefix(HUB))
+        found = find_path(
+            path, options or Options(), argument.repository and spec.removeprefix(HUB), not argument.repository
+        )
     return replace(found, spec=argument.spec, notes=[*argument.notes, *found.notes])
 
 
-def find_path(path: Path, options: Options, name: str | None = None) -> Found:
-    """Return the images and labels in a file or folder, by what it holds."""
+def find_path(path: Path, options: Options, name: str | None = None, own_disk: bool = True) -> Found:
+    """Return the images and labels in a file or folder, by what it holds; for `own_disk` see `find_parquet`."""
     name = name or path.resolve().name
     kind = path.suffix.lower()
     if kind in TABLES and path.is_file():
@@ -52,18 +54,24 @@ def find_path(path: Path, options: Options, name: str | None = None) -> Found:
     if path.is_file():
         if kind not in SHARDS:
             raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")
-        return (find_parquet if kind == ".parquet" else find_tars)(path, [path], name)
+        return _read_shards(path, kind, [path], name, options, own_disk)
     walked = walk(path)
     for kind in SHARDS:
         files = [file for file in walked.files if file.lower().endswith(kind)]
         if files and count_class_folders(walked.files) < 2:  # one folder may hold the pictures of a readme
-            return _find_shards(walked, kind, files, name)
+            return _find_shards(walked, kind, files, name, options, own_disk)
     return find_folder(walked, name)
 
 
-def _find_shards(walked: Walk, kind: str, files: Sequence[str], name: str) -> Found:
+def _read_shards(path: Path, kind: str, files: Sequence[Path], name: str, options: Options, own_disk: bool) -> Found:
+    if kind == ".parquet":
+        return find_parquet(path, files, name, options, own_disk)
+    return find_tars(path, files, name, options)
+
+
+def _find_shards(walked: Walk, kind: str, files: Sequence[str], name: str, options: Options, own_disk: bool) -> Found:
     paths = [walked.root / file for file in _one_configuration(walked.root, files)]
-    found = (find_parquet if kind == ".parquet" else find_tars)(walked.root, paths, name)
+    found = _read_shards(walked.root, kind, paths, name, options, own_disk)
     taken = set(files)
     found.unused.add(NOT_READ, *(file for file in walked.files if file not in taken))
     found.unused.update(walked.unused)

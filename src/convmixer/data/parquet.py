@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,68 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from convmixer.data.found import Found, files_checksum
-from convmixer.data.labels import by_split, encode_labels
-from convmixer.data.sources import Column, Source, binary_column
+from convmixer.data.columns import LABELS, could_be_labels, split_of_row
+from convmixer.data.csv_file import normal
+from convmixer.data.found import Found, files_checksum, to_bytes
+from convmixer.data.labels import by_split, check_names, encode_labels, is_label, split_of, tidy_name
+from convmixer.data.located import Locator
+from convmixer.data.options import Options, flag
+from convmixer.data.sources import Column, Files, Source, binary_column
+from convmixer.data.table import A_COLUMN
 from convmixer.errors import RequestError
 from convmixer.files import cache_folder
 
 IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
+METADATA_BYTES = 16 << 20  # a longer description of the columns is not read
+IMAGES = ("image", "img")
+PROBED_ROWS = 1000
 
 
-def find_parquet(path: Path, files: Sequence[Path], name: str) -> Found:
-    """Return the images in parquet files as Hugging Face writes them, columns found by feature type."""
-    features = _features(files[0])
-    image, label = _image_column(files[0], features), _label_column(files[0], features)
-    tables = {split: read_parquet(members, [image, label]) for split, members in by_split(files, path).items()}
+def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options, own_disk: bool = True) -> Found:
+    """Return the images in parquet files.
+
+    Args:
+        path: The folder or file that was named.
+        files: All of the data's parquet files.
+        name: What to call the data.
+        options: What the user said about columns.
+        own_disk: The files are this user's, so paths in them may be followed; a stranger's may not.
+
+    Raises:
+        RequestError: They cannot be read, or columns cannot be found without a guess.
+    """
+    schema, features = _schema(files[0]), _features(files[0])
+    image = _image_column(files[0], schema, features, options)
+    label = _label_column(files[0], schema, features, options, image)
+    split, value = _split_column(files[0], schema, options, {image, label})
+    group = options.group if options.group in schema.names else None
+    wanted = list(dict.fromkeys(column for column in (image, label, split, group) if column))
+    tables = {split: read_parquet(members, wanted) for split, members in by_split(files, path).items()}
+    if split:
+        tables = _divided(pa.concat_tables(tables.values()), split, value)
     unlabelled = [split for split, table in tables.items() if _no_labels(table[label])]
     used = {split: table for split, table in tables.items() if split not in unlabelled}
     if not used:
         raise RequestError(f"{path}: column {label!r} holds no labels (all -1 or empty)")
-    classes, labels = _parquet_labels({s: t[label] for s, t in used.items()}, features.get(label, {}).get("names"))
-    splits: dict[str, tuple[Source, np.ndarray]] = {
-        split: (Column(split, binary_column(table[image])), labels[split]) for split, table in used.items()
-    }
+    classes, labels = _labels(label, {s: t[label] for s, t in used.items()}, _class_names(features, label))
+    base = Path(options.image_root) if options.image_root else (path if path.is_dir() else path.parent)
     notes = [f"split {split} has no labels: not used" for split in unlabelled]
-    if features.get(label, {}).get("_type") != "ClassLabel":
+    splits: dict[str, tuple[Source, np.ndarray]] = {}
+    for s, table in used.items():
+        source, note = _images(s, table[image], base, own_disk)
+        splits[s] = source, labels[s]
+        notes += [note] if note else []
+    if not _class_names(features, label):
         notes.append(f"labels are those of column {label!r}")
-    return Found(name, splits, classes, files_checksum(files), notes=notes)
+    groups: dict[str, Sequence[str]] = {}
+    groups |= {s: [str(v) for v in t[group].to_pylist()] for s, t in used.items()} if group else {}
+    found = Found(name, splits, classes, files_checksum(files), notes=notes, groups=groups)
+    found.unused.add(A_COLUMN, *(column for column in schema.names if column not in wanted))
+    return found
 
 
 def read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
-    """Return columns of parquet files, in memory or, where they are large, mapped from a copy in the cache folder."""
+    """Return columns of parquet files, in memory or mapped, if they are large, from a copy in the cache folder."""
     large = sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES
     try:
         return pa.concat_tables([(_mapped if large else pq.read_table)(file, columns=columns) for file in files])
@@ -67,65 +99,178 @@ def _mapped(file: Path, columns: list[str]) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
 
 
+def _schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise RequestError(f"{file} is not a readable parquet file: {error}") from error
+
+
+def _features(file: Path) -> dict[str, dict[str, Any]]:
+    """Return Hugging Face's description of the columns; nothing if there is none, or it is not as theirs are."""
+    text = (_schema(file).metadata or {}).get(b"huggingface", b"")
+    try:
+        found = json.loads(text)["info"]["features"] if 0 < len(text) <= METADATA_BYTES else {}
+        return {str(name): about for name, about in found.items() if isinstance(about, dict)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _class_names(features: Mapping[str, dict[str, Any]], label: str) -> list[str] | None:
+    """Return the names of the classes in the order of their numbers, if the metadata hold them."""
+    about = features.get(label, {})
+    names = about.get("names")
+    whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    return list(names) if about.get("_type") == "ClassLabel" and whole else None  # type: ignore[arg-type]
+
+
+def _of_type(features: Mapping[str, dict[str, Any]], kind: str, schema: pa.Schema) -> list[str]:
+    return [name for name, about in features.items() if about.get("_type") == kind and name in schema.names]
+
+
+def _image_column(file: Path, schema: pa.Schema, features: Mapping[str, dict[str, Any]], options: Options) -> str:
+    if options.path_column:
+        return _named(file, schema, "path_column", options.path_column)
+    found = _of_type(features, "Image", schema) or [field.name for field in schema if _holds_bytes(field.type)]
+    found = found or [field.name for field in schema if _is_text(field.type) and normal(field.name) in PATH_NAMES]
+    preferred = [name for name in found if name in IMAGES]
+    return _only("image", "path_column", preferred[:1] or found, file, schema)
+
+
+PATH_NAMES = (*IMAGES, "path", "image_path", "img_path", "file_name", "filename", "file", "file_path")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _label_column(
+    file: Path, schema: pa.Schema, features: Mapping[str, dict[str, Any]], options: Options, image: str
+) -> str:
+    if options.label_column:
+        return _named(file, schema, "label_column", options.label_column)
+    found = _of_type(features, "ClassLabel", schema)
+    known = ("label", "labels", "fine_label", *LABELS)
+    if len(found) > 1 or not found:
+        called = [name for name in known for column in found or schema.names if normal(column) == name == column]
+        found = called[:1] or found
+    if not found:
+        found = [f.name for f in schema if f.name != image and _could_be_labels(file, f)]
+    return _only("label", "label_column", found, file, schema)
+
+
+def _could_be_labels(file: Path, column: pa.Field) -> bool:
+    """Return whether a column may hold classes: whole numbers or texts, of which some come again."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if split_of(column.name)[0] or not (pa.types.is_integer(kind) or _is_text(kind) or pa.types.is_boolean(kind)):
+        return False
+    first = next(pq.ParquetFile(file).iter_batches(PROBED_ROWS, columns=[column.name]), None)
+    return first is not None and could_be_labels([str(value) for value in first[0].to_pylist()])
+
+
+def _split_column(file: Path, schema: pa.Schema, options: Options, taken: set[str]) -> tuple[str | None, str | None]:
+    if options.split_column:
+        name, _, value = options.split_column.partition("=")
+        return _named(file, schema, "split_column", name), value or None
+    return next((name for name in schema.names if normal(name) == "split" and name not in taken), None), None
+
+
+def _divided(table: pa.Table, column: str, val: str | None) -> dict[str, pa.Table]:
+    """Return the rows of each split that a column names, or of val and train if `val` is the value of val."""
+    found: dict[str, list[Any]] = {}
+    for value in pc.unique(table[column]).to_pylist():
+        split = split_of_row("" if value is None else str(value), column, val)
+        if not split or value is None:
+            raise RequestError(f"column {column!r}: split {value!r} is not train, val or test")
+        found.setdefault(split, []).append(value)
+    return {s: table.filter(pc.is_in(table[column], pa.array(values))) for s, values in found.items()}
+
+
+def _named(file: Path, schema: pa.Schema, option: str, name: str) -> str:
+    if name not in schema.names:
+        raise RequestError(f"{flag(option)} {name}: {file} has the columns {', '.join(schema.names)}")
+    return name
+
+
+def _only(kind: str, option: str, found: Sequence[str], file: Path, schema: pa.Schema) -> str:
+    if len(found) != 1:
+        which = f"several could be ({', '.join(found)})" if found else "none is"
+        raise RequestError(
+            f"{file}: which column is the {kind}? of {', '.join(schema.names)}, {which}: "
+            f"say it with {flag(option)} NAME"
+        )
+    return found[0]
+
+
+def _images(split: str, values: pa.ChunkedArray, base: Path, own_disk: bool) -> tuple[Source, str | None]:
+    """Return the images of a column: the bytes in it, or if there are none the files that it names."""
+    kind = values.type
+    if _holds_bytes(kind):
+        inside = binary_column(values)
+        if inside.null_count < len(inside):
+            return Column(split, inside), None
+        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+            raise RequestError(f"split {split}: the column of images is empty")
+        values = pc.struct_field(values, "path")
+    paths = ["" if value is None else str(value) for value in values.to_pylist()]
+    if not own_disk:
+        raise RequestError("the images are not in these files, only paths: a stranger's paths are not followed")
+    location = Locator(base, split).locate(paths)
+    if location is None:
+        example = next((path for path in paths if path), "nothing")
+        raise RequestError(
+            f"the images are not in the parquet files, only their paths, and {example!r} is not there: say where "
+            "they are with --image-root"
+        )
+    note = location.note(next(path for path in paths if path))
+    read = f"split {split}: the images are read from the paths in the column"
+    return Files(base, to_bytes(map(location.path, paths))), f"{read}; {note}" if note else read
+
+
 def _no_labels(column: pa.ChunkedArray) -> bool:
     if column.null_count == len(column):
         return True
     return pa.types.is_integer(column.type) and pc.max(column).as_py() < 0
 
 
-def _features(file: Path) -> dict[str, Any]:
-    """Return Hugging Face's description of the columns, empty where there is none."""
-    try:
-        metadata = pq.read_schema(file).metadata or {}
-        features: dict[str, Any] = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise RequestError(f"{file} is not a readable parquet file: {error}") from error
-    return features
-
-
-def _image_column(file: Path, features: Mapping[str, Any]) -> str:
-    schema = pq.read_schema(file)
-    found = [
-        n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and n in schema.names
-    ]
-    for column in schema:
-        kind = column.type
-        if not features and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            found.append(column.name)
-        if not features and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            found.append(column.name)
-    return _only("image", found, ("image", "img"), file, schema.names)
-
-
-def _label_column(file: Path, features: Mapping[str, Any]) -> str:
-    schema = pq.read_schema(file)
-    found = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
-    preferred = ("label", "labels", "fine_label", "class", "target")
-    found = found or [column.name for column in schema if column.name in preferred]
-    found = found or [column.name for column in schema if pa.types.is_integer(column.type)]
-    return _only("label", found, preferred, file, schema.names)
-
-
-def _only(kind: str, found: Sequence[str], preferred: Iterable[str], file: Path, names: Sequence[str]) -> str:
-    """Return the one candidate, or the first preferred name among several."""
-    for name in preferred:
-        if name in found:
-            return name
-    if len(found) != 1:
-        which = f"several could be ({', '.join(found)}); call it {kind}" if found else "none is"
-        raise RequestError(f"{file}: which column is the {kind}? of {', '.join(names)}, {which}")
-    return found[0]
-
-
-def _parquet_labels(
-    columns: Mapping[str, pa.ChunkedArray], names: Sequence[str] | None
+def _labels(
+    name: str, columns: Mapping[str, pa.ChunkedArray], names: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Return class names and labels.
+
+    Raises:
+        RequestError: An image has no label or more than one, or two classes have one name.
+    """
+    texts = {}
     for split, column in columns.items():
+        if pa.types.is_nested(column.type):
+            raise RequestError(f"column {name!r} holds {column.type}: an image has exactly one label here")
+        if pa.types.is_floating(column.type):
+            column = _whole_numbers(name, split, column)
         lowest = pc.min(column).as_py() if pa.types.is_integer(column.type) else 0
         if column.null_count or lowest < 0:
-            raise RequestError(f"some images of split {split} have no label; remove them")
-        if names is not None and pc.max(column).as_py() >= len(names):
-            raise RequestError(f"split {split} has label {pc.max(column).as_py()} but only {len(names)} class names")
+            raise RequestError(f"some images of split {split} have no label in column {name!r}; remove them")
+        if names is not None and (largest := pc.max(column).as_py()) >= len(names):
+            raise RequestError(f"split {split} has label {largest} but only {len(names)} class names")
+        texts[split] = [str(value) for value in column.to_pylist()]
     if names is None:
-        return encode_labels({split: [str(v) for v in column.to_pylist()] for split, column in columns.items()})
-    return tuple(names), {split: column.to_numpy().astype(np.int64) for split, column in columns.items()}
+        if missing := next((t for ts in texts.values() for t in ts if not is_label(t)), None):
+            raise RequestError(f"column {name!r} holds {missing!r}, which is no label: remove these images")
+        return encode_labels(texts)
+    check_names(names)
+    return tuple(map(tidy_name, names)), {s: np.array([int(t) for t in ts], np.int64) for s, ts in texts.items()}
+
+
+def _whole_numbers(name: str, split: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pc.any(pc.is_nan(column)).as_py():
+        raise RequestError(f"some images of split {split} have no label in column {name!r} (NaN); remove them")
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise RequestError(f"column {name!r} holds numbers between classes, such as {column[0]}") from error

@@ -1,45 +1,169 @@
-"""WebDataset shards: tar files in which the members of one image share a name, NAME.jpg beside NAME.cls."""
+"""WebDataset shards: tar files in which the members of one image share a name, NAME.jpg beside NAME.cls.
 
-from collections.abc import Sequence
+The label is NAME.cls, or else a key of NAME.json, or else NAME.txt if its texts are classes and not captions.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from convmixer.data.columns import LABELS, could_be_labels
 from convmixer.data.found import Found, files_checksum, to_bytes
-from convmixer.data.labels import by_split, encode_labels
+from convmixer.data.labels import by_split, encode_labels, is_label
+from convmixer.data.options import Options
 from convmixer.data.sources import Shards, Source, index_tar, read_range
+from convmixer.data.unused import Unused
+from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
-from convmixer.preprocess import SUFFIXES
+
+LABEL_BYTES = 1 << 20  # of a member that holds a label; a longer one is refused
+PROBED = 1000
+NO_LABEL = "an image without label"
+NO_USE = "a member that is no image and no label"
+KEYS = ("label", "cls", "class", *LABELS)
+
+Sample = Mapping[str, Any]  # extension -> (offset, size, name)
 
 
-def find_tars(path: Path, files: Sequence[Path], name: str) -> Found:
-    """Return the images of WebDataset shards: NAME.jpg or .png beside NAME.cls."""
+@dataclass(frozen=True)
+class Members:
+    """Which members of a sample are used.
+
+    Args:
+        image: Extension of the images; None: whatever image there is.
+        label: Extension of the labels.
+        key: Key of the label in a .json member.
+    """
+
+    image: str | None
+    label: str
+    key: str | None = None
+
+
+def find_tars(path: Path, files: Sequence[Path], name: str, options: Options) -> Found:
+    """Return the images of WebDataset shards.
+
+    Raises:
+        RequestError: No labelled images, or it is not clear which member is the image or the label.
+    """
+    shards = {split: [(tar, index_tar(tar)) for tar in tars] for split, tars in by_split(files, path).items()}
+    samples = [(tar, s) for pairs in shards.values() for tar, index in pairs for s in index.values()]
+    members = _choose(path, samples, options)
+    unused = Unused()
     splits: dict[str, tuple[Source, np.ndarray]] = {}
-    read = {split: _tar_samples(members) for split, members in by_split(files, path).items()}
-    if not any(places for places, _, _, _ in read.values()):
-        raise RequestError(
-            f"no samples in the tar files of {path}: expected NAME.jpg or NAME.png beside NAME.cls "
-            "(images in class folders: unpack them first)"
-        )
-    classes, encoded = encode_labels({split: labels for split, (_, _, labels, _) in read.items()})
-    for split, members in by_split(files, path).items():
-        places, names, _, _ = read[split]
-        splits[split] = (Shards(members, np.array(places, np.int64).reshape(-1, 3), to_bytes(names)), encoded[split])
-    unlabelled = sum(count for _, _, _, count in read.values())
-    notes = [f"{unlabelled} images without a .cls member ignored"] if unlabelled else []
-    return Found(name, splits, classes, files_checksum(files), notes=notes)
+    texts: dict[str, list[str]] = {}
+    for split, pairs in shards.items():
+        places: list[tuple[int, int, int]] = []
+        names: list[str] = []
+        texts[split] = []
+        for number, (tar, index) in enumerate(pairs):
+            for image, label in _labelled(tar, index.values(), members, unused):
+                places.append((number, *image[:2]))
+                names.append(image[2])
+                texts[split].append(label)
+        source = Shards([tar for tar, _ in pairs], np.array(places, np.int64).reshape(-1, 3), to_bytes(names))
+        splits[split] = source, np.empty(0, np.int64)
+    classes, encoded = encode_labels(texts)
+    splits = {split: (source, encoded[split]) for split, (source, _) in splits.items()}
+    said = f"the key {members.key!r} of the .json members" if members.key else f"the .{members.label} members"
+    notes = [] if members.label == "cls" else [f"labels are {said}"]
+    return Found(name, splits, classes, files_checksum(files), notes=notes, unused=unused)
 
 
-def _tar_samples(tars: Sequence[Path]) -> tuple[list[tuple[int, int, int]], list[str], list[str], int]:
-    """Return places and names of the images in shards, their labels, and how many images have none."""
-    places, names, labels, unlabelled = [], [], [], 0
-    for number, tar in enumerate(tars):
-        for sample in index_tar(tar).values():
-            images = [member for extension, member in sample.items() if f".{extension}" in SUFFIXES]
-            if images and "cls" in sample:
-                offset, size, name = images[0]
-                places.append((number, offset, size))
-                names.append(name)
-                labels.append(read_range(tar, *sample["cls"][:2]).decode("utf-8", "replace").strip())
-            unlabelled += bool(images) and "cls" not in sample
-    return places, names, labels, unlabelled
+def _labelled(tar: Path, index: Any, members: Members, unused: Unused) -> Iterator[tuple[Any, str]]:
+    """Return the image of each sample and its label; count the other members."""
+    for sample in index:
+        image = next((m for end, m in sample.items() if _is_image(end, members)), None)
+        label = sample.get(members.label)
+        used = {image, label} if image and label else set()
+        if image and label:
+            yield image, _read_label(tar, label, members)
+        elif image:
+            unused.add(NO_LABEL, f"{tar.name}:{image[2]}")
+        unused.add(NO_USE, *(f"{tar.name}:{m[2]}" for m in sample.values() if m not in used and m is not image))
+
+
+def _is_image(extension: str, members: Members) -> bool:
+    return extension == members.image if members.image else is_image(f".{extension}")
+
+
+def _choose(path: Path, samples: Sequence[tuple[Path, Sample]], options: Options) -> Members:
+    image = options.path_column and options.path_column.lstrip(".").lower()
+    with_image = [(tar, s) for tar, s in samples if any(_is_image(end, Members(image, "")) for end in s)]
+    several = next((s for _, s in with_image if sum(is_image(f".{end}") for end in s) > 1), None)
+    if several and not image:
+        which = ", ".join(f".{end}" for end in several if is_image(f".{end}"))
+        raise RequestError(f"{path}: which member is the image? {which}: say it with --path-column EXTENSION")
+    ends = Counter(end for _, sample in with_image for end in sample)
+    wanted = (options.label_column or "").lstrip(".")
+    if wanted and wanted.lower() in ends:
+        return Members(image, wanted.lower())
+    if wanted:
+        return Members(image, "json", wanted)
+    if "cls" in ends:
+        return Members(image, "cls")
+    if "json" in ends:
+        return Members(image, "json", _key(path, with_image))
+    if "txt" in ends and _are_classes(with_image):
+        return Members(image, "txt")
+    what = "its .txt members look like captions; if they are classes: --label-column txt" if "txt" in ends else ""
+    raise RequestError(
+        f"no labelled images in the tar files of {path}: expected NAME.jpg beside NAME.cls, .json or .txt "
+        f"({what or 'images in class folders: unpack them first'})"
+    )
+
+
+def _key(path: Path, samples: Sequence[tuple[Path, Sample]]) -> str | None:
+    """Return the key that holds the label in the .json members; None if they are the label themselves."""
+    tar, member = next((tar, sample["json"]) for tar, sample in samples if "json" in sample)
+    found = _json(tar, member)
+    if not isinstance(found, dict):
+        return None
+    keys = [key for key, value in found.items() if isinstance(value, (str, int)) and not isinstance(value, bool)]
+    known = [key for key in KEYS if key in keys]
+    if known and (known[0] == "label" or len(set(known)) == 1):
+        return known[0]
+    if not known and len(keys) == 1:
+        return keys[0]
+    raise RequestError(
+        f"{path}: which key of the .json members is the label? of {', '.join(map(str, found))}: say it with "
+        "--label-column KEY"
+    )
+
+
+def _are_classes(samples: Sequence[tuple[Path, Sample]]) -> bool:
+    texts = [_read(tar, s["txt"]) for tar, s in samples[:PROBED] if "txt" in s]
+    return all(len(text) <= 100 and "\n" not in text for text in texts) and could_be_labels(texts)
+
+
+def _read_label(tar: Path, member: Any, members: Members) -> str:
+    if members.label != "json":
+        text = _read(tar, member)
+    else:
+        found = _json(tar, member)
+        value = found.get(members.key) if members.key and isinstance(found, dict) else found
+        if isinstance(value, (list, dict, float, bool)):
+            raise RequestError(f"{tar}: {member[2]} has the label {value!r:.60}: an image has exactly one label here")
+        text = "" if value is None else str(value).strip()
+    if not is_label(text):
+        raise RequestError(f"{tar}: {member[2]} holds no label, found {text!r}")
+    return text
+
+
+def _json(tar: Path, member: Any) -> Any:
+    try:
+        return json.loads(_read(tar, member))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{tar}: {member[2]} is no JSON: {error}") from error
+
+
+def _read(tar: Path, member: Any) -> str:
+    offset, size, name = member
+    if size > LABEL_BYTES:
+        raise RequestError(f"{tar}: {name} has {size} bytes, too many for a label")
+    return read_range(tar, offset, size).decode("utf-8", "replace").strip()

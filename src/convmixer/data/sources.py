@@ -201,6 +201,8 @@ def index_tar(path: Path) -> dict[str, dict[str, Any]]:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
                     found = samples.setdefault(f"{folder}/{stem}", {})
+                    if extension.lower() in found:
+                        raise RequestError(f"{path} has two members {member.name}: which one is meant is not clear")
                     found[extension.lower()] = (member.offset_data, member.size, member.name)
             members = tar.getmembers()
             needed, there = max((m.offset_data + m.size for m in members), default=0), path.stat().st_size
