@@ -6,6 +6,7 @@ in `grad_accum` parts inside the step, so a step is a step at any of them. What 
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -17,7 +18,8 @@ from timm.utils import ModelEmaV3
 from convmixer.config import Config
 from convmixer.data.sampler import sample_seed
 from convmixer.data.transforms import erase, mix
-from convmixer.train.distributed import average_statistics, rank
+from convmixer.train.distributed import average_statistics, rank, world_size
+from convmixer.train.graph import StepGraph
 from convmixer.train.optim import build_optimizer, set_rate
 from convmixer.train.schedule import rate_at_step
 
@@ -46,7 +48,10 @@ class TrainingModule(pl.LightningModule):
         # in a list, since Lightning and DDP must not take it for a part to train
         self._average = [ModelEmaV3(model, config.ema_decay, use_warmup=True)] if config.ema_decay else []
         self.steps_done = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self._sum_device())
+        self._update: Callable[[torch.Tensor, torch.Tensor], None] = self._take_step
+        if self._can_be_a_graph():
+            self._update = StepGraph(self._take_step)
         self.in_step = False
         self._generator = torch.Generator()
 
@@ -71,19 +76,17 @@ class TrainingModule(pl.LightningModule):
         images, targets = mix(batch[0], batch[1], self.num_classes, self.config, self._generator)
         images = erase(images, self.config, self._generator)
         set_rate(self.optimizer, self.rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._gradients(images, targets)
-        self.scaler.unscale_(self.optimizer)
-        if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._update(images, targets)
         self.steps_done += 1
         average_statistics(self.model)
         if self._average:
             self._average[0].update(self.model, self.steps_done)
-        self.loss_sum += loss.double().cpu()
         self.in_step = False
+
+    def forget_graph(self) -> None:
+        """Tell that tensors of the step are about to be replaced."""
+        if isinstance(self._update, StepGraph):
+            self._update.forget()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model computes in the run's precision."""
@@ -104,15 +107,43 @@ class TrainingModule(pl.LightningModule):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`."""
+        """Go back to a `state`, on whatever device it was made."""
+        self.forget_graph()
         self.model.load_state_dict(state["model"])
         if self._average:
             self._average[0].module.load_state_dict(state["average"])
+        kept = ("lr", "fused", "capturable")
+        own: list[dict[str, Any]] = [{key: g[key] for key in kept if key in g} for g in self._groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, of_this_device in zip(self._groups, own, strict=True):
+            group |= of_this_device
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
-        self.loss_sum = state["loss_sum"].clone()
+        self.loss_sum.copy_(state["loss_sum"])
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _sum_device(self) -> torch.device:
+        """Return where losses are added in float64: on the device, so that no step waits; MPS has none."""
+        return torch.device("cpu") if self.place.type == "mps" else self.place
+
+    def _can_be_a_graph(self) -> bool:
+        """Return whether a step never waits for the GPU: DDP, the fp16 scaler and other optimizers do."""
+        one = world_size() == 1 and self.config.precision != "fp16" and self.config.optimizer == "adamw"
+        return one and self.place.type == "cuda"
+
+    def _take_step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._gradients(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss_sum += loss.to(self.loss_sum.device)
 
     def _gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Fill the gradients of the batch's mean loss and return that loss."""

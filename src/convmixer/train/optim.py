@@ -59,7 +59,11 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its share of a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        value = rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def is_muon(config: Config) -> bool:
@@ -99,7 +103,12 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
         fused = config.precision != "fp16"
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        on_gpu = fused and next(model.parameters()).is_cuda
+        options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": fused, "capturable": on_gpu}
+        if on_gpu:  # a CUDA graph reads the rate at every replay
+            for group in groups:
+                group["lr"] = torch.tensor(config.lr, device=next(model.parameters()).device)
+        return torch.optim.AdamW(groups, lr=config.lr, **options)
     from timm.optim import create_optimizer_v2, get_optimizer_info
 
     extra: dict[str, Any] = {"fallback_lr_scale": config.fallback_lr_scale} if is_muon(config) else {}

@@ -224,19 +224,19 @@ class Run:
 
     def _measure_epoch(self) -> dict[str, Any]:
         module, done = self.module, self.module.steps_done
+        steps = (done - 1) % self.steps_per_epoch + 1
+        train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())  # waits for a GPU
         seconds = time.perf_counter() - self._epoch_began
         images = (done - self._epoch_first) * self.job.batch_size
         self.training_seconds += seconds
         self.trained_images += images
-        steps = (done - 1) % self.steps_per_epoch + 1
-        train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())
         module.loss_sum.zero_()
         self._check_finite(train_loss)
         found = self._score(self._val_loader)
         return {
             "epoch": round(done / self.steps_per_epoch, 6),
             "step": done,
-            "lr": module.optimizer.param_groups[0]["lr"],
+            "lr": float(module.optimizer.param_groups[0]["lr"]),
             "train_loss": train_loss,
             "val_loss": found and found.loss,
             "top1": found and found.top1,

@@ -1,0 +1,65 @@
+"""A step as one CUDA graph: its thousand launches become one, so that the GPU never waits for Python."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+OFF = "CONVMIXER_CUDA_GRAPH"  # 0 takes every step launch by launch
+WARM_UP = 3  # steps that compile kernels, choose algorithms and make the optimizer's state
+
+
+class StepGraph:
+    """Takes steps; once the shapes of its inputs have stayed the same for `WARM_UP` steps, by replaying a graph.
+
+    Args:
+        step: Takes a step on the tensors given; reads nothing else that a later call may replace, and never waits
+            for the GPU.
+    """
+
+    def __init__(self, step: Callable[..., None]) -> None:
+        self.step, self.possible = step, os.environ.get(OFF, "1") != "0"
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the graph, because tensors that it uses are about to be replaced."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inside: list[Tensor] = []
+        self._same = 0
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """Take one step."""
+        if [(t.shape, t.dtype) for t in inputs] != [(t.shape, t.dtype) for t in self._inside]:
+            self.forget()
+            self._inside = [t.clone() for t in inputs]
+        for inside, given in zip(self._inside, inputs, strict=True):
+            inside.copy_(given)
+        if self._graph is None and self.possible and self._same >= WARM_UP:
+            self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._plain()
+        self._same += 1
+
+    def _plain(self) -> None:
+        # on a second stream, as torch asks of steps before a capture
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(*self._inside)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread pins memory
+                self.step(*self._inside)
+        except RuntimeError as error:
+            self.possible = False
+            reason = str(error).partition("\n")[0]
+            print(f"convmixer: steps run launch by launch, no CUDA graph: {reason}", file=sys.stderr, flush=True)
+        else:
+            self._graph = graph
