@@ -14,7 +14,8 @@ from torch import Tensor
 
 from convmixer import kernels
 from convmixer.errors import RequestError
-from convmixer.fast.support import ACTS, DTYPES, say_once, unusual, why_not
+from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
+from convmixer.fast.support import DTYPES, say_once, tools_at_work, why_not
 from convmixer.fast.training import FastConvMixer
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
@@ -86,23 +87,25 @@ class FastInference(nn.Module):
 
     def __init__(self, model: ConvMixer, weights: Tensor, precision: str) -> None:
         super().__init__()
-        self.sizes = (model.dim, model.depth, model.kernel_size, model.patch_size)
-        self.in_chans, self.act, self.precision = model.in_chans, ACTS[type(model.stem[1])], precision
-        self.num_classes = model.num_classes
-        weight, bias = getattr(model.head, "weight", torch.eye(model.dim)), getattr(model.head, "bias", None)
+        parts: Any = model
+        stem, dim = parts.stem[0], parts.stem[0].out_channels
+        self.sizes = (dim, len(parts.blocks), parts.blocks[0][0].fn[0].kernel_size[0], stem.kernel_size[0])
+        self.in_chans, self.act, self.precision = stem.in_channels, ACTS[type(parts.stem[1])], precision
+        weight, bias = getattr(model.head, "weight", torch.eye(dim)), getattr(model.head, "bias", None)
+        self.num_classes = len(weight) if isinstance(model.head, nn.Linear) else 0
         head = [p.detach().float().clone() for p in (weight, torch.zeros(1) if bias is None else bias)]
         for name, value in zip(("weights", "head_weight", "head_bias"), (weights, *head), strict=True):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
+        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != self.in_chans):
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
             logits = F.linear(pooled, self.head_weight, self.head_bias)
             if self.precision == "int8":  # whole numbers know neither NaN nor Inf
-                logits[~images.flatten(1).isfinite().all(1)] = float("nan")
+                logits = torch.where(images.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
             return logits
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
@@ -115,13 +118,32 @@ def _unfit(model: Any, precision: str) -> str | None:
     """Return why the kernel cannot run this model, or None."""
     if type(model) not in (ConvMixer, FastConvMixer):  # a subclass may have another stem
         return f"the model is a {type(model).__name__}"
-    if reason := why_not(model.stem[0].weight.device, DTYPES[precision]):
-        return reason
-    if model.kernel_size > LARGEST_KERNEL:
-        return f"kernels go up to {LARGEST_KERNEL}, not {model.kernel_size}"
-    if not isinstance(model.head, (nn.Linear, nn.Identity)):
-        return f"the classifier is a {type(model.head).__name__}"
-    return unusual(model.eval())
+    if tools_at_work():
+        return QUIETLY
+    about = found(model.eval())
+    if about.reason or about.mixed_dtypes():
+        return about.reason or "its parameters differ in type"
+    return why_not(about.weights[0].device, DTYPES[precision]) or _stem_or_kernel(model) or _head(model)
+
+
+def _stem_or_kernel(model: Any) -> str | None:
+    kernels_of = {block[0].fn[0].kernel_size for block in model.blocks}
+    if len(kernels_of) != 1 or max(max(kernels_of)) > LARGEST_KERNEL:
+        return f"kernels must be of one size up to {LARGEST_KERNEL}"
+    conv, dim = model.stem[0], model.stem[2].num_features
+    if len(model.stem) != 3 or not is_patches(conv) or conv.bias is None or conv.weight.shape[0] != dim:
+        return "the stem is no patch embedding"
+    return None if model.blocks[0][3].num_features == dim else "its widths differ"
+
+
+def _head(model: Any) -> str | None:
+    """Return what is unknown in the classifier and the dropout before it, or None."""
+    for module, kinds in ((model.head, (nn.Linear, nn.Identity)), (model.head_drop, (nn.Dropout, nn.Identity))):
+        if type(module) not in kinds or "forward" in module.__dict__:
+            return f"the classifier is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return QUIETLY
+    return None
 
 
 @torch.no_grad()
@@ -166,7 +188,7 @@ def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> 
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not batches:
         raise RequestError("int8 is calibrated on images: give at least one batch")
-    low = torch.full((model.depth, model.dim), float("inf"))
+    low = torch.full((len(model.blocks), model.stem[0].out_channels), float("inf"))
     high, total = -low, torch.zeros_like(low)
 
     def watch(i: int) -> Any:

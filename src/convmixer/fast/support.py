@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from convmixer import kernels
-from convmixer.models.isotropic import Isotropic
-from convmixer.models.layers import DepthwiseConv2d, Residual
+from convmixer.fast.structure import QUIETLY, all_depthwise, found, unusual
 
-ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -20,7 +21,7 @@ DTYPES = {
     "fp16": torch.float16,
     "int8": torch.int8,
 }
-QUIETLY = "another tool needs the plain model"  # nothing that the user should change
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -52,72 +53,56 @@ def say_once(reason: str) -> None:
 
 
 def unfit(model: Any, x: Tensor) -> str | None:
-    """Return why the kernels cannot run this pass, or None."""
-    weight = model.stem[0].weight
+    """Return why the kernels must not run this pass, or None.
+
+    They run it only if plain PyTorch would give the same: no other tool changes or watches what the modules do, the
+    model has nothing but what the kernels know, and the images are what its first convolution takes.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
+        return QUIETLY  # fx gives proxies; others give tensors of their own
+    if torch.compiler.is_compiling():  # guards watch what is read here
+        known = unusual(model) or (None if all_depthwise(model.blocks) else QUIETLY)
+        return known or _settings(model, model.stem[0].weight, x)
+    if tools_at_work():
+        return QUIETLY
+    about = found(model)
+    if about.reason:
+        return about.reason
+    if about.mixed_dtypes():
+        return "its parameters differ in type"
+    weight = about.weights[0]
+    return (
+        _settings(model, weight, x) or why_not(weight.device, weight.dtype) or why_not(weight.device, dtype_of(model))
+    )
+
+
+def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
+    """Return what is wrong with the images of a pass, or with how the model is to be run."""
     if x.device != weight.device:
         return f"the model is on {weight.device}, the images on {x.device}"
-    for dtype in (dtype_of(model), weight.dtype):
-        if not torch.compiler.is_compiling() and (reason := why_not(weight.device, dtype)):
-            return reason
     if model.grad_checkpointing:
         return "gradient checkpointing is on"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return QUIETLY
-    if torch.compiler.is_compiling() and not all_depthwise(model.blocks):
-        return QUIETLY  # the ops around another mixer have no fake kernels
-    return unusual(model)
+    if x.ndim != 4 or x.shape[1] != model.stem[0].in_channels or x.layout is not torch.strided:
+        return QUIETLY  # the plain model says what is wrong
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return None if x.dtype is weight.dtype or (autocast and x.dtype in _CAST) else QUIETLY
 
 
-def unusual(model: Any) -> str | None:
-    """Return what in the model the kernels do not know, or None."""
-    act = type(model.stem[1])
-    expected: list[tuple[nn.Module, type[nn.Module]]] = [(model.stem[0], nn.Conv2d), (model.stem, nn.Sequential)]
-    for norm_parts in act_norms(model):
-        if len(norm_parts) != 2:
-            return "its blocks are built in another way"
-        expected += zip(norm_parts, (act, nn.BatchNorm2d), strict=True)
-    for block in model.blocks:
-        residual, pointwise = block[0], block[1]
-        inner: Any = getattr(residual, "fn", [None])
-        expected += [(block, nn.Sequential), (residual, Residual), (pointwise, nn.Conv2d)]
-        expected += [(inner, nn.Sequential)]
-        if not isinstance(model, Isotropic) or type(inner[0]) is DepthwiseConv2d:  # its other mixers are called
-            expected += [(inner[0], DepthwiseConv2d)]
-    for module, kind in expected:
-        if type(module) is not kind:
-            return f"the model has a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return QUIETLY
-    if act not in ACTS or (act is nn.GELU and model.stem[1].approximate != "none"):
-        return f"the activation is {model.stem[1]}"
-    norms = norms_of(model)
-    for norm in norms:
-        if norm.weight is None or norm.running_mean is None or norm.momentum is None:
-            return "a BatchNorm has no weight, no running statistics or no momentum"
-        if (norm.eps, norm.training) != (norms[0].eps, norms[0].training):
-            return "the BatchNorms differ in eps or mode"
-    return None
+def tools_at_work() -> bool:
+    """Return whether a transform, a tracer, a mode or a hook on all modules must see each module compute."""
+    return bool(
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or torch._C._len_torch_dispatch_stack()
+        or _has_any_global_hook()
+        or (torch._C._len_torch_function_stack() and any(type(m) is not DeviceContext for m in _function_modes()))
+    )
 
 
-def plain_blocks(model: Any) -> int:
-    """Return how many blocks run as torch modules: the first, where the stem pools between its norm and that block.
-
-    What the kernels start from is a convolution's output with activation and norm still to come.
-    """
-    return int(type(model.stem[-1]) is nn.AvgPool2d)
-
-
-def act_norms(model: Any) -> list[list[Any]]:
-    """Return the activations and norms that the kernels compute, in their order."""
-    plain = plain_blocks(model)
-    pairs = [list(model.stem)[-2 - plain :][:2]]
-    for block in model.blocks:
-        pairs += [list(getattr(block[0], "fn", block[0]))[1:], list(block)[2:]]
-    return [pairs[0], *pairs[1 + plain :]]
-
-
-def norms_of(model: Any) -> list[Any]:
-    return [pair[1] for pair in act_norms(model)]
+def _function_modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 
 
 def dtype_of(model: Any) -> torch.dtype:
@@ -125,8 +110,3 @@ def dtype_of(model: Any) -> torch.dtype:
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
-
-
-def all_depthwise(blocks: Any) -> bool:
-    """Return whether every block mixes places by a depthwise convolution, so that the kernels compute all of it."""
-    return all(type(getattr(block[0], "fn", block[0])[0]) is DepthwiseConv2d for block in blocks)

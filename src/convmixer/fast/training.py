@@ -11,17 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from convmixer.device import native_bf16
-from convmixer.fast.support import (
-    ACTS,
-    all_depthwise,
-    dtype_of,
-    norms_of,
-    plain_blocks,
-    say_once,
-    unfit,
-    unusual,
-    why_not,
-)
+from convmixer.fast.structure import ACTS, all_depthwise, is_patches, norms_of, plain_blocks, unusual
+from convmixer.fast.support import dtype_of, say_once, unfit, why_not
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
 
@@ -63,6 +54,10 @@ def uses_kernels(model: nn.Module) -> bool:
     return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
+def _plain_class(model: nn.Module) -> type[ConvMixer]:
+    return Isotropic if isinstance(model, Isotropic) else ConvMixer
+
+
 class _OnKernels(ConvMixer):
     """What both fast models share: stem, blocks and pool on the kernels."""
 
@@ -77,14 +72,19 @@ class _OnKernels(ConvMixer):
         if reason := unfit(self, x):
             return self._plain(reason).forward(x)
         pooled = self._fast(x, pool=True)
-        logits: Tensor = self.head(self.head_drop(pooled.to(dtype_of(self))))
-        return logits
+        return self.forward_head(pooled.to(dtype_of(self))[:, :, None, None])  # the mean of one value is that value
+
+    def __prepare_scriptable__(self) -> ConvMixer:
+        """Return the plain model with the same parameters, for `torch.jit.script`."""
+        plain = object.__new__(_plain_class(self))
+        plain.__dict__ = self.__dict__.copy()
+        return plain
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
         super().__setstate__(state)
         if reason := _why_not_at_all(self):
             say_once(reason)
-            self.__class__ = Isotropic if isinstance(self, Isotropic) else ConvMixer  # type: ignore[assignment]
+            self.__class__ = _plain_class(self)  # type: ignore[assignment]
 
     def _plain(self, reason: str) -> ConvMixer:
         say_once(reason)
@@ -145,7 +145,7 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
 def _stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, h, w, dim or wider): what the last convolution before the kernels gives."""
     conv, dtype = model.stem[0], dtype_of(model)
-    if len(model.stem) == 3 and conv.kernel_size == conv.stride and conv.padding == (0, 0):
+    if len(model.stem) == 3 and is_patches(conv):
         return _patch_embedding(conv, x, dtype, wider=all_depthwise(model.blocks))
     if plain_blocks(model):
         block = model.blocks[0]

@@ -1,0 +1,224 @@
+"""What the kernels know of a model: every type and attribute that changes its result, and whether one has changed.
+
+The kernels compute a ConvMixer from its parameters alone. Whatever else a module holds that changes its output must
+therefore have the one value that the kernels assume; `unusual` names the first that has not.
+"""
+
+import weakref
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from convmixer.models.isotropic import Isotropic
+from convmixer.models.layers import DepthwiseConv2d, Residual
+
+ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
+QUIETLY = "another tool needs the plain model"  # nothing that the user should change
+_OVERRIDES = ("forward", "forward_features", "forward_head", "_run")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_KINDS: tuple[Any, ...] = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.GELU,
+    nn.ReLU,
+    nn.Sequential,
+    nn.AvgPool2d,
+    DepthwiseConv2d,
+    Residual,
+)
+_FORWARDS = [kind.forward for kind in _KINDS]  # some tools replace them for all modules at once
+_DTYPE = attrgetter("dtype")
+
+
+def unusual(model: Any) -> str | None:
+    """Return what in the model the kernels do not know, or None."""
+    if any(name in model.__dict__ for name in _OVERRIDES):
+        return "the model has a method of its own"
+    if any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True)):
+        return QUIETLY
+    reason = _stem_reason(model.stem)
+    for i, block in enumerate(model.blocks):
+        reason = reason or _block_reason(block, any_mixer=isinstance(model, Isotropic), called=i < _called(model))
+    return reason or _hooks_or_forwards(model) or _norms_reason(model)
+
+
+def _called(model: Any) -> int:
+    """Return of how many blocks the convolutions are called as modules, see `plain_blocks`."""
+    return 0 if _wrong(model.stem, nn.Sequential) else plain_blocks(model)
+
+
+def _wrong(module: Any, kind: type[nn.Module]) -> str | None:
+    return None if type(module) is kind else f"the model has a {type(module).__name__}"
+
+
+def _stem_reason(stem: Any) -> str | None:
+    """Return what the kernels do not know in a stem: convolutions, called as modules, then activation and norm."""
+    if _wrong(stem, nn.Sequential) or len(stem) < 3:
+        return "the stem is built in another way"
+    reason = _wrong(stem[0], nn.Conv2d)
+    if type(stem[-1]) is nn.AvgPool2d:
+        if len(stem) != 4 or reason or not _is_pooled(stem[0], stem[3]):
+            return reason or "the stem is built in another way"
+        return _act_reason(stem[1]) or _wrong(stem[2], nn.BatchNorm2d)
+    return reason or _act_reason(stem[-2]) or _wrong(stem[-1], nn.BatchNorm2d)
+
+
+def _is_pooled(conv: Any, pool: Any) -> bool:
+    """Return whether a convolution keeps the image's size, and the pool divides it into windows."""
+    k = conv.kernel_size[0]
+    size = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding == (k // 2, k // 2)
+    usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    windows = isinstance(pool.kernel_size, int) and pool.stride == pool.kernel_size and pool.padding == 0
+    return size and usual and windows and not pool.ceil_mode and pool.divisor_override is None
+
+
+def is_patches(conv: Any) -> bool:
+    """Return whether a convolution sees each pixel once, so that it is a product of patches."""
+    p = conv.kernel_size[0]
+    square = conv.kernel_size == conv.stride == (p, p) and conv.padding == (0, 0)
+    return square and conv.dilation == (1, 1) and conv.groups == 1
+
+
+def _block_reason(block: Any, any_mixer: bool, called: bool) -> str | None:
+    if _wrong(block, nn.Sequential) or len(block) != 4 or _wrong(block[0], Residual):
+        return _wrong(block, nn.Sequential) or "a block is built in another way"
+    inner = block[0].fn
+    if _wrong(inner, nn.Sequential) or len(inner) != 3:
+        return "a block is built in another way"
+    if called:
+        return _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
+    mixer, dim = inner[0], getattr(block[3], "num_features", 0)
+    reason = None if any_mixer and type(mixer) is not DepthwiseConv2d else _depthwise_reason(mixer, dim)
+    reason = reason or _act_reason(inner[1]) or _wrong(inner[2], nn.BatchNorm2d)
+    return reason or _pointwise_reason(block[1], dim) or _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
+
+
+def _depthwise_reason(conv: Any, dim: int) -> str | None:
+    if reason := _wrong(conv, DepthwiseConv2d):
+        return reason
+    k = conv.kernel_size[0]
+    padding = (k // 2, k // 2) if k % 2 else (0, 0)
+    return _conv_reason(conv, (dim, 1, k, k), groups=dim, padding=padding)
+
+
+def _pointwise_reason(conv: Any, dim: int) -> str | None:
+    return _wrong(conv, nn.Conv2d) or _conv_reason(conv, (dim, dim, 1, 1), groups=1, padding=(0, 0))
+
+
+def _conv_reason(conv: Any, shape: tuple[int, ...], groups: int, padding: tuple[int, int]) -> str | None:
+    usual = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.groups == groups
+    if not usual or conv.padding != padding or conv.kernel_size != shape[2:]:
+        return f"a convolution has other settings: {conv}"
+    if conv.bias is None or tuple(conv.weight.shape) != shape or tuple(conv.bias.shape) != shape[:1]:
+        return "a convolution has no bias, or weights of another shape"
+    return None
+
+
+def _act_reason(act: Any) -> str | None:
+    if type(act) not in ACTS:
+        return f"the model has a {type(act).__name__}"
+    return f"the activation is {act}" if getattr(act, "approximate", "none") != "none" else None
+
+
+def _hooks_or_forwards(model: Any) -> str | None:
+    for part in (model.stem, model.blocks):
+        for module in part.modules():
+            if "forward" in module.__dict__:
+                return "a module has a forward of its own"
+            if any(getattr(module, name) for name in _HOOKS):
+                return QUIETLY
+    return None
+
+
+def _norms_reason(model: Any) -> str | None:
+    first = norms_of(model)[0]
+    for act, norm in act_norms(model):
+        if type(act) is not type(act_norms(model)[0][0]):
+            return "the activations differ"
+        if norm.weight is None or norm.bias is None or norm.momentum is None or not norm.track_running_stats:
+            return "a BatchNorm has no weight, no running statistics or no momentum"
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            return "a BatchNorm has no running statistics"
+        if (norm.eps, norm.training) != (first.eps, first.training):
+            return "the BatchNorms differ in eps or mode"
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if any(tuple(t.shape) != tuple(first.weight.shape) for t in tensors):
+            return "the BatchNorms differ in size"
+    return None
+
+
+def plain_blocks(model: Any) -> int:
+    """Return how many blocks run as torch modules: the first, if the stem pools between its norm and that block.
+
+    What the kernels start from is a convolution's output with activation and norm still to come.
+    """
+    return int(type(model.stem[-1]) is nn.AvgPool2d)
+
+
+def act_norms(model: Any) -> list[list[Any]]:
+    """Return the activations and norms that the kernels compute, in their order."""
+    plain = plain_blocks(model)
+    pairs = [list(model.stem)[-2 - plain :][:2]]
+    for block in model.blocks:
+        pairs += [list(block[0].fn)[1:], list(block)[2:]]
+    return [pairs[0], *pairs[1 + plain :]]
+
+
+def norms_of(model: Any) -> list[Any]:
+    """Return the norms that the kernels compute, in their order."""
+    return [pair[1] for pair in act_norms(model)]
+
+
+def all_depthwise(blocks: Any) -> bool:
+    """Return whether every block mixes places by a depthwise convolution, so that the kernels compute all of it."""
+    return all(type(block[0].fn[0]) is DepthwiseConv2d for block in blocks)
+
+
+class Found:
+    """What `unusual` found in a model, and everything that it depends on.
+
+    A module is its `__dict__`, its tensors and its parts. These are compared with copies, which is quick because
+    almost all values are the same objects.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.modules = [*model.stem.modules(), *model.blocks.modules()]
+        self.types = list(map(type, self.modules))
+        dicts = [model.__dict__, model._modules, *(m.__dict__ for m in self.modules)]
+        tensors = [d for m in self.modules for d in (m._parameters, m._buffers, m._modules) if d]
+        self.dicts = [*dicts, *tensors]
+        self.copies = [dict(d) for d in self.dicts]
+        self.hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
+        self.reason = unusual(model)
+        own = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.weights = [p for p in own if p.ndim == 4]
+        self.vectors = [p for p in own if p.ndim != 4]
+        if not self.reason and any(type(p) not in (nn.Parameter, Tensor) for p in own):
+            self.reason = QUIETLY  # what holds the values is another tool's
+
+    def holds(self) -> bool:
+        if any(self.hooks) or list(map(type, self.modules)) != self.types:
+            return False
+        try:
+            return self.dicts == self.copies
+        except Exception:  # a tensor was replaced, and the old and the new one have no order
+            return False
+
+    def mixed_dtypes(self) -> bool:
+        """Return whether parameters differ in type; norms and biases may stay in fp32."""
+        kinds = set(map(_DTYPE, self.weights))
+        return len(kinds) != 1 or not set(map(_DTYPE, self.vectors)) <= {*kinds, torch.float32}
+
+
+_FOUND: "weakref.WeakKeyDictionary[nn.Module, Found]" = weakref.WeakKeyDictionary()
+
+
+def found(model: nn.Module) -> Found:
+    """Return what `unusual` finds, looking again only if something has changed in the model."""
+    known = _FOUND.get(model)
+    if known is None or not known.holds():
+        known = _FOUND[model] = Found(model)
+    return known
