@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer.fast import accelerate, uses_kernels
+from convmixer.fast.support import say_once
 from convmixer.fast.training import FastConvMixer, FastIsotropic
 from convmixer.kernels import blocks, why_not
 from convmixer.models.convmixer import ConvMixer
@@ -203,6 +204,7 @@ def test_nan_and_inf_pass_through(value: float) -> None:
 
 
 def test_unusual_models_run_plain(capfd: pytest.CaptureFixture[str]) -> None:
+    say_once.cache_clear()  # another test may have had the same reasons
     images = _images()
     overlapping = accelerate(_isotropic(stem="overlap"))
     overlapping.blocks[0][0].fn[0].register_forward_hook(lambda module, args, output: calls.append(output))

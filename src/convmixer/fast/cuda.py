@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmixer.fast.support import ACTS, norms_of
+from convmixer.fast.structure import ACTS, norms_of
 from convmixer.fast.training import block_parameters
 from convmixer.kernels.cuda import blocks
 from convmixer.models.convmixer import ConvMixer
