@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from convmixer.data.datasets import DataSplits
 from convmixer.data.transforms import erase, mix
+from convmixer.files import atomic_file
 from convmixer.models import inspection
 from convmixer.results import plots
 from convmixer.train.scores import Scores
@@ -38,13 +39,13 @@ def samples(data: DataSplits, folder: Path, most: int = 10) -> None:
     """Write a few test images as PNG files, one of each of the first classes, to try `predict` on."""
     images = data.test or data.val or data.train
     assert images is not None
-    folder.mkdir(parents=True, exist_ok=True)
     for label, name in list(enumerate(data.classes))[:most]:
         for index in np.flatnonzero(images.labels == label)[:1]:
             found = images.read(int(index))
             if found:
                 safe = re.sub(r"[^\w.-]+", "_", str(name))
-                found[0].save(folder / f"{label:02d}_{safe}.png")
+                with atomic_file(folder / f"{label:02d}_{safe}.png") as file:
+                    found[0].save(file, format="PNG")
 
 
 def results(

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from convmixer.errors import RequestError
-from convmixer.files import process_exists, temporary_name
+from convmixer.files import naming, process_exists, temporary_name
 
 BEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 30.0  # six beats: a machine that swaps, or a slow network file system
@@ -62,7 +62,8 @@ class RunLock:
     def _try(self) -> bool:
         """Return whether the lock was free and is ours now."""
         draft = temporary_name(self.path)
-        draft.write_text(self._own, encoding="utf-8")
+        with naming(self.path):
+            draft.write_text(self._own, encoding="utf-8")
         try:
             _link(draft, self.path)
         except FileExistsError:
