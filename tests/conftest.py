@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -137,3 +137,45 @@ def page_address(page_folder: Path) -> Iterator[str]:
     from tests.pages import serve_files
 
     yield from serve_files(page_folder)
+
+
+@pytest.fixture(scope="session")
+def serve_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network as an ONNX file, so that a server starts without torch."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    from convmixer.exported.check import Images
+    from convmixer.exported.export import export_model
+    from convmixer.models.create import create_model
+    from serving import CLASSES, P, picture
+
+    torch.manual_seed(0)
+    model = create_model("convmixer_8_1_p4_k3", num_classes=3).eval()
+    path = tmp_path_factory.mktemp("serve") / "tiny.onnx"
+    images = [Image.open(io.BytesIO(picture(seed))) for seed in range(8)]
+    export_model(model, CLASSES, P, Images("photograph", images, None, ()), path, about={"architecture": "tiny"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def serve_classifier(serve_weights: Path) -> Any:
+    """The same network, loaded."""
+    from convmixer.inference import load_classifier
+
+    return load_classifier(serve_weights)
+
+
+@pytest.fixture(scope="session")
+def server(serve_weights: Path) -> Iterator[Any]:
+    """A server in a process, with small limits."""
+    from serving import start_process
+
+    process, server = start_process(
+        serve_weights, "--max-body-mb", "1", "--max-pixels", "400000", "--max-images", "4"
+    )
+    yield server
+    process.terminate()
+    process.communicate(timeout=20)

@@ -13,7 +13,7 @@ from tests.tiny_onnx import SOUND, model, saved
 
 from convmixer.errors import RequestError
 from convmixer.exported.samples import choose_samples
-from convmixer.serve.app import is_loopback
+from convmixer.serve.server import is_loopback
 
 
 @pytest.fixture(scope="module")

@@ -334,6 +334,21 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--token-file", type=Path, help="file with a bearer token to ask for (or set CONVMIXER_TOKEN); default: open"
     )
+    sub.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that the server answers to, besides localhost, --host and IP addresses; may be repeated",
+    )
+    sub.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages that may use the API, such as https://example.org, or *; may be repeated (default: its own)",
+    )
+    sub.add_argument("--root-path", default="", metavar="PATH", help="path in front of all others, behind a proxy")
     sub.add_argument("--max-body-mb", type=float, default=16, help="default: 16")
     sub.add_argument("--max-pixels", type=int, default=50_000_000, help="per image (default: 50 million)")
     sub.add_argument("--max-images", type=int, default=32, help="per request (default: 32)")
@@ -348,7 +363,9 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.serve.app import Limits, read_token, serve
+    from convmixer.serve.access import Access
+    from convmixer.serve.limits import Limits
+    from convmixer.serve.server import read_token, serve
 
     body = int(args.max_body_mb * 2**20)
     limits = Limits(
@@ -360,8 +377,10 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
         answer_seconds=args.timeout,
         held_bytes=max(Limits.held_bytes, body),
     )
-    token = read_token(args.token_file)
-    return serve(args.weights, args.host, args.port, args.precision, token, limits, args.samples)
+    access = Access(
+        read_token(args.token_file), tuple(args.allowed_host), tuple(args.cors), args.root_path.rstrip("/")
+    )
+    return serve(args.weights, args.host, args.port, args.precision, access, limits, args.samples)
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:

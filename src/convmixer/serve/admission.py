@@ -1,0 +1,86 @@
+"""Who is let in: room for requests and for the bytes of their bodies, shared among clients."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+
+from convmixer.serve.http import Refusal
+from convmixer.serve.limits import Limits
+
+
+def busy() -> Refusal:
+    """Return the refusal of a request that comes while the server is full."""
+    return Refusal(503, "busy", "too many images are waiting: try again later", {"retry-after": "1"})
+
+
+def client_of(request: Request) -> str:
+    """Return the address of a client, without the port."""
+    return request.client.host if request.client else ""
+
+
+class Slot:
+    """The place of one request, and the bytes it holds.
+
+    Args:
+        admission: Where it is counted.
+        client: Whose it is.
+    """
+
+    def __init__(self, admission: "Admission", client: str) -> None:
+        self.admission, self.client, self.bytes = admission, client, 0
+
+    def charge(self, size: int) -> None:
+        """Count bytes that have arrived; those that are only announced cost nothing.
+
+        Raises:
+            Refusal: 503 all clients together hold too much, 429 this one does.
+        """
+        held, limits = self.admission.bytes, self.admission.limits
+        if held.total() + size > limits.held_bytes:
+            raise busy()
+        # a lone body may always be as large as a body may be
+        if held[self.client] + size > max(limits.share(limits.held_bytes), limits.body_bytes):
+            raise _too_much()
+        held[self.client] += size
+        self.bytes += size
+
+
+class Admission:
+    """Counts the requests being read or decoded, and what they hold, in all and for each client.
+
+    Args:
+        limits: How much there may be.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.requests: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    @contextmanager
+    def slot(self, client: str) -> Iterator[Slot]:
+        """Let a request in, and count it until it is left.
+
+        Raises:
+            Refusal: 503 there are too many requests, 429 there are too many of this client.
+        """
+        if self.requests.total() >= self.limits.queue:
+            raise busy()
+        if self.requests[client] >= self.limits.share(self.limits.queue):
+            raise _too_much()
+        self.requests[client] += 1
+        slot = Slot(self, client)
+        try:
+            yield slot
+        finally:
+            for counter, number in ((self.requests, 1), (self.bytes, slot.bytes)):
+                counter[client] -= number
+                if not counter[client]:
+                    del counter[client]  # else each client ever seen would stay
+
+
+def _too_much() -> Refusal:
+    text = "this client sends too much at once: wait for answers before sending more"
+    return Refusal(429, "too_many_requests", text, {"retry-after": "1"})

@@ -1,0 +1,48 @@
+"""What requests may ask for, and how much of it one client may have."""
+
+from dataclasses import dataclass
+
+from convmixer.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Args:
+        body_bytes: Size of a body.
+        pixels: Pixels of one image, width times height, as its header says.
+        images: Images in one request.
+        queue: Images waiting to be computed, and requests being read or decoded.
+        batch: Images computed at once.
+        send_seconds: Time for a request's head, and again for its body, to arrive.
+        answer_seconds: Time from a whole request to its answer.
+        held_bytes: Bodies being read or decoded, together.
+        connections: Open connections.
+
+    One client may have half of the connections, of the requests being read or decoded, and of the bytes.
+    """
+
+    body_bytes: int = 16 << 20
+    pixels: int = 50_000_000
+    images: int = 32
+    queue: int = 256
+    batch: int = 32
+    send_seconds: float = 10.0
+    answer_seconds: float = 30.0
+    held_bytes: int = 512 << 20
+    connections: int = 800
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise RequestError(f"the limit {name} must be above 0, not {value:g}")
+        if self.images > self.queue or self.body_bytes > self.held_bytes:
+            raise RequestError(
+                f"a request of {self.images} images in {self.body_bytes} bytes would never be taken: at most "
+                f"{self.queue} images wait, and {self.held_bytes} bytes are held"
+            )
+
+    def share(self, most: int) -> int:
+        """Return how much of something one client may have: half, at least one."""
+        return max(1, most // 2)

@@ -1,0 +1,92 @@
+"""The shape of requests and answers, as /openapi.json describes it."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class ErrorDetail(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+
+
+class Error(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorDetail
+
+
+class Evidence(BaseModel):
+    """What the network saw, and how much each patch adds to the logits of the classes predicted."""
+
+    seen: str
+    maps: list[list[list[float]]] | None
+
+
+class Prediction(BaseModel):
+    """The likeliest classes of one image, in falling order."""
+
+    classes: list[str]
+    probabilities: list[float]
+    evidence: Evidence | None = None
+
+
+class Predictions(BaseModel):
+    """One prediction per image, in the order sent."""
+
+    predictions: list[Prediction]
+    milliseconds: float
+
+
+class ModelInfo(BaseModel):
+    """What is served."""
+
+    name: str
+    version: str
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    precision: str
+    samples: list[str]
+    authorisation: bool
+    limits: dict[str, float]
+
+
+REFUSALS = {
+    400: "empty or malformed body",
+    401: "no or wrong bearer token",
+    403: "a page of another origin asks",
+    408: "the request came too slowly",
+    413: "too many bytes, pixels or images",
+    415: "not an image type",
+    421: "the Host is none of this server's names",
+    422: "not a readable image, or a bad parameter",
+    429: "this client asks for too much at once; see Retry-After",
+    431: "the head is too large",
+    500: "the model failed, or its answer is not a number",
+    503: "busy; see Retry-After",
+    504: "no answer in time",
+}
+BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One image as the body, or several as files of a multipart form (any names), "
+        "which may hold `topk` and `explain` too.",
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "topk": {"type": "integer"},
+                        "explain": {"type": "boolean"},
+                    },
+                    "required": ["image"],
+                }
+            },
+        },
+    }
+}
