@@ -24,6 +24,7 @@ EVERYWHERE = {
     "run_folder",
     "progress",
     "seal",
+    "text",
 }
 # part -> the parts it may import besides EVERYWHERE; data flows one way and so do imports
 ALLOWED: dict[str, set[str]] = {

@@ -37,7 +37,7 @@ def test_a_token_that_cannot_be_sent_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_only_names_of_the_server_are_answered(serve_classifier: Classifier) -> None:
     """A page whose name leads to this machine (DNS rebinding) would read the model and its pictures."""
-    with Running(serve_classifier, access=Access(hosts=("Models.example",))) as server:
+    with Running(serve_classifier, access=Access(hosts=("Models.example",))) as server, httpx.Client() as client:
         for host in (
             "localhost",
             "127.0.0.1",
@@ -46,7 +46,7 @@ def test_only_names_of_the_server_are_answered(serve_classifier: Classifier) -> 
             "192.168.1.5",
             "models.example:80",
         ):
-            assert httpx.get(f"{server.address}/v1/model", headers={"host": host}).status_code == 200, host
+            assert client.get(f"{server.address}/v1/model", headers={"host": host}).status_code == 200, host
         for host in (
             "evil.example",
             "localhost.evil.example",
@@ -56,7 +56,7 @@ def test_only_names_of_the_server_are_answered(serve_classifier: Classifier) -> 
             "@localhost",
         ):
             for path in ("/v1/model", "/", "/healthz", "/nope"):
-                answer = httpx.get(server.address + path, headers={"host": host})
+                answer = client.get(server.address + path, headers={"host": host})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host"), host
         twice = raw(
             server.port, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n"

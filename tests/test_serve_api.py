@@ -128,6 +128,11 @@ def test_form_fields_are_parameters_and_no_images(server: Server) -> None:
     assert (only.status_code, only.json()["error"]["code"]) == (400, "empty")
 
 
+def test_formats_that_are_decoded_in_python_are_taken(server: Server) -> None:
+    answer = server.post(b"P5\n20 20\n254\n" + bytes(400))
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_file_without_a_name_is_an_image_if_its_type_says_so(server: Server) -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="x"\r\nContent-Type: image/png\r\n\r\n' + picture()
     answer = server.post(body + b"\r\n--b--", multipart(1)[1])

@@ -1,6 +1,7 @@
 """Clients that are slow, greedy or wordy do not keep others from being served; over real sockets."""
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -169,8 +170,6 @@ def test_pipelined_requests_and_upgrades_are_answered_in_order(serve_classifier:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n"
     with Running(serve_classifier, Limits(send_seconds=0.5)) as server:
         answer = raw(server.port, ask % (b"healthz", b"") + ask % (b"nope", b"") + ask % (b"readyz", b""))
-        assert [line for line in answer.split(b"\r\n") if line.startswith(b"HTTP/")][:3] == [
-            b"HTTP/1.1 200 OK", b"HTTP/1.1 404 Not Found", b"HTTP/1.1 200 OK",
-        ]  # fmt: skip
+        assert re.findall(rb"HTTP/1.1 (\d+)", answer)[:3] == [b"200", b"404", b"200"]
         answer = raw(server.port, ask % (b"healthz", upgrade))
         assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 4"))

@@ -62,12 +62,14 @@ def _finite(value: Any) -> Any:
 def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
     if args.debug:
         raise error
+    from convmixer.text import terminal
+
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     said = isinstance(error, (RequestError, OSError, FloatingPointError))
     prefix = "" if said else f"{type(error).__name__}: "
-    print(f"convmixer {args.command}: {prefix}{text}", file=sys.stderr)
+    print(f"convmixer {args.command}: {prefix}{terminal(text)}", file=sys.stderr)
     return status
 
 

@@ -11,6 +11,7 @@ from convmixer.inference import load_classifier, ranked, softmax
 from convmixer.preprocess import load_image, normalise, resize_and_crop
 from convmixer.results import plots
 from convmixer.run_folder import RunFolder, is_run, sample_files
+from convmixer.text import terminal
 
 
 def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
     patch = 0 if evidence is None else p.img_size // evidence.shape[1]
     path = out or Path(f"{image.stem}-explained.png")
     plots.explanation(np.asarray(seen) / 255, evidence, patch, classes, shares, path)
-    print("\n".join(f"{100 * share:5.1f}%  {name}" for name, share in zip(classes, shares, strict=True)))
-    print(f"picture: {path}")
+    print("\n".join(f"{100 * share:5.1f}%  {terminal(name)}" for name, share in zip(classes, shares, strict=True)))
+    print(f"picture: {terminal(path)}")
     rows = None if evidence is None else evidence.round(5).tolist()
     return {"picture": str(path), "classes": classes, "probabilities": shares, "map": rows}
 

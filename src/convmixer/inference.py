@@ -21,6 +21,7 @@ from convmixer.exported.load import is_exported, load_exported
 from convmixer.files import write_atomic
 from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
 from convmixer.progress import track
+from convmixer.text import csv_cell, markup
 
 if TYPE_CHECKING:
     import torch
@@ -309,7 +310,8 @@ def _csv(predictions: Sequence[dict[str, Any]]) -> str:
     writer.writerow(["file", *pairs, "error"])
     for p in predictions:
         cells = [v for pair in zip(p.get("classes", ()), p.get("probabilities", ()), strict=True) for v in pair]
-        writer.writerow([p["file"], *(cells or [""] * len(pairs)), p.get("error", "")])
+        row = [p["file"], *(cells or [""] * len(pairs)), p.get("error", "")]
+        writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in row])
     return text.getvalue()
 
 
@@ -324,18 +326,19 @@ def _print_table(
     predictions: Sequence[dict[str, Any]], classifier: Classifier, out: Path | None, unused: Unused
 ) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     about = classifier.describe
-    console.print(f"{about.get('found') or about['source']} ({about.get('precision', 'exported')})", highlight=False)
+    console.print(
+        f"{markup(about.get('found') or about['source'])} ({about.get('precision', 'exported')})", highlight=False
+    )
     table = Table(Column("file", overflow="fold"), "prediction", box=None, pad_edge=False)
     shown = predictions[:50]
     for p in shown:
         pairs = zip(p.get("classes", ()), p.get("probabilities", ()), strict=True)
-        text = ", ".join(f"{escape(name)} {100 * value:.1f}%" for name, value in pairs)
-        table.add_row(escape(p["file"]), text or f"[red]{escape(p['error'])}[/red]")
+        text = ", ".join(f"{markup(name)} {100 * value:.1f}%" for name, value in pairs)
+        table.add_row(markup(p["file"]), text or f"[red]{markup(p['error'])}[/red]")
     console.print(table)
     bad = sum("error" in p for p in predictions)
     rest = len(predictions) - len(shown)
@@ -343,7 +346,7 @@ def _print_table(
         f"{rest} more not shown" if rest else "",
         f"{bad} of {len(predictions)} files cannot be read" if bad else "",
         *unused.notes(),
-        f"written to {out}" if out else "",
+        f"written to {markup(out)}" if out else "",
     ]
     for note in filter(None, notes):
         console.print(note, highlight=False)

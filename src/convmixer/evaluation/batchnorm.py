@@ -20,6 +20,7 @@ from convmixer.evaluation.metrics import Batches, collect
 from convmixer.models.weights import LoadedModel, load_model, save_changed
 from convmixer.preprocess import Preprocessing
 from convmixer.progress import track
+from convmixer.text import terminal
 
 BN_IMAGES, BN_BATCH = 256, 64  # enough to see bad statistics, few enough to cost little
 
@@ -117,7 +118,7 @@ def recalibrate(weights: str | Path, data: str | None, out: Path, limit: int = 2
         raise RequestError(f"{weights} has no BatchNorm to recalibrate")
     splits = found.splits
     for note in splits.notes:
-        print(f"data {splits.name}: {note}")
+        print(f"data {terminal(splits.name)}: {terminal(note)}")
     held_out = "val" if splits.val is not None else "train" if splits.train is not None else found.choose(None)
     judge = sample(found.pick(held_out), limit)
     before = _top1(loaded, splits, judge)

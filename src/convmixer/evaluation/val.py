@@ -22,6 +22,7 @@ from convmixer.files import write_atomic
 from convmixer.inference import load_classifier
 from convmixer.models.weights import LoadedModel
 from convmixer.progress import track
+from convmixer.text import csv_cell, markup, terminal
 
 CALIBRATION = 64  # training images for int8
 
@@ -108,14 +109,13 @@ def _changed(data: EvaluationData, split: str) -> list[str]:
 
 def _print(result: dict[str, Any], classes: Sequence[ClassResult]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     low, high = result["ci95"]
     for note in result["notes"]:
-        console.print(f"data {result['data']}: {note}", markup=False, highlight=False)
-    console.print(f"{result['data']}, {result['split']} split: {result['n']} images ({result['precision']})")
+        console.print(f"data {markup(result['data'])}: {markup(note)}", highlight=False)
+    console.print(f"{markup(result['data'])}, {result['split']} split: {result['n']} images ({result['precision']})")
     console.print(f"top-1 {result['top1']:.2f}% (95% Wilson interval {low:.2f} to {high:.2f})", highlight=False)
     console.print(f"top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}, ECE {result['ece']:.4f}", highlight=False)
     worst = sorted(classes, key=lambda row: row.f1)[:10]
@@ -124,10 +124,10 @@ def _print(result: dict[str, Any], classes: Sequence[ClassResult]) -> None:
     if shown is worst:
         table.title = f"the 10 classes of {len(classes)} with the lowest F1"
     for row in shown:
-        table.add_row(escape(row.name), *(f"{v:.1f}" for v in (row.precision, row.recall, row.f1)), str(row.n))
+        table.add_row(markup(row.name), *(f"{v:.1f}" for v in (row.precision, row.recall, row.f1)), str(row.n))
     console.print(table)
     for warning in result["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+        console.print(f"[yellow]warning:[/yellow] {markup(warning)}", highlight=False)
 
 
 def _write(
@@ -139,7 +139,7 @@ def _write(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "precision", "recall", "f1", "images"])
-    writer.writerows(vars(row).values() for row in classes)
+    writer.writerows((csv_cell(row.name), *list(vars(row).values())[1:]) for row in classes)
     write_atomic(out / "per_class.csv", text.getvalue().encode(errors="surrogateescape"))
     confusion_matrix(counts, names, out / "confusion_matrix.png")
-    print(f"tables and picture written to {out}")
+    print(f"tables and picture written to {terminal(out)}")

@@ -14,6 +14,7 @@ from convmixer.errors import RequestError
 from convmixer.exported.load import open_exported
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
 from convmixer.run_folder import sample_files
+from convmixer.text import terminal
 
 if TYPE_CHECKING:
     from convmixer.evaluation.data import EvaluationData
@@ -66,7 +67,7 @@ def real_images(loaded: "LoadedModel", data: str | None, limit: int | None) -> I
     except RequestError as error:
         if data:
             raise
-        print(f"not checked on the data of the training: {error}")
+        print(f"not checked on the data of the training: {terminal(error)}")
     else:
         return _of_data(found, loaded, limit)
     chans = loaded.preprocessing.in_chans

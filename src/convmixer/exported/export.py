@@ -23,6 +23,7 @@ from convmixer.exported.samples import choose_samples
 from convmixer.exported.source import Source, prepared
 from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import RunFolder, is_run
+from convmixer.text import terminal
 
 
 def export(
@@ -63,7 +64,7 @@ def export(
     result = export_model(loaded.model, classes, p, images, path, format, precision, about, pictures)
     _print(result)
     if kind.folder:
-        print(f"{said}{'; whoever gets the page sees them' if pictures else ''}")
+        print(f"{terminal(said)}{'; whoever gets the page sees them' if pictures else ''}")
     return result
 
 

@@ -1,7 +1,6 @@
 """A study's report: one HTML file that needs nothing beside it, and the same as Markdown. Files in, files out."""
 
 import base64
-import html
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from convmixer.files import write_atomic
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
 from convmixer.results.study_plots import UNITS, figures, standalone
+from convmixer.text import html as escape_html
+from convmixer.text import markdown as markdown_text
 
 SIGNS = {SUPPORTED: "✔", CONTRADICTED: "✘"}
 RELATIONS = {
@@ -67,7 +68,7 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     """Return the report as Markdown; pictures are links into `pictures/`."""
     plan, parts = results.plan, []
     parts += [f"# {plan['title']}", plan["question"]]
-    parts += [f"> **{line}**" for line in _warnings(results)]
+    parts += [f"> **{markdown_text(line)}**" for line in _warnings(results)]
     parts += ["## Claims and verdicts", table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
     parts += ["## Arms", table(HEADS, [_cells(row) for row in results.rows()]), HOW]
     parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
@@ -82,23 +83,23 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
 def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
     """Return the report as one HTML page; style and pictures are inside it."""
     plan = results.plan
-    warnings = "".join(f'<p class="warning">{html.escape(line)}</p>' for line in _warnings(results))
+    warnings = "".join(f'<p class="warning">{escape_html(line)}</p>' for line in _warnings(results))
     charts = "".join(_figure(title, svg) for title, svg in pictures.values())
     weights = "".join(_figure(title, _embedded(path, title)) for title, path in _weight_pictures(results))
     body = f"""
-<header><h1>{html.escape(plan["title"])}</h1><p class="lead">{html.escape(plan["question"])}</p>{warnings}</header>
+<header><h1>{escape_html(plan["title"])}</h1><p class="lead">{escape_html(plan["question"])}</p>{warnings}</header>
 <section><h2>Claims and verdicts</h2>{_html_table(CLAIM_HEADS, _claim_cells(results), "claims")}
 {_paper_html(results)}</section>
 <section><h2>Arms</h2>{_html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
-<p class="small">{html.escape(HOW)}</p></section>
+<p class="small">{escape_html(HOW)}</p></section>
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
-<section><h2>What was done</h2><p>{html.escape(plan["notes"])}</p><p>{html.escape(_sizes_sentence(results))}</p>
-<pre>{html.escape(_commands(results))}</pre>{_html_table(("", ""), _facts(results), "facts")}
+<section><h2>What was done</h2><p>{escape_html(plan["notes"])}</p><p>{escape_html(_sizes_sentence(results))}</p>
+<pre>{escape_html(_commands(results))}</pre>{_html_table(("", ""), _facts(results), "facts")}
 <details><summary>Shared recipe, every setting</summary>{_html_table(("setting", "value"), _recipe(plan), "facts")}
 </details></section>"""
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    return template.replace("<!-- title -->", html.escape(plan["title"])).replace("<!-- body -->", body)
+    return template.replace("<!-- title -->", escape_html(plan["title"])).replace("<!-- body -->", body)
 
 
 CLAIM_HEADS = ("claim", "counts if", "difference (95% interval)", "pairs", "verdict", "paper")
@@ -175,7 +176,7 @@ def _paper_list(results: StudyResults) -> str:
 
 
 def _paper_html(results: StudyResults) -> str:
-    items = "".join(f"<li><b>{html.escape(c)}</b>: {html.escape(t)}</li>" for c, t in _paper_notes(results))
+    items = "".join(f"<li><b>{escape_html(c)}</b>: {escape_html(t)}</li>" for c, t in _paper_notes(results))
     return f"<h3>The paper's own numbers, and how its settings differ</h3><ul>{items}</ul>" if items else ""
 
 
@@ -278,12 +279,12 @@ def _short(value: Any) -> str:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(markdown_text(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads) if any(heads) else ""
+    head = "".join(f"<th>{escape_html(h)}</th>" for h in heads) if any(heads) else ""
     lines = "".join("<tr>" + "".join(_cell(cell, heads[i]) for i, cell in enumerate(row)) + "</tr>" for row in rows)
     table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
@@ -293,21 +294,21 @@ def _cell(text: str, head: str) -> str:
     kind = ""
     if head == "verdict":
         kind = f' class="{text[2:].replace(" ", "-")}"'
-    label = f' data-head="{html.escape(head)}"' if head else ""
-    return f"<td{kind}{label}>{html.escape(text)}</td>"
+    label = f' data-head="{escape_html(head)}"' if head else ""
+    return f"<td{kind}{label}>{escape_html(text)}</td>"
 
 
 def _figure(title: str, picture: str) -> str:
     if picture.startswith("<svg "):
-        picture = picture.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
-    return f"<figure>{picture}<figcaption>{html.escape(title)}</figcaption></figure>"
+        picture = picture.replace("<svg ", f'<svg role="img" aria-label="{escape_html(title)}" ', 1)
+    return f"<figure>{picture}<figcaption>{escape_html(title)}</figcaption></figure>"
 
 
 def _embedded(path: Path, title: str) -> str:
     content = path.read_bytes()
     white = "" if content[25:26] == b"\x06" else ' class="white"'  # PNG's colour type: 6 has transparency
     data = base64.b64encode(content).decode()
-    return f'<img{white} alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    return f'<img{white} alt="{escape_html(title)}" src="data:image/png;base64,{data}">'
 
 
 def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:

@@ -117,8 +117,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn leaves out the body of HEAD
+        scope = {**scope, "method": method, "root_path": self.access.root_path}
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

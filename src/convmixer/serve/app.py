@@ -72,7 +72,6 @@ def create_app(
         description="Classify images with one ConvMixer.",
         docs_url=None,
         redoc_url=None,
-        root_path=access.root_path,
         lifespan=lifespan,
     )
     app.state.ready, app.state.service = False, service

@@ -17,6 +17,7 @@ from convmixer.serve.access import Access
 from convmixer.serve.app import create_app
 from convmixer.serve.limits import Limits
 from convmixer.serve.protocol import Protocol
+from convmixer.text import terminal
 
 
 def read_token(path: Path | None) -> str | None:
@@ -127,7 +128,10 @@ def serve(
     except SystemExit:
         raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
-    print(f"serving {weights} on {address} (docs: {address}/docs); stop with Ctrl-C\n{said}", flush=True)
+    print(
+        f"serving {terminal(weights)} on {address} (docs: {address}/docs); stop with Ctrl-C\n{terminal(said)}",
+        flush=True,
+    )
     # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)

@@ -19,7 +19,12 @@ from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
 from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
+<<<<<<< HEAD
 from convmixer.run_folder import LOCK, RunFolder, is_run
+=======
+from convmixer.run_folder import RunFolder, is_run
+from convmixer.text import markdown, terminal
+>>>>>>> ac4b829 (text: names of strangers are escaped for where they are shown)
 
 COLUMNS = (
     "epoch",
@@ -219,10 +224,11 @@ def describe(
 def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the README.md of a run from config.yaml's contents and the record's results."""
     data, p = config["data"], config["preprocessing"]
+    name = config["build"]["name"] if config["build"] else config["settings"]["model"]
     lines = [
-        f"# {config['build']['name'] if config['build'] else config['settings']['model']} on {data['name']}",
+        f"# {name} on {markdown(data['name'])}",
         "",
-        f"Trained with `{config['command']}`.",
+        f"Trained with `{terminal(config['command']).replace('`', chr(39))}`.",
         "",
         "## Results",
         "",
@@ -237,7 +243,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Weights measured: {results['chosen']}. The test set was not used to choose anything.",
-        *[f"- {note}" for note in data["notes"]],
+        *[f"- {markdown(note)}" for note in data["notes"]],
         "",
         "## Use",
         "",
@@ -246,7 +252,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "",
         f"Input: {p['img_size']} x {p['img_size']} px, {p['in_chans']} channel(s), mean {p['mean']}, std {p['std']}, "
         f"{p['interpolation']} resizing, crop {p['crop_pct']}. `convmixer` does this by itself.",
-        f"Classes ({len(config['classes'])}): {', '.join(map(str, config['classes'][:50]))}"
+        f"Classes ({len(config['classes'])}): {', '.join(map(markdown, config['classes'][:50]))}"
         + (" ..." if len(config["classes"]) > 50 else ""),
         "",
         "## Training",

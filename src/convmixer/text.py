@@ -1,0 +1,49 @@
+"""Text of strangers (class names, file names, errors that quote them), made harmless where it is shown.
+
+One function for each place: terminal, rich, CSV, HTML, Markdown. Apply it once, where text goes out;
+names are kept as they are inside the program and in JSON.
+"""
+
+import html as _html
+import re
+
+# Control characters, what turns the direction of writing, separators that break lines, halves of pairs: they move the
+# cursor, hide what follows, or make one line look like two.
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$]|^[#+-])")
+
+
+def terminal(text: object) -> str:
+    """Return text in one line with each hidden character as its code, such as \\x1b."""
+    return _HIDDEN.sub(lambda found: _code(found[0]), str(text))
+
+
+def markup(text: object) -> str:
+    """Return text for rich's console and tables: as `terminal`, and with no markup in it."""
+    from rich.markup import escape
+
+    return escape(terminal(text))
+
+
+def csv_cell(text: object) -> str:
+    """Return text for a cell of a CSV file. What a spreadsheet would compute gets an apostrophe in front."""
+    value = str(text)
+    formula = _FORMULA.match(value.lstrip(" ")) and not _NUMBER.fullmatch(value)
+    return f"'{value}" if formula else value
+
+
+def html(text: object) -> str:
+    """Return text for HTML, in an element or in a quoted attribute."""
+    return _html.escape(terminal(text))
+
+
+def markdown(text: object) -> str:
+    """Return text for Markdown, also in a table: no markup, no link, no HTML."""
+    return _MARKDOWN.sub(r"\\\1", terminal(text))
+
+
+def _code(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
