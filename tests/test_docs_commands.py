@@ -47,12 +47,12 @@ PARSED = {
     r"convmixer (verify (results/.*|record.jsonl)|val \S+ cifar10).*": "needs CIFAR-10; test_pretrained.py does both",
     r"convmixer benchmark .*": "needs an idle machine; test_benchmark.py",
     r"convmixer convert convmixer_768_32_ks7_p7_relu.pth.tar .*": "needs the authors' file; test_models_dialects.py",
-    r"convmixer serve .*": "ends with Ctrl-C; test_serve.py",
+    r"convmixer serve .*": "ends with Ctrl-C; test_serve_load.py",
 }
 OTHER = {
     r"make \S+( OPTIONS=.*)?": "its target exists",
     r"torchrun --nproc-per-node \d+ -m convmixer .*": "parsed; test_distributed.py",
-    r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve.py sends the same form",
+    r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve_api.py sends the same form",
     r"source .venv/bin/activate|pip install .*": "the installation",
 }
 VERBS = set(next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices)

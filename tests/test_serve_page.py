@@ -4,18 +4,18 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 from tests.pages import cifar_images, drop, open_page, photograph, serious
-from tests.test_serve import Running
+from tests.serving import Running
 
 from convmixer.inference import load_classifier
 from convmixer.preprocess import load_image
-from convmixer.serve.app import Limits
+from convmixer.serve.access import Access
 
 
 def test_the_served_page_answers_as_the_classifier(browser: Browser, page_weights: str, cifar10: Path) -> None:
     classifier = load_classifier(page_weights, "fp32")
     bodies = [*cifar_images(cifar10, 200), photograph()]
     expected = [classifier.predict([load_image(body)], 1)[0][0][0] for body in bodies]
-    with Running(classifier, Limits()) as server:
+    with Running(classifier) as server:
         page, wrong = open_page(browser, server.address + "/")
         assert [drop(page, body) for body in bodies] == expected
         coloured = """() => {
@@ -35,7 +35,7 @@ def test_the_served_page_answers_as_the_classifier(browser: Browser, page_weight
 
 
 def test_the_served_page_asks_for_the_token(browser: Browser, page_weights: str) -> None:
-    with Running(load_classifier(page_weights, "fp32"), Limits(), token="secret") as server:
+    with Running(load_classifier(page_weights, "fp32"), access=Access("secret")) as server:
         page = browser.new_page()
         page.goto(server.address)
         page.fill("#token", "wrong")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from convmixer.data.sources import Source
 from convmixer.errors import RequestError
 from convmixer.preprocess import ImageError
+from convmixer.text import terminal
 
 
 class ImageSet(Dataset[tuple[Image.Image, int]]):
@@ -73,7 +74,9 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         place = self.first + int(self.indices[index])
         if not self.marks[place]:
             self.marks[place] = 1
-            print(f"unreadable image left out: {named(self.name(index), error)}", file=sys.stderr, flush=True)
+            print(
+                f"unreadable image left out: {terminal(named(self.name(index), error))}", file=sys.stderr, flush=True
+            )
         if (count := int(self.marks.sum())) > self.max_bad:
             raise too_many(count, len(self.marks), self.failed)
 

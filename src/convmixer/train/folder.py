@@ -19,12 +19,8 @@ from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
 from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
-<<<<<<< HEAD
 from convmixer.run_folder import LOCK, RunFolder, is_run
-=======
-from convmixer.run_folder import RunFolder, is_run
 from convmixer.text import markdown, terminal
->>>>>>> ac4b829 (text: names of strangers are escaped for where they are shown)
 
 COLUMNS = (
     "epoch",
@@ -224,9 +220,8 @@ def describe(
 def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the README.md of a run from config.yaml's contents and the record's results."""
     data, p = config["data"], config["preprocessing"]
-    name = config["build"]["name"] if config["build"] else config["settings"]["model"]
     lines = [
-        f"# {name} on {markdown(data['name'])}",
+        f"# {config['build']['name'] if config['build'] else config['settings']['model']} on {data['name']}",
         "",
         f"Trained with `{terminal(config['command']).replace('`', chr(39))}`.",
         "",

@@ -17,6 +17,7 @@ from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
 from convmixer.run_folder import BEST, LAST, LATEST
 from convmixer.seal import make_seal
+from convmixer.text import terminal
 from convmixer.train import gallery
 from convmixer.train.budget import FINISH_SECONDS
 from convmixer.train.checkpoint import save_checkpoint
@@ -89,7 +90,7 @@ class Run:
             self.training_seconds, self.trained_images = state["training_seconds"], state["trained_images"]
             self.data_changed = state.get("data_changed", [])
         step = self.module.steps_done
-        self.console.print(f"resuming {self.folder.path} at step {step} of {self.total_steps}")
+        self.console.print(f"resuming {terminal(self.folder.path)} at step {step} of {self.total_steps}")
         if self.writes:
             self.folder.rewind_log(step)
             self.folder.write_metrics(self.rows)
@@ -186,7 +187,7 @@ class Run:
         number = self.signals.received or signal.SIGTERM  # the signal may have been another process's
         if self.writes:
             self.folder.log("stopped", self.module.steps_done, {"signal": number})
-        self.console.print(f"{how} continue with: convmixer train --resume {self.folder.path}")
+        self.console.print(f"{how} continue with: convmixer train --resume {terminal(self.folder.path)}")
         raise SystemExit(128 + number)
 
     # At the end of an epoch
