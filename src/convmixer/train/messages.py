@@ -9,6 +9,7 @@ from rich.console import Console
 
 from convmixer.config import to_dict
 from convmixer.run_folder import RunFolder
+from convmixer.text import terminal
 from convmixer.train.distributed import world_size
 from convmixer.train.setup import Job
 
@@ -16,16 +17,16 @@ from convmixer.train.setup import Job
 def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
     """Print all that is decided before the first step; `contents` are those of config.yaml."""
     data, c = job.data, job.config
-    console.print(f"run      {folder.path}")
+    console.print(f"run      {terminal(folder.path)}")
     console.print(f"recipe   {contents['recipe'] or 'none'}")
     for note in data.notes:
-        console.print(f"data     {data.name}: {note}")
+        console.print(f"data     {terminal(data.name)}: {terminal(note)}")
     parameters = sum(p.numel() for p in job.model.parameters())
     console.print(f"model    {job.build[0]}, {parameters:,} parameters, {job.kernels}")
     console.print(f"compute  {c.device}, {c.precision}, {torch.get_num_threads()} threads x {world_size()}")
     settings = "  ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
     for line in textwrap.wrap(settings, 106):
-        console.print(f"settings {line}")
+        console.print(f"settings {terminal(line)}")
     for name, change in contents["differs_from_recipe"].items():
         console.print(f"differs  {name}: {_show(change['here'])} (recipe: {_show(change['recipe'])})")
     if job.batch_size != c.batch_size:
@@ -39,7 +40,7 @@ def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any])
         if results[f"{split}_n"]:
             top1, top5, n = (results[f"{split}_{key}"] for key in ("top1", "top5", "n"))
             console.print(f"{split:<8} top-1 {top1:.2f}%  top-5 {top5:.2f}%  of {n} images ({use})")
-    console.print(f"files    {folder.path}, pictures in {folder.pictures}")
+    console.print(f"files    {terminal(folder.path)}, pictures in {terminal(folder.pictures)}")
 
 
 def epoch_line(row: Mapping[str, Any], epochs: float, better: bool) -> str:
