@@ -12,7 +12,7 @@ import re
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$]|^[#+-])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$]|^[#+-](?=[\s#-]|$))")
 
 
 def terminal(text: object) -> str:
