@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: install demo check format test test-slow benchmark benchmark-train benchmark-infer docs clean
+.PHONY: install demo check format test test-slow benchmark benchmark-train benchmark-infer benchmark-gpu docs clean
 
 install: $(VENV)/.installed  ## the environment, with the development extras
 
@@ -50,6 +50,9 @@ benchmark-infer: install
 	for model in convmixer_256_8_p2_k5 convmixer_768_32 convmixer_1536_20; do for batch in 1 16; do \
 	  $(call ROW,infer --model $$model --batch-size $$batch) || exit 1; done; done
 	$(call ROW,infer --model convmixer_768_32 --batch-size 1 --precision int8)
+
+benchmark-gpu:  ## parity, speed, curves, resume and a run on a GPU, within ten minutes, into build/gpu
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --out build/gpu $(OPTIONS)
 
 docs: install  ## the API's pages, built from the docstrings, in build/docs
 	$(BIN)/python docs/build_api.py build/docs

@@ -244,6 +244,7 @@ def _add_benchmark(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, metavar="N", help="default: 64 up to 64 pixels, else 4")
     sub.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="bf16", help="default: bf16")
     sub.add_argument("--threads", type=int, help="default: the cores that this process may use")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     sub.add_argument("--peers", metavar="A,B", help="measure these peers alone; none: ours alone (default: all)")
     sub.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
     sub.add_argument("--sample-seconds", type=float, default=0.3, help="least time of a turn (default: 0.3)")
@@ -262,6 +263,10 @@ def _benchmark(args: argparse.Namespace) -> dict[str, Any]:
     case = case_of(args.task, args.model, overrides, **rest)
     peers = None if args.peers is None else [name for name in args.peers.split(",") if name != "none"]
     seconds, limit = args.sample_seconds, args.compile_limit
+    if args.device == "cuda":
+        from convmixer.benchmark.gpu import benchmark_gpu
+
+        return benchmark_gpu(case, peers, args.rounds, seconds, args.record)
     return benchmark(case, peers, args.rounds, seconds, limit, not args.no_memory, args.record)
 
 

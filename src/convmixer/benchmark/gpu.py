@@ -1,0 +1,268 @@
+"""Ours beside PyTorch on a GPU: steps timed by CUDA events in turns, step memory, and the card's own bound."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convmixer import records
+from convmixer.benchmark.case import Case, batch, build
+from convmixer.device import choose_device
+from convmixer.errors import RequestError
+from convmixer.fast import accelerate, has_kernels, optimize_for_inference
+
+Step = Callable[[], object]
+WARM_UP = 3
+# copies of one tensor between the halves of a block that memory must move at least: forward 5, backward 9
+LEAST_COPIES = {"train": 14, "infer": 4}
+PRODUCTS = {"train": 3, "infer": 1}
+
+
+def contenders(case: Case) -> dict[str, Callable[[torch.device], Step]]:
+    """Return ours and the peers by name; each prepares itself on a device."""
+    precisions = ("bf16", "fp32") if case.precision == "bf16" and case.task == "train" else (case.precision,)
+    found: dict[str, Callable[[torch.device], Step]] = {"ours": lambda device: _ours(case, device)}
+    for precision in precisions:
+        for layout in ("nchw", "nhwc"):
+            found[f"eager-{precision}-{layout}"] = _peer(case, precision, layout == "nhwc", None)
+    found |= {
+        f"compile-{mode}-{case.precision}": _peer(case, case.precision, True, mode)
+        for mode in ("default", "max-autotune")
+    }
+    return found
+
+
+def benchmark_gpu(
+    case: Case,
+    selected: list[str] | None = None,
+    rounds: int = 7,
+    sample_seconds: float = 0.3,
+    record: Path | None = None,
+    device_name: str = "cuda",
+) -> dict[str, Any]:
+    """Measure ours beside the peers on a GPU and return all figures.
+
+    Args:
+        case: What to run.
+        selected: Names of the peers to measure; None: all.
+        rounds: Turns of each contender.
+        sample_seconds: Least seconds of a turn.
+        record: JSON-lines file to append a `RunRecord` to.
+        device_name: "cuda", or "cpu" to try the measurement itself.
+
+    Returns:
+        As `benchmark.run.benchmark`; `bound_images_per_second` is the card's, by its measured copy or product rate.
+
+    Raises:
+        RequestError: There is no such device, no kernels for it, or a selected peer is not known.
+    """
+    device = choose_device(device_name)
+    if not has_kernels(device, case.precision):
+        raise RequestError(f"the benchmark needs the kernels, and there are none for {device} in {case.precision}")
+    makers = contenders(case)
+    if unknown := set(selected or []) - makers.keys():
+        raise RequestError(f"no such peers: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
+    wanted = [name for name in makers if name == "ours" or selected is None or name in selected]
+    steps, memory, missing = {}, {}, {}
+    for name in wanted:
+        try:
+            steps[name], memory[name] = _prepared(makers[name], device)
+        except Exception as error:  # whatever fails in a peer is no reason to lose the others' figures
+            if name == "ours":
+                raise
+            missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    clocks = [_card()]
+    times = _interleave(steps, rounds, sample_seconds, device)
+    clocks.append(_card())
+    result = _result(case, times, memory, _rates(device, case.precision))
+    result |= {"missing": missing, "rounds": rounds, "sample_seconds": sample_seconds, "card": clocks}
+    _print(result)
+    if record:
+        name = f"benchmark-gpu-{case.task}-{case.model}-b{case.batch_size}-{case.precision}"
+        data = {"name": "seeded noise", "img_size": case.img_size, "batch_size": case.batch_size}
+        records.append(record, records.RunRecord(name, records.command_line(), asdict(case), data, result, seed=0))
+    return result
+
+
+def _ours(case: Case, device: torch.device) -> Step:
+    model, (images, labels) = build(case).to(device), (t.to(device) for t in batch(case))
+    if case.task == "infer":
+        fast = optimize_for_inference(model.eval(), case.precision)
+        return lambda: fast(images)
+    return _train_step(accelerate(model), images, labels, case.precision)
+
+
+def _peer(case: Case, precision: str, nhwc: bool, mode: str | None) -> Callable[[torch.device], Step]:
+    def prepare(device: torch.device) -> Step:
+        layout = torch.channels_last if nhwc else torch.contiguous_format
+        model: Any = build(case).to(device).to(memory_format=layout)
+        images, labels = (t.to(device) for t in batch(case))
+        images = images.to(memory_format=layout)
+        if case.task == "infer":
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            model, images = model.eval().to(dtype), images.to(dtype)
+        model = torch.compile(model, mode=mode) if mode else model
+        if case.task == "train":
+            return _train_step(model, images, labels, precision)
+
+        def step() -> object:
+            with torch.inference_mode():
+                return model(images)
+
+        return step
+
+    return prepare
+
+
+def _train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Step:
+    on_gpu = images.is_cuda
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True, capturable=on_gpu)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _prepared(make: Callable[[torch.device], Step], device: torch.device) -> tuple[Step, int | None]:
+    """Return a warm step, as a CUDA graph if it is ours, and the bytes it needs at its peak over what stays."""
+    if device.type != "cuda":
+        step = make(device)
+        step()
+        return step, None
+    torch.cuda.empty_cache()
+    step = make(device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def _as_graph(step: Step) -> Step:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _interleave(
+    steps: dict[str, Step], rounds: int, sample_seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Return seconds per step of each contender, one value a round, measured in turns."""
+    if device.type == "cuda" and "train_step" in getattr(steps["ours"], "__qualname__", ""):
+        steps = steps | {"ours": _as_graph(steps["ours"])}  # as `convmixer train` takes it
+    counts = {name: max(1, round(sample_seconds / _seconds(step, 2, device))) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            times[name].append(_seconds(step, counts[name], device))
+    return times
+
+
+def _seconds(step: Step, count: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        return (time.perf_counter() - start) / count
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / count
+
+
+def _rates(device: torch.device, precision: str) -> dict[str, float]:
+    """Return the bytes a second of a copy (read and written) and the operations a second of a product."""
+    on_gpu = device.type == "cuda"
+    x = torch.empty(2**29 if on_gpu else 2**24, dtype=torch.uint8, device=device)
+    y, side = torch.empty_like(x), 8192 if on_gpu else 256
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    steps: dict[str, tuple[Step, float]] = {
+        "copied_bytes_per_second": (lambda: y.copy_(x), 2 * x.numel()),
+        "products_per_second": (lambda: a @ b, 2 * side**3),
+    }
+    rates = {}
+    for name, (step, amount) in steps.items():
+        step()
+        rates[name] = amount / min(_seconds(step, 10, device) for _ in range(3))
+    return rates
+
+
+def bound(case: Case, rates: dict[str, float]) -> float:
+    """Return the images a second that the card allows: by its copies or by its products, whichever is slower."""
+    positions = (case.img_size // case.patch_size) ** 2
+    size = 2 if case.precision == "bf16" else 4
+    moved = LEAST_COPIES[case.task] * positions * case.dim * size * case.depth
+    products = PRODUCTS[case.task] * 2 * positions * case.dim**2 * case.depth
+    return 1 / max(moved / rates["copied_bytes_per_second"], products / rates["products_per_second"])
+
+
+def _result(
+    case: Case, times: dict[str, list[float]], memory: dict[str, int | None], rates: dict[str, float]
+) -> dict[str, Any]:
+    speeds = {}
+    for name, seconds in times.items():
+        values = [case.batch_size / s for s in seconds]
+        speeds[name] = {"images_per_second": median(values), "min": min(values), "max": max(values)}
+    mine = speeds.pop("ours")
+    best = max(speeds, key=lambda name: speeds[name]["images_per_second"], default=None)
+    limit = bound(case, rates)
+    others = [peak for name, peak in memory.items() if name.startswith(f"eager-{case.precision}") and peak]
+    ours = memory.get("ours")
+    return {
+        **asdict(case),
+        "model": case.model,
+        "ours": mine,
+        "peers": speeds,
+        "best_peer": best,
+        "ratio": mine["images_per_second"] / speeds[best]["images_per_second"] if best else None,
+        **rates,
+        "bound_images_per_second": limit,
+        "share_of_bound": mine["images_per_second"] / limit,
+        "memory": memory,
+        "peak_memory_ratio": ours / min(others) if ours and others else None,
+    }
+
+
+def _card() -> str | None:
+    """Return the card's name, driver, clocks (MHz) and power (W) as its tool shows them now."""
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw"
+    try:
+        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"{result['model']} {result['task']}, batch {result['batch_size']}, {result['precision']}; images/s")
+    for name, rate in {"ours": result["ours"], **result["peers"]}.items():
+        peak = result["memory"].get(name)
+        line = f"  {name:28s} {rate['images_per_second']:12.0f}  ({rate['min']:.0f} to {rate['max']:.0f})"
+        print(line + (f"  {peak / 2**20:.0f} MiB step memory" if peak else ""))
+    for name, reason in result["missing"].items():
+        print(f"  {name:28s} not measured: {reason}")
+    ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}x the best peer, "
+    print(f"  ours: {ratio}{result['share_of_bound']:.0%} of the bound")
