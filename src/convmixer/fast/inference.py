@@ -15,7 +15,7 @@ from torch import Tensor
 from convmixer import kernels
 from convmixer.errors import RequestError
 from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
-from convmixer.fast.support import DTYPES, say_once, tools_at_work, why_not
+from convmixer.fast.support import DTYPES, differentiating, say_once, tools_at_work, why_not
 from convmixer.fast.training import FastConvMixer
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
@@ -101,6 +101,8 @@ class FastInference(nn.Module):
         """(B, in_chans, H, W) -> (B, num_classes)."""
         if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != self.in_chans):
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
+        if isinstance(images, Tensor) and not torch.compiler.is_compiling() and differentiating():
+            raise RuntimeError("an optimised model has no derivatives: differentiate the model itself")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
             logits = F.linear(pooled, self.head_weight, self.head_bias)

@@ -101,6 +101,14 @@ def tools_at_work() -> bool:
     )
 
 
+def differentiating() -> bool:
+    """Return whether forward-mode AD or a derivative of `torch.func` is under way."""
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def _function_modes() -> list[Any]:
     return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
 

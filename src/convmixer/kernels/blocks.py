@@ -5,11 +5,13 @@ applied: v stands for norm(act(v)). Only these are saved for the backward pass, 
 they go as soon as they are used. The statistics are kept too, as float64 (norms, 2, C): mean and biased variance.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from convmixer.kernels.ops import LIBRARY, differentiable_once
 
@@ -230,3 +232,20 @@ def _differentiate(ctx: Any, grad: Tensor | None, _kept: list[Tensor | None]) ->
 
 torch.library.register_autograd("convmixer::blocks", _differentiate, setup_context=_keep)
 torch.library.register_autograd("convmixer::blocks_backward", differentiable_once)
+
+
+def _block_flops(v: Any, parameters: list[Any]) -> int:
+    """Return twice the multiply-accumulates of all blocks: depthwise and pointwise convolutions."""
+    N, H, W, _ = v
+    weights = [shape for shape in parameters if len(shape) == 4]
+    return 2 * N * H * W * sum(math.prod(shape) for shape in weights)
+
+
+@register_flop_formula(torch.ops.convmixer.blocks)
+def _(v: Any, parameters: list[Any], *_: Any, **__: Any) -> int:
+    return _block_flops(v, parameters)
+
+
+@register_flop_formula(torch.ops.convmixer.blocks_backward)
+def _(grad: Any, v: Any, parameters: list[Any], *_: Any, **__: Any) -> int:
+    return 2 * _block_flops(v, parameters)  # the gradients of the input and of the weights

@@ -3,8 +3,11 @@
 Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from convmixer.kernels.ops import LIBRARY
 
@@ -76,3 +79,19 @@ def run(
 @torch.library.register_fake("convmixer::run_network")
 def _(images: Tensor, weights: Tensor, dim: int, depth: int, k: int, patch: int, act: int, precision: int) -> Tensor:
     return images.new_empty((images.shape[0], dim))
+
+
+@torch.library.register_vmap("convmixer::run_network")
+def _(info: Any, in_dims: tuple[Any, ...], images: Tensor, weights: Tensor, *settings: int) -> tuple[Tensor, int]:
+    """A batch of batches is one batch: (V, B, C, H, W) -> (V, B, dim)."""
+    if in_dims[0] is None or in_dims[1] is not None:
+        raise NotImplementedError("vmap over the weights of an optimised model")
+    images = images.movedim(in_dims[0], 0)
+    pooled: Tensor = torch.ops.convmixer.run_network(images.flatten(0, 1).contiguous(), weights, *settings)
+    return pooled.unflatten(0, images.shape[:2]), 0
+
+
+@register_flop_formula(torch.ops.convmixer.run_network)
+def _(images: Any, weights: Any, dim: int, depth: int, k: int, patch: int, *_: Any, **__: Any) -> int:
+    B, C, H, W = images
+    return 2 * B * (H // patch) * (W // patch) * dim * (C * patch**2 + depth * (k**2 + dim))

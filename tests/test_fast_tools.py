@@ -1,0 +1,204 @@
+"""Tools that people use, on the plain, the accelerated and the optimised model, with equal results."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn as nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from convmixer.fast import accelerate, optimize_for_inference
+from convmixer.kernels import why_not
+from convmixer.models.convmixer import ConvMixer
+
+X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    if reason := why_not():
+        pytest.skip(f"no kernels: {reason}")
+
+
+def _plain() -> Any:
+    torch.manual_seed(0)
+    return ConvMixer(8, 2, 3, 2, num_classes=5).eval()
+
+
+def _flops(model: nn.Module) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(X)
+    return counter.get_total_flops()
+
+
+def _per_sample(model: nn.Module) -> torch.Tensor:
+    parameters, buffers = {k: v.detach() for k, v in model.named_parameters()}, dict(model.named_buffers())
+
+    def loss(values: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, (values, buffers), (image[None],)).square().sum()
+
+    return vmap(grad(loss), (None, 0))(parameters, X)["blocks.0.1.weight"]
+
+
+def _quantised(model: nn.Module) -> torch.Tensor:
+    from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
+
+    prepared = quantize_fx.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (X,))
+    prepared(X)
+    return quantize_fx.convert_fx(prepared)(X)
+
+
+def _extracted(model: nn.Module) -> torch.Tensor:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(model, ["blocks.0"])(X)["blocks.0"]
+
+
+def _calls(model: nn.Module) -> int:
+    seen: list[nn.Module] = []
+    handles = [module.register_forward_hook(lambda m, *_: seen.append(m)) for module in model.modules()]
+    model(X)
+    for handle in handles:
+        handle.remove()
+    return len(seen)
+
+
+def _global_calls(model: nn.Module) -> int:
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    model(X)
+    handle.remove()
+    return len(seen)
+
+
+def _tangent(model: nn.Module) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(X, torch.ones_like(X)))).tangent
+
+
+def _averaged(model: nn.Module) -> torch.Tensor:
+    from torch.optim.swa_utils import AveragedModel
+
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    return averaged(X)
+
+
+def _grad_cam(model: Any) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    last = model.blocks[-1]
+    handles = [
+        last.register_forward_hook(lambda *args: seen.append(args[2])),
+        last.register_full_backward_hook(lambda *args: seen.append(args[2][0])),
+    ]
+    model(X)[:, 1].sum().backward()
+    for handle in handles:
+        handle.remove()
+    activations, gradients = seen
+    return (activations * gradients.mean((2, 3), keepdim=True)).sum(1)
+
+
+def _compiled(model: nn.Module) -> torch.Tensor:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager")(X)  # type: ignore[no-any-return]
+
+
+def _traced_by_make_fx(model: nn.Module) -> torch.Tensor:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(model, tracing_mode="real")(X)(X)
+
+
+# without derivatives and modules of its own, the optimised model can use these too
+ANY: dict[str, Callable[[Any], Any]] = {
+    "a pass": lambda m: m(X),
+    "vmap": lambda m: vmap(lambda image: m(image[None]))(X),
+    "deepcopy": lambda m: copy.deepcopy(m)(X),
+    "fx": lambda m: torch.fx.symbolic_trace(m)(X),
+    "jit.trace": lambda m: torch.jit.trace(m, (X,), check_trace=False)(X),
+    "export": lambda m: torch.export.export(m, (X,)).module()(X),
+    "compile": _compiled,
+    "flops": _flops,
+}
+ACCELERATED: dict[str, Callable[[Any], Any]] = {
+    **ANY,
+    "grad": lambda m: grad(lambda images: m(images).square().sum())(X),
+    "vjp": lambda m: vjp(m, X)[1](torch.ones(3, 5))[0],
+    "jvp": lambda m: jvp(m, (X,), (torch.ones_like(X),))[1],
+    "jacrev": lambda m: jacrev(m)(X[:1]),
+    "jacfwd": lambda m: jacfwd(m)(X[:1, :, :2, :2]),
+    "per-sample gradients": _per_sample,
+    "forward-mode AD": _tangent,
+    "FX quantisation": _quantised,
+    "create_feature_extractor": _extracted,
+    "hooks": _calls,
+    "global hooks": _global_calls,
+    "GradCAM": _grad_cam,
+    "make_fx": _traced_by_make_fx,
+    "dynamic quantisation": lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, dtype=torch.qint8)(X),
+    "averaged weights": _averaged,
+}
+
+
+def _check(tool: Callable[[Any], Any], ours: Any) -> None:
+    expected, got = tool(_plain()), tool(ours)
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-3, atol=1e-4)
+    else:
+        assert got == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_a_tool_gives_the_same_for_an_accelerated_model(name: str) -> None:
+    _check(ACCELERATED[name], accelerate(_plain()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ANY)
+def test_a_tool_gives_the_same_for_an_optimised_model(name: str) -> None:
+    _check(ANY[name], optimize_for_inference(_plain()))
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "forward-mode AD"])
+def test_an_optimised_model_has_no_derivatives_and_says_so(name: str) -> None:
+    with pytest.raises(RuntimeError, match="no derivatives"):
+        ACCELERATED[name](optimize_for_inference(_plain()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_aot_inductor_packages_an_accelerated_model(tmp_path: Any) -> None:
+    fast = accelerate(_plain())
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            torch.export.export(fast, (X,)), package_path=tmp_path / "m.pt2"
+        )
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(X), fast(X), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flops_are_counted_in_a_compiled_model_too() -> None:
+    """Its graph holds our ops, not the modules that the counter knows."""
+    compiled = torch.compile(accelerate(_plain()), backend="aot_eager")
+    with torch.no_grad():
+        compiled(X)
+    assert _flops(compiled) == pytest.approx(_flops(_plain()), rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_data_parallel_trains_an_accelerated_model(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        gradients = []
+        for model in (_plain(), accelerate(_plain())):
+            nn.parallel.DistributedDataParallel(model.train())(X).square().sum().backward()
+            gradients.append(model.blocks[0][1].weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
