@@ -113,6 +113,7 @@ def save(folder: Path, name: str, args: dict[str, Any], change: dict[str, Any], 
     classes = [str(i) for i in range(10)]
     save_model(folder, model, architecture=name, model_args=args, classes=classes, preprocessing=p)
     config = json.loads((folder / "config.json").read_text())
+    config.pop("sha256", None)  # a stranger would not keep it
     config["model_args"] |= change.pop("model_args", {})
     config |= change
     config["convmixer"] |= ours

@@ -41,6 +41,7 @@ def change(folder: Path, edit: Edit) -> Path:
     """Edit the config of a weights folder, beside and inside the file, as someone else would."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    config.pop("sha256", None)  # a stranger would not keep it
     edit(config)
     path.write_text(json.dumps(config))
     state = safetensors.torch.load_file(folder / "model.safetensors")

@@ -178,6 +178,30 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name)
 
 
+def _add_meaning(sub: argparse.ArgumentParser) -> None:
+    """Add the flags that say what weights expect, for weights that do not carry it; used instead of what they say."""
+    group = sub.add_argument_group("what the weights expect (default: as they say, else a guess that is printed)")
+    group.add_argument("--img-size", type=int, metavar="S", help="side of the input in pixels")
+    group.add_argument("--mean", type=_numbers, metavar="A,B,C", help="mean of each channel, of values from 0 to 1")
+    group.add_argument("--std", type=_numbers, metavar="A,B,C", help="standard deviation of each channel")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image that the centre crop keeps")
+    group.add_argument("--interpolation", choices=("bicubic", "bilinear", "nearest"), help="filter for resizing")
+    group.add_argument("--act", choices=("gelu", "relu"), help="activation; weights of others do not tell it")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers divided by commas, not {text!r}") from None
+
+
+def _meaning(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of `_add_meaning` that were given."""
+    names = ("img_size", "mean", "std", "crop_pct", "interpolation", "act")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
 def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
     sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
@@ -188,12 +212,14 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
+    _add_meaning(sub)
 
 
 def _val(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.evaluation.val import val
 
-    return val(args.weights, args.data, args.split, args.limit, args.batch_size, args.precision, args.out)
+    rest = (args.split, args.limit, args.batch_size, args.precision, args.out)
+    return val(args.weights, args.data, *rest, expected=_meaning(args))
 
 
 def _add_predict(sub: argparse.ArgumentParser) -> None:
@@ -203,12 +229,14 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="write all predictions to this .csv or .jsonl file")
+    _add_meaning(sub)
 
 
 def _predict(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.inference import predict_files
 
-    return predict_files(args.weights, args.images, args.topk, args.batch_size, args.precision, args.out)
+    rest = (args.topk, args.batch_size, args.precision, args.out)
+    return predict_files(args.weights, args.images, *rest, expected=_meaning(args))
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
@@ -279,12 +307,14 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
     sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
     sub.add_argument("--samples", metavar="RUN|FOLDER|none", help="pictures for the web page (default: none)")
+    _add_meaning(sub)
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.exported.export import export
 
-    return export(args.weights, args.format, args.precision, args.out, args.data, args.limit, args.samples)
+    rest = (args.precision, args.out, args.data, args.limit, args.samples)
+    return export(args.weights, args.format, *rest, expected=_meaning(args))
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:
@@ -296,6 +326,7 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--classes", metavar="A,B,...", help="names of the classes; known ones keep their weights")
     sub.add_argument("--in-chans", type=int, metavar="C", help="image channels, 1 or 3")
     sub.add_argument("--img-size", type=int, metavar="S", help="side of the input in pixels")
+    sub.add_argument("--act", choices=("gelu", "relu"), help="activation, if the weights of others do not tell it")
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -303,7 +334,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 
     sizes = {key: getattr(args, key) for key in ("patch_size", "kernel_size", "num_classes", "in_chans", "img_size")}
     classes = args.classes.split(",") if args.classes else None
-    return convert(args.weights, args.out, classes=classes, **sizes)
+    return convert(args.weights, args.out, classes=classes, act=args.act, **sizes)
 
 
 def _add_explain(sub: argparse.ArgumentParser) -> None:
@@ -367,6 +398,7 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
         metavar="RUN|FOLDER|none",
         help="pictures on the page (default: the run's own on this machine only, else none)",
     )
+    _add_meaning(sub)
 
 
 def _serve(args: argparse.Namespace) -> dict[str, Any]:
@@ -387,7 +419,8 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
     access = Access(
         read_token(args.token_file), tuple(args.allowed_host), tuple(args.cors), args.root_path.rstrip("/")
     )
-    return serve(args.weights, args.host, args.port, args.precision, access, limits, args.samples)
+    rest = (args.precision, access, limits, args.samples)
+    return serve(args.weights, args.host, args.port, *rest, expected=_meaning(args))
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:

@@ -96,6 +96,7 @@ def load_classifier(
     precision: str = "auto",
     device: str = "auto",
     calibration: "Callable[[LoadedModel], torch.Tensor] | None" = None,
+    expected: dict[str, Any] | None = None,
 ) -> Classifier:
     """Return a classifier from weights or an exported file.
 
@@ -104,11 +105,18 @@ def load_classifier(
         precision: "auto" (bf16 if the device computes it natively), "fp32", "tf32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
         calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
+        expected: What the weights expect instead of what they say, see `models.weights.load_model`: "act" and fields
+            of `Preprocessing`.
 
     Raises:
         RequestError: It cannot be loaded or not with this precision.
     """
     if is_exported(source):
+        if expected:
+            flags = ", ".join("--" + name.replace("_", "-") for name in expected)
+            raise RequestError(
+                f"{source} carries what it expects: leave out {flags}, or export the weights with them"
+            )
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
     from convmixer.fast import has_kernels
@@ -118,7 +126,7 @@ def load_classifier(
     how = precision if precision == "int8" else choose_precision(precision, where)
     if how == "int8" and (calibration is None or not has_kernels(where, how)):
         raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
-    loaded = load_model(source)
+    loaded = load_model(source, **(expected or {}))
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
     maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
     logits = fastest(loaded.model, where, how, calibration and calibration(loaded))
@@ -203,6 +211,7 @@ def predict_files(
     batch_size: int = 32,
     precision: str = "auto",
     out: Path | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Classify files and folders, print a table, and return one entry per file, in the order given.
 
@@ -213,6 +222,7 @@ def predict_files(
         batch_size: Images at once, at least 1.
         precision: See `load_classifier`.
         out: A .csv or .jsonl file for the predictions, or None.
+        expected: See `load_classifier`.
 
     Returns:
         "predictions": a list of {"file", "classes", "probabilities"}, or {"file", "error"} where it cannot be read.
@@ -228,7 +238,7 @@ def predict_files(
     files, unused = expand(images)
     if not files:
         raise RequestError("name at least one image or folder")
-    classifier = load_classifier(weights, precision)
+    classifier = load_classifier(weights, precision, expected=expected)
     predictions = list(_predict_each(classifier, files, topk, batch_size))
     if out is not None:
         # names of files are bytes to the system, and not always text

@@ -35,6 +35,7 @@ def val(
     batch_size: int = 64,
     precision: str = "auto",
     out: Path | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a split, print the tables, and return the numbers.
 
@@ -46,6 +47,7 @@ def val(
         batch_size: Images at once, at least 1.
         precision: See `inference.load_classifier`.
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
+        expected: See `inference.load_classifier`.
 
     Returns:
         See `metrics`, and "data", "split", "checksum", "per_class", "notes" (on the data), "warnings", "batchnorm".
@@ -62,7 +64,9 @@ def val(
         found.append(find_data(data, loaded.metadata, weights))
         return _calibration(found[0], loaded)
 
-    classifier = load_classifier(weights, precision, calibration=calibration if precision == "int8" else None)
+    quantise = calibration if precision == "int8" else None
+    classifier = load_classifier(weights, precision, calibration=quantise, expected=expected)
+    print(f"{weights}: {classifier.describe.get('found', 'exported')}")
     there = found[0] if found else find_data(data, classifier.describe, weights)
     splits, chosen = there.splits, there.choose(split)
     images = sample(there.pick(chosen), limit)

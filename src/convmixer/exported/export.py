@@ -34,6 +34,7 @@ def export(
     data: str | None = None,
     limit: int | None = None,
     samples: str | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Export weights to a file or web folder, print how well it agrees with them, and return that.
 
@@ -45,6 +46,7 @@ def export(
         data: Data set for the check and for the calibration of int8; default: the one the weights were trained on.
         limit: Images to check on; default: 1000, or 64 if the input is larger than 64 pixels.
         samples: Pictures for the web page to offer: a run, a folder of images, or "none", which is the default.
+        expected: What the weights expect, see `inference.load_classifier`.
 
     Raises:
         RequestError: The weights, format, precision or data cannot be used.
@@ -54,7 +56,8 @@ def export(
 
     kind = format_named(format)
     _check_flags(kind, precision, out, limit, samples)
-    loaded = load_model(weights)
+    loaded = load_model(weights, **(expected or {}))
+    print(f"{weights}: {loaded.found}")
     images = real_images(loaded, data, limit)
     path = out or default_path(weights, kind, precision)
     pictures, said = choose_samples(samples)

@@ -1,11 +1,14 @@
-"""Checkpoints written by others: read safely, renamed to timm's keys, their sizes found from the tensors.
+"""Checkpoints written by others: renamed to timm's keys, their sizes found from the tensors.
 
 Understood are the authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's, plain or inside a training
-checkpoint, with or without the prefixes that wrappers add. Our own format is in weights.py.
+checkpoint, under any prefix. Our own format is in weights.py.
 """
 
+import argparse
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,13 @@ import torch
 from convmixer.errors import RequestError, shown
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.reading import State, check_tensors, fit, read_file
+from convmixer.models.reading import State, check_count, check_tensors, fit, read_file
+from convmixer.preprocess import FILTERS
 
-# where training checkpoints keep the weights; the averaged ones first, as they are the ones evaluated
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
-MAX_DEPTH = 8  # containers inside each other
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+AVERAGES = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)", re.IGNORECASE)
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # added anywhere in a key
+MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # dicts inside each other, and in all
+_OWN = ("stem", "blocks", "head")
 
 
 @dataclass(frozen=True)
@@ -30,78 +34,158 @@ class Checkpoint:
     Args:
         state: Tensors under timm's keys, fp32.
         args: Arguments of `ConvMixer` found from the tensors.
-        found: What was found, in words.
+        said: What the file says about preprocessing: some of the fields of `Preprocessing`.
+        found: What was found and what was left out, in words.
     """
 
     state: State
     args: dict[str, Any]
+    said: dict[str, Any]
     found: str
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """One ConvMixer inside a checkpoint: its tensors under timm's keys, and the keys beside it."""
+
+    place: str
+    dialect: str
+    state: State
+    left: tuple[str, ...]
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        return bool(AVERAGES.search(self.place)), len(self.state)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return the ConvMixer in a checkpoint of any dialect.
+    """Return the ConvMixer in a checkpoint of any dialect, under any prefix, in any container.
+
+    If there are several, an average of the weights comes first (EMA or SWA, told by its name), then the largest.
 
     Raises:
-        RequestError: The file is unreadable, holds code, is no ConvMixer, or has tensors missing or misshapen.
+        RequestError: The file is unreadable, holds code, no ConvMixer or several alike, or has tensors missing or
+            misshapen.
     """
-    state, place = find_state(read_file(path), path)
-    dialect, state = to_timm_keys(state, path)
-    args = find_args(state, path)
-    state = _complete(state, args, path)
+    content = read_file(path)
+    chosen, others = _choose(list(_candidates(content, path)), content, path)
+    args = find_args(chosen.state, path)
+    state = _complete(check_tensors(chosen.state, path), args, path)
     sizes = ", ".join(f"{name} {value}" for name, value in args.items())
-    return Checkpoint(state, args, f"{dialect} keys{place}: {sizes}")
+    place = f" in {shown(chosen.place)!r}" if chosen.place else ""
+    notes = [f"{chosen.dialect} keys{place}: {sizes}"]
+    if args["act"] == "relu":
+        notes.append("ReLU is assumed, as in the released 768/32 (the authors' listing has GELU: --act gelu)")
+    if others:
+        notes.append(f"not taken: {', '.join(shown(other.place) or 'the other weights' for other in others[:3])}")
+    if chosen.left:
+        more = f" and {len(chosen.left) - 3} more" if len(chosen.left) > 3 else ""
+        notes.append(f"left out: {', '.join(map(shown, chosen.left[:3]))}{more}")
+    return Checkpoint(state, args, _preprocessing_said(content, args["in_chans"]), "; ".join(notes))
 
 
-def find_state(content: Any, path: Path) -> tuple[State, str]:
-    """Return the state dict inside a checkpoint's contents, wrapper prefixes removed, and where it was.
+def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Candidate, list[_Candidate]]:
+    """Return the candidate to take and the others.
 
     Raises:
-        RequestError: There is none.
+        RequestError: There is none, or two differ in nothing that tells which to take.
     """
-    place = ""
-    for _ in range(MAX_DEPTH):  # a checkpoint may hold itself
-        if not isinstance(content, Mapping) or _is_state(content):
-            break
-        name = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if name is None:
+    if not candidates:
+        raise _nothing(content, path)
+    first, *others = sorted(candidates, key=lambda candidate: candidate.rank, reverse=True)
+    for other in others:
+        if other.rank == first.rank and not _same(first.state, other.state):
             raise RequestError(
-                f"{path} holds no weights: no tensors, and none of the entries {', '.join(CONTAINERS)}"
+                f"{path} holds several models, {shown(first.place) or 'one outside'!r} and {shown(other.place)!r}: "
+                "save the one you mean alone"
             )
-        content, place = content[name], f" in {name!r}"
+    return first, others
+
+
+def _same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+
+
+def _nothing(content: Any, path: Path) -> RequestError:
     if not isinstance(content, Mapping):
-        raise RequestError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    found = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    if not found:
-        raise RequestError(f"{path} holds no weights: its containers have no tensors in them")
-    state = check_tensors(found, path)
-    while prefix := next((p for p in WRAPPERS if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state, place
-
-
-def _is_state(content: Mapping[Any, Any]) -> bool:
-    return sum(isinstance(value, torch.Tensor) for value in content.values()) > len(content) / 2
-
-
-def to_timm_keys(state: State, path: Path) -> tuple[str, State]:
-    """Return the dialect's name and the tensors under timm's keys.
-
-    Raises:
-        RequestError: The keys are those of no ConvMixer that we know.
-    """
-    if "stem.0.weight" in state:
-        return "timm", state
-    if "backbone.stem.0.weight" in state:
-        return "mmpretrain", _rename(state, _from_mmpretrain)
-    if "0.weight" in state and "3.0.fn.0.weight" in state:
-        depth = sum(key.endswith(".0.fn.0.weight") for key in state)
-        return "the authors'", _rename(state, lambda key: _from_authors(key, depth))
+        return RequestError(f"{path} holds a {shown(type(content).__name__)}, not a dict of weights")
+    state = max((_tensors(part) for _, part in _containers(content)), key=len)
+    if not state:
+        return RequestError(f"{path} holds no weights: there are no tensors in it")
     keys = ", ".join(shown(key) for key in sorted(state)[:3])
-    raise RequestError(f"{path} is not a ConvMixer of the authors, timm or mmpretrain (its keys: {keys}, ...)")
+    return RequestError(f"{path} is not a ConvMixer of the authors, timm or mmpretrain (its keys: {keys}, ...)")
 
 
-def _rename(state: State, rename: Callable[[str], str]) -> State:
-    return {rename(key): value for key, value in state.items()}
+def _containers(content: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the dicts inside a checkpoint with the names that lead to each; each once, as one may hold itself."""
+    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
+    seen: set[int] = set()
+    while waiting and len(seen) < MAX_CONTAINERS:
+        names, part = waiting.popleft()
+        if not isinstance(part, Mapping) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield ".".join(names), part
+        if len(names) < MAX_DEPTH:
+            waiting.extend(((*names, str(key)), value) for key, value in part.items() if isinstance(value, Mapping))
+
+
+def _tensors(part: Mapping[Any, Any]) -> State:
+    tensors = {str(key): value for key, value in part.items() if isinstance(value, torch.Tensor)}
+    for wrapper in WRAPPERS:
+        tensors = {key.replace(wrapper, ""): value for key, value in tensors.items()}
+    return tensors
+
+
+def _candidates(content: Any, path: Path) -> Iterator[_Candidate]:
+    for place, part in _containers(content):
+        tensors = _tensors(part)
+        check_count(len(tensors), path)
+        for prefix, (dialect, rename) in _dialects(tensors).items():
+            state, left = {}, []
+            for key, value in tensors.items():
+                name = rename(key.removeprefix(prefix)) if key.startswith(prefix) else ""
+                top = name.partition(".")[0]
+                if top in _OWN or re.fullmatch("[0-9]+", top):  # numbers: the authors' keys
+                    state[name] = value
+                else:
+                    left.append(key)
+            yield _Candidate(f"{place} {prefix}".strip(), dialect, state, tuple(left))
+
+
+def _dialects(tensors: State) -> dict[str, tuple[str, Callable[[str], str]]]:
+    """Return the prefixes under which a state dict holds a ConvMixer, each with the dialect and its renaming."""
+    found: dict[str, tuple[str, Callable[[str], str]]] = {}
+    for key in tensors:
+        prefix = key.removesuffix("blocks.0.0.fn.0.weight")
+        if prefix != key and f"{prefix}stem.0.weight" in tensors:
+            found[prefix] = "timm", str
+        prefix = key.removesuffix("backbone.stages.0.0.fn.0.weight")
+        if prefix != key and f"{prefix}backbone.stem.0.weight" in tensors:
+            found[prefix] = "mmpretrain", _from_mmpretrain
+        prefix = key.removesuffix("3.0.fn.0.weight")
+        if prefix != key and f"{prefix}0.weight" in tensors and (not prefix or prefix.endswith(".")):
+            depth = sum(k.startswith(prefix) and k.endswith(".0.fn.0.weight") for k in tensors)
+            found[prefix] = "the authors'", functools.partial(_from_authors, depth=depth)
+    return found
+
+
+def _preprocessing_said(content: Any, in_chans: int) -> dict[str, Any]:
+    """Return what the training arguments in timm's checkpoints say about preprocessing."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, Mapping):
+        return {}
+    size = args.get("img_size") or args.get("input_size")
+    said: dict[str, Any] = {"img_size": size[-1] if isinstance(size, (list, tuple)) and size else size}
+    said |= {key: args.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    said = {key: value for key, value in said.items() if value is not None}
+    for key in ("mean", "std"):
+        if isinstance(said.get(key), (list, tuple)) and len(said[key]) == 1:
+            said[key] = tuple(said[key]) * in_chans
+    if not isinstance(said.get("interpolation"), str) or said["interpolation"] not in FILTERS:
+        said.pop("interpolation", None)  # "" and "random" are for training
+    return said
 
 
 def _from_mmpretrain(key: str) -> str:

@@ -75,7 +75,7 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             raise RequestError(f"{path} has a header of {header:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}")
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            _check_count(len(keys), path)
+            check_count(len(keys), path)
             state, metadata = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
@@ -112,13 +112,23 @@ def parse_json(text: str, path: Path) -> Any:
         raise RequestError(f"cannot read the config of {path}: {error}") from error
 
 
+def check_count(tensors: int, path: Path) -> None:
+    """Refuse more tensors than any model has.
+
+    Raises:
+        RequestError: There are more than MAX_TENSORS.
+    """
+    if tensors > MAX_TENSORS:
+        raise RequestError(f"{path} holds {tensors:,} tensors, more than the limit of {MAX_TENSORS:,}")
+
+
 def check_tensors(state: Mapping[str, Any], path: Path) -> State:
     """Return plain tensors, once none is of an odd kind and all fit in what the file's size can hold.
 
     Raises:
         RequestError: A tensor is sparse, quantised or without data, or they take more memory than the file has bytes.
     """
-    _check_count(len(state), path)
+    check_count(len(state), path)
     plain = {key: torch.Tensor.detach(value) for key, value in state.items()}  # without attributes from the file
     for key, value in plain.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _DTYPES:
@@ -192,11 +202,6 @@ def check_shapes(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
 
 def _key(text: str) -> str:
     return shown(text, 100)
-
-
-def _check_count(tensors: int, path: Path) -> None:
-    if tensors > MAX_TENSORS:
-        raise RequestError(f"{path} holds {tensors:,} tensors, more than the limit of {MAX_TENSORS:,}")
 
 
 def _check_pickles(path: Path) -> None:

@@ -30,6 +30,7 @@ def convert(
     classes: Sequence[str] | None = None,
     in_chans: int | None = None,
     img_size: int | None = None,
+    act: str | None = None,
 ) -> dict[str, Any]:
     """Write weights of any dialect in our format, resized where asked, and print what was changed.
 
@@ -37,6 +38,7 @@ def convert(
         source: See `weights.load_model`.
         out: Folder for the new weights.
         patch_size, kernel_size, num_classes, classes, in_chans, img_size: See `resize`.
+        act: See `weights.load_model`.
 
     Returns:
         "weights" (the folder), "found" (what the source was), "changes" (one line each), "parameters".
@@ -46,7 +48,7 @@ def convert(
     """
     if is_run(out):
         raise RequestError(f"{out} is a run, which keeps weights of its own: choose another --out")
-    loaded = load_model(source)
+    loaded = load_model(source, act)
     new, changes = resize(loaded, patch_size, kernel_size, num_classes, classes, in_chans, img_size)
     made = {"converted": {"source": str(source), "changes": changes}} if changes else {}
     save_changed(out, new, **made)

@@ -8,8 +8,8 @@ inside the .safetensors file, so that the file alone still knows its classes and
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ TIMM_NAMES = {
     "convmixer_1024_20": "convmixer_1024_20_ks9_p14",
 }
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
+# the fields of Preprocessing that --img-size and the others set, with the words for each
+_MEANING = {
+    "img_size": "{} px",
+    "mean": "mean {}",
+    "std": "std {}",
+    "interpolation": "{}",
+    "crop_pct": "crop {}",
+}
 _ARGS = ("dim", "depth", "kernel_size", "patch_size", "act")
 
 
@@ -160,17 +168,24 @@ def save_changed(folder: Path, loaded: LoadedModel, **metadata: Any) -> None:
     )
 
 
-def load_model(source: str | Path) -> LoadedModel:
+def load_model(source: str | Path, act: str | None = None, **preprocessing: Any) -> LoadedModel:
     """Return a model ready to use from wherever its weights are.
 
     Args:
         source: A run folder (its best weights), a weights folder, a file of any known dialect, the name of shipped
             weights such as `convmixer_256_8.cifar10`, or of weights on timm's hub: `convmixer_768_32`,
             `hf-hub:OWNER/NAME`, `OWNER/NAME`.
+        act: Activation to use instead of the one that the weights say or their sizes suggest.
+        **preprocessing: Fields of `Preprocessing` to use instead of what the weights say, for those that lack it.
 
     Raises:
         RequestError: There is no such thing, or it cannot be used; the message says why.
     """
+    loaded = _load(source)
+    return _overridden(loaded, act, preprocessing) if act or preprocessing else loaded
+
+
+def _load(source: str | Path) -> LoadedModel:
     path = Path(source)
     if path.is_dir():
         return _load_newest(path)
@@ -311,12 +326,50 @@ def _load_foreign(path: Path) -> LoadedModel:
     with torch.device("meta"):
         model = ConvMixer(**args)
     model.load_state_dict(checkpoint.state, assign=True)
-    preprocessing = guess_preprocessing(args)
-    p = preprocessing
-    assumed = f"assumed {p.img_size} px, mean {p.mean}, std {p.std}, {p.interpolation}, crop {p.crop_pct}"
+    guess = guess_preprocessing(args)
+    try:
+        p = replace(guess, **checkpoint.said)
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"the args in {path}: {shown(error, 200)}") from error
+    assumed = [key for key in _MEANING if key not in checkpoint.said]
+    notes = [checkpoint.found]
+    notes += [f"its args say {_in_words(p, checkpoint.said)}"] if checkpoint.said else []
+    notes += [f"assumed {_in_words(p, assumed)}"] if assumed else []
     metadata = {"name": free_name(args), "model_args": _sizes(args)}
-    found = f"{checkpoint.found}; {assumed}"
-    return LoadedModel(model.eval(), class_names(args["num_classes"]), p, metadata, path, found)
+    names = class_names(args["num_classes"])
+    return LoadedModel(model.eval(), names, p, metadata, path, "; ".join(notes))
+
+
+def _in_words(p: Preprocessing, keys: Iterable[str]) -> str:
+    return ", ".join(_MEANING[key].format(getattr(p, key)) for key in _MEANING if key in keys)
+
+
+def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -> LoadedModel:
+    """Return a model that is used in another way than its weights say, with a note on each change."""
+    notes = [loaded.found]
+    if act is not None:
+        loaded, old = _with_act(loaded, act)
+        notes.append(f"{act} as asked instead of {old}")
+    known = loaded.preprocessing
+    try:
+        asked = replace(known, **changes)
+    except (ValueError, TypeError) as error:
+        raise RequestError(str(error)) from error
+    for key in changes:
+        notes.append(f"{_MEANING[key].format(getattr(asked, key))} as asked instead of {getattr(known, key)}")
+    return replace(loaded, preprocessing=asked, found="; ".join(notes))
+
+
+def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:
+    old = loaded.model
+    if type(old) is not ConvMixer:
+        raise RequestError(f"only a ConvMixer's activation can be changed, not that of {type(old).__name__}")
+    args = _sizes(vars(old)) | {"act": act}
+    with torch.device("meta"):
+        model = ConvMixer(in_chans=old.in_chans, num_classes=old.num_classes, **args)
+    model.load_state_dict(old.state_dict(), assign=True)
+    metadata = loaded.metadata | {"name": free_name(args), "model_args": args}
+    return replace(loaded, model=model.eval(), metadata=metadata), old.act
 
 
 def guess_preprocessing(args: Mapping[str, Any]) -> Preprocessing:

@@ -85,6 +85,7 @@ def serve(
     access: Access | None = None,
     limits: Limits | None = None,
     samples: str | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Serve weights until SIGTERM or SIGINT; requests that were accepted are finished first.
 
@@ -97,6 +98,7 @@ def serve(
         limits: What a request may ask for.
         samples: Pictures that the page offers: a run, a folder of images, or "none"; default: those beside the
             weights if only this machine can connect, else none.
+        expected: What the weights expect, see `load_classifier`.
 
     Raises:
         RequestError: The weights or samples cannot be loaded, or the address cannot be listened on.
@@ -104,7 +106,7 @@ def serve(
     limits, access = limits or Limits(), access or Access()
     if not 0 <= port <= 65535:
         raise RequestError(f"the port must be from 0 to 65535, not {port}")
-    classifier = load_classifier(weights, precision)
+    classifier = load_classifier(weights, precision, expected=expected)
     own = sample_files(str(classifier.describe["source"])) if is_loopback(host) else []
     pictures, said = choose_samples(samples, own)
     if _is_name(host):
