@@ -37,7 +37,7 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
     classifier = load_classifier(weights)
     p = classifier.preprocessing
     try:
-        seen = resize_and_crop(load_image(image, p.in_chans), p)
+        seen = resize_and_crop(load_image(image, p.in_chans, p.bits), p)
     except ValueError as error:
         raise RequestError(str(error)) from error
     logits, maps = classifier.explained(normalise(seen, p)[None])
@@ -119,5 +119,5 @@ def _probe(weights: str, p: Any) -> Any:
 
     files = sample_files(weights)
     if files:
-        return torch.from_numpy(np.stack([preprocess(load_image(file, p.in_chans), p) for file in files]))
+        return torch.from_numpy(np.stack([preprocess(load_image(file, p.in_chans, p.bits), p) for file in files]))
     return torch.randn(8, p.in_chans, p.img_size, p.img_size, generator=torch.Generator().manual_seed(0))

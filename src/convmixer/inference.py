@@ -294,7 +294,7 @@ def _predict_each(
 def _read(file: Path, p: Preprocessing) -> np.ndarray | str:
     """Return a file as input, or why it cannot be read."""
     try:
-        return preprocess(load_image(file, p.in_chans), p)
+        return preprocess(load_image(file, p.in_chans, p.bits), p)
     except (OSError, ValueError) as error:
         return " ".join(str(error).removeprefix(f"{file}: ").split())
 

@@ -20,6 +20,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BITS = (8, 10, 12, 14, 16)  # that cameras and scanners store in 16
 MAX_SIDE = 4096  # of a model's input, pixels; 32 images of this size take 6 GB
 MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
 FILTERS = {
@@ -40,6 +41,7 @@ class Preprocessing:
         std: Standard deviation per channel, of values from 0 to 1.
         interpolation: Resizing filter: "bicubic", "bilinear" or "nearest".
         crop_pct: Share of the resized image's side that the centre crop keeps, above 0, at most 1.
+        bits: How many bits the values of 16-bit and 32-bit integer images use: 8, 10, 12, 14 or 16.
     """
 
     img_size: int
@@ -48,6 +50,7 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    bits: int = 16
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))  # JSON gives lists
@@ -66,6 +69,8 @@ class Preprocessing:
             raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, not {self.interpolation!r}")
         if type(self.crop_pct) not in (int, float) or not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct must be above 0 and at most 1, not {self.crop_pct!r:.40}")
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, not {self.bits!r:.40}")
         if self.img_size / self.crop_pct > 2 * MAX_SIDE:
             raise ValueError(f"crop_pct {self.crop_pct} is too small for {self.img_size} px")
 
@@ -82,7 +87,7 @@ def preprocess(image: Image.Image, p: Preprocessing) -> np.ndarray:
 
     Source: the evaluation transform of timm, with the same rounding.
     """
-    return normalise(resize_and_crop(to_mode(image, p.in_chans), p), p)
+    return normalise(resize_and_crop(to_mode(image, p.in_chans, p.bits), p), p)
 
 
 def resize_and_crop(image: Image.Image, p: Preprocessing) -> Image.Image:

@@ -7,6 +7,7 @@ out, and both mark it in `ImageSet.failed`, over all worker processes, against t
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from convmixer.data.images import ImageSet, named, new_marks, too_many
 from convmixer.data.labels import names_that_differ_in_case
 from convmixer.data.options import Options
 from convmixer.data.scan import Scan, copies, scan
-from convmixer.data.sources import Arrays, Cached, Source
+from convmixer.data.sources import Arrays, Cached, Encoded, Source
 from convmixer.data.splits import (
     TEST_FRACTION,
     TEST_SEED,
@@ -29,7 +30,7 @@ from convmixer.data.splits import (
     stratified,
 )
 from convmixer.errors import RequestError
-from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from convmixer.preprocess import BITS, IMAGENET_MEAN, IMAGENET_STD
 
 DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
@@ -59,6 +60,7 @@ class DataSplits:
         bad_files: "name: reason" of images left out because their header cannot be read.
         spec: The data argument so written that it means the same from every folder.
         options: What the user said about columns, folders and groups.
+        bits: How many bits the values of 16-bit images use.
         found: What is there, before it is split.
         checked: What was found out about the images.
     """
@@ -77,6 +79,7 @@ class DataSplits:
     bad_files: list[str] = field(default_factory=list)
     spec: str = ""
     options: Options = field(default_factory=Options)
+    bits: int = 16
     found: Found | None = field(default=None, repr=False)
     checked: "Checked | None" = field(default=None, repr=False)
 
@@ -91,6 +94,7 @@ def load_data(
     recorded: bool = False,
     hold_out: bool = True,
     options: Options | None = None,
+    bits: int | None = None,
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
@@ -107,6 +111,7 @@ def load_data(
         recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
         hold_out: Make missing splits from train. Without it the splits are those that the data come with.
         options: What the user said about columns, folders and groups; None: nothing.
+        bits: How many bits the values of 16-bit images use; None: as many as those of this data set.
 
     Raises:
         RequestError: No such data, too many unusable images, or too few images to split.
@@ -126,7 +131,8 @@ def load_data(
         notes.append(f"{len(checked.bad)} of {total} images cannot be used and are left out: {few}")
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
-    sets = _image_sets(found, checked, in_chans, sizes, int(max_bad_fraction * total), notes)
+    bits = bits or _bits(found, checked, notes)
+    sets = _image_sets(found, checked, in_chans, bits, sizes, int(max_bad_fraction * total), notes)
     if hold_out:
         train, val, test = _complete(sets, checked.together, val_fraction, seed, notes)
     else:
@@ -149,6 +155,7 @@ def load_data(
         bad_files=checked.bad,
         spec=found.spec,
         options=options,
+        bits=bits,
         found=found,
         checked=checked,
     )
@@ -212,7 +219,13 @@ def _without_consequences(conflicts: Conflicts) -> Conflicts:
 
 
 def _image_sets(
-    found: Found, checked: Checked, in_chans: int, sizes: set[tuple[int, int]], max_bad: int, notes: list[str]
+    found: Found,
+    checked: Checked,
+    in_chans: int,
+    bits: int,
+    sizes: set[tuple[int, int]],
+    max_bad: int,
+    notes: list[str],
 ) -> dict[str, ImageSet]:
     """Return the usable images of every split that has some."""
     marks = new_marks(np.concatenate([checked.rejected[split] for split in found.splits]))
@@ -228,8 +241,28 @@ def _image_sets(
         cached = _cached(source, in_chans, sizes, room)
         room -= cached.nbytes if isinstance(cached, Cached) else 0
         start = int(first[split])
-        sets[split] = ImageSet(cached, labels[usable], found.classes, usable, in_chans, max_bad, marks, start)
+        sets[split] = ImageSet(cached, labels[usable], found.classes, usable, in_chans, max_bad, marks, start, bits)
     return sets
+
+
+def _bits(found: Found, checked: Checked, notes: list[str]) -> int:
+    """Return how many bits the values of images with 16 or 32 bits use: decided once, for all of them."""
+    deep = [
+        (source, i)
+        for split, (source, _) in found.splits.items()
+        if isinstance(source, Encoded)
+        for i in map(int, np.flatnonzero(checked.usable[split]))
+        if checked.scans[split].headers[i][0].startswith("I")
+    ]
+    if not deep:
+        return 16
+    chosen = [deep[i] for i in np.linspace(0, len(deep) - 1, min(len(deep), STATISTICS_IMAGES)).astype(int)]
+    with ThreadPoolExecutor(8) as pool:
+        most = max(pool.map(lambda place: place[0].brightest(place[1]), chosen))
+    bits = next((bits for bits in BITS if most < 1 << bits), 16) if most else 16
+    kept = "upper byte" if bits == 16 else f"values are taken as {bits}-bit ones, in the weights too"
+    notes.append(f"{len(deep)} images have 16 or 32 bits, the largest value of {len(chosen)} is {most}: {kept}")
+    return bits
 
 
 def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:

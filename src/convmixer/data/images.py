@@ -27,6 +27,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
             sets of the data; None: of this source alone, none marked.
         first: Where in `marks` the source's images begin.
+        bits: How many bits the values of 16-bit images use.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         max_bad: int = 0,
         marks: torch.Tensor | None = None,
         first: int = 0,
+        bits: int = 16,
     ) -> None:
-        self.source, self.classes, self.in_chans = source, tuple(classes), in_chans
+        self.source, self.classes, self.in_chans, self.bits = source, tuple(classes), in_chans, bits
         self.labels = np.asarray(labels, np.int64)
         self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
         self.max_bad = max_bad
@@ -64,7 +66,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
     def read(self, index: int) -> tuple[Image.Image, int] | None:
         """Return an image and its label, or None and a mark in `failed` if it cannot be decoded."""
         try:
-            image = self.source.image(int(self.indices[index]), self.in_chans)
+            image = self.source.image(int(self.indices[index]), self.in_chans, self.bits)
         except (ImageError, OSError) as error:
             self._fail(index, error)
             return None
@@ -100,6 +102,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             self.max_bad,
             self.marks,
             self.first,
+            self.bits,
         )
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from convmixer.decode.load import brightest
 from convmixer.errors import RequestError
 from convmixer.preprocess import load_image, read_header
 
@@ -35,11 +36,11 @@ class Source(Protocol):
         ...
 
     def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Return mode and (width, height) without decoding; ImageError where that fails."""
+        """Return mode and (width, height) without decoding; ImageError if that fails."""
         ...
 
-    def image(self, index: int, in_chans: int) -> Image.Image:
-        """Return the decoded image as RGB or L; ImageError where that fails."""
+    def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
+        """Return the decoded image as RGB or L, `bits` as in Preprocessing; ImageError if that fails."""
         ...
 
     def digest(self, index: int, whole: bool = False) -> int:
@@ -72,7 +73,7 @@ class Arrays:
         height, width = self.pixels.shape[1:3]
         return "L" if self.pixels.ndim == 3 else "RGB", (width, height)
 
-    def image(self, index: int, in_chans: int) -> Image.Image:
+    def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
         image = Image.fromarray(self.pixels[index])
         mode = "L" if in_chans == 1 else "RGB"
         return image if image.mode == mode else image.convert(mode)
@@ -87,8 +88,12 @@ def _blake(data: bytes = b"") -> Any:
     return hashlib.blake2b(data, digest_size=8)
 
 
-class _Encoded:
+class Encoded:
     """What the sources of encoded images share."""
+
+    def brightest(self, index: int) -> int:
+        """Return the largest value of an image of 16-bit or 32-bit integers, 0 of another."""
+        return brightest(self.encoded(index))
 
     def encoded(self, index: int) -> Path | bytes:
         raise NotImplementedError
@@ -108,12 +113,12 @@ class _Encoded:
                 return int.from_bytes(hashlib.file_digest(file, _blake).digest(), "little") or 1
             return digest(os.fstat(file.fileno()).st_size.to_bytes(8, "little") + file.read(DIGESTED))
 
-    def image(self, index: int, in_chans: int) -> Image.Image:
-        return load_image(self.encoded(index), in_chans)
+    def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
+        return load_image(self.encoded(index), in_chans, bits)
 
 
 @dataclass(frozen=True)
-class Files(_Encoded):
+class Files(Encoded):
     """Image files.
 
     Args:
@@ -135,7 +140,7 @@ class Files(_Encoded):
 
 
 @dataclass(frozen=True)
-class Column(_Encoded):
+class Column(Encoded):
     """A parquet column of encoded images, held as Arrow memory.
 
     Args:
@@ -163,7 +168,7 @@ def binary_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 @dataclass(frozen=True)
-class Shards(_Encoded):
+class Shards(Encoded):
     """Members of uncompressed tar files.
 
     Args:
@@ -263,13 +268,13 @@ class Cached:
     def digest(self, index: int, whole: bool = False) -> int:
         return self.source.digest(index, whole)
 
-    def image(self, index: int, in_chans: int) -> Image.Image:
+    def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
         if in_chans != self.in_chans:
-            return self.source.image(index, in_chans)
+            return self.source.image(index, in_chans, bits)
         pixels = self._pixels[index].copy()  # checked and used from one copy
         if self._crc[index] and self._crc[index] == zlib.crc32(pixels):
             return Image.fromarray(pixels)
-        image = self.source.image(index, in_chans)
+        image = self.source.image(index, in_chans, bits)
         if image.size == self.size:
             self._pixels[index] = np.asarray(image)
             self._crc[index] = zlib.crc32(self._pixels[index])

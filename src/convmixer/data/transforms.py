@@ -42,6 +42,7 @@ def preprocessing_of(data: DataSplits, config: Config) -> Preprocessing:
             std=config.std or data.std,
             interpolation=config.interpolation,
             crop_pct=config.crop_pct,
+            bits=data.bits,
         )
     except ValueError as error:
         raise RequestError(str(error)) from error

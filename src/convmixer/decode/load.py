@@ -10,26 +10,36 @@ from typing import Any
 from PIL import Image
 
 from convmixer.decode.errors import Apart, named
-from convmixer.decode.pixels import Header, decode, header
+from convmixer.decode.pixels import Header, decode, header, peak
 from convmixer.decode.worker import header_apart, image_apart
 
 
-def load_image(source: Path | bytes, in_chans: int = 3) -> Image.Image:
+def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16) -> Image.Image:
     """Return an image as 8-bit RGB or grey, upright.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit values keep their upper byte, CMYK and palette
-    are converted, and an animation gives its first frame. 32-bit integers count as 16-bit values (PIL reads some
-    16-bit files so), floats as 0 to 1.
+    EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits they use,
+    EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits in use,
+    reads some 16-bit files so), floats as 0 to 1.
 
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 for mode RGB, 1 for mode L.
+        bits: How many bits the values of 16-bit and 32-bit integers use: 8, 10, 12, 14 or 16; see `brightest`.
 
     Raises:
         ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, too slow to decode, floats that are
-            mostly above 1, or 32-bit integers that are all below 256.
+            mostly above 1, 32-bit integers that are all below 256 if `bits` is 16, or more than one value in 100
+            above what the bits can hold.
     """
-    return _here_or_apart(source, decode, image_apart, in_chans)
+    return _here_or_apart(source, decode, image_apart, in_chans, bits)
+
+
+def brightest(source: Path | bytes) -> int:
+    """Return the largest value of a 16-bit or 32-bit integer image; 0 if it is of another kind or cannot be read."""
+    try:
+        return peak(source)
+    except Exception:  # a damaged file may raise nearly anything, and is named when it is decoded
+        return 0
 
 
 def read_header(source: Path | bytes) -> Header:

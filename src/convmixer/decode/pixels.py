@@ -27,12 +27,13 @@ SUFFIXES = (
 Header = tuple[str, tuple[int, int]]
 
 
-def decode(source: Path | bytes, in_chans: int, trusted: bool) -> Image.Image:
+def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool) -> Image.Image:
     """Return an image as 8-bit RGB (in_chans 3) or grey (1), upright.
 
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 or 1.
+        bits: See `to_mode`.
         trusted: Decode it here whatever it holds: something else ends this process in time.
 
     Raises:
@@ -49,7 +50,23 @@ def decode(source: Path | bytes, in_chans: int, trusted: bool) -> Image.Image:
         image.load()
         if not trusted and image.format not in checks.JPEG:
             checks.check_metadata(image)
-        return to_mode(_upright(image), in_chans)
+        return to_mode(_upright(image), in_chans, bits)
+
+
+def peak(source: Path | bytes) -> int:
+    """Return the largest value of an image of 16-bit or 32-bit integers, 0 of another image.
+
+    Raises:
+        Exception: It cannot be read, or should be decoded elsewhere.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    file = _Bytes(data) if checks.needs_clock(data) else io.BytesIO(data)
+    with _open(file, False, len(data) <= checks.METADATA_BYTES) as image:
+        if not image.mode.startswith("I"):
+            return 0
+        checks.check_opened(image)
+        image.load()
+        return int(np.asarray(image).max())
 
 
 def header(source: Path | bytes, trusted: bool) -> Header:
@@ -124,16 +141,34 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
-    """Return a decoded image as mode RGB (in_chans 3) or L (in_chans 1), 8 bits per channel."""
+def to_mode(image: Image.Image, in_chans: int, bits: int = 16) -> Image.Image:
+    """Return a decoded image as mode RGB (in_chans 3) or L (in_chans 1), 8 bits per channel.
+
+    Args:
+        image: Of any mode.
+        in_chans: 3 or 1.
+        bits: How many bits the values of 16-bit and 32-bit integers use, 8 to 16; the upper 8 of them are kept.
+
+    Raises:
+        ImageError: More than one value in 100 is above what the bits can hold, or the values cannot be scaled.
+    """
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        image = Image.fromarray(_upper_byte(np.asarray(image).astype(np.uint16), bits))
+    elif image.mode == "I" and bits < 16:
+        image = Image.fromarray(_upper_byte(np.asarray(image), bits))
     elif image.mode in ("I", "F"):
         image = _to_bytes(image)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = _over_white(image)
     mode = "L" if in_chans == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
+    """Return the upper 8 of the bits that integers use."""
+    if bits < 16 and 100 * np.count_nonzero(values >= 1 << bits) > values.size:
+        raise ImageError(f"its values go up to {values.max()}, above the {(1 << bits) - 1} of the {bits}-bit images")
+    return (values.clip(0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:

@@ -27,13 +27,13 @@ _START = "from convmixer.decode.worker import main; main()"
 _SECRETS = ("CONVMIXER_TOKEN",)
 
 
-def image_apart(source: Path | bytes, in_chans: int) -> Image.Image:
+def image_apart(source: Path | bytes, in_chans: int, bits: int = 16) -> Image.Image:
     """Return what `pixels.decode` does, decoded in another process.
 
     Raises:
         ImageError: It cannot be read, or takes too much time or memory.
     """
-    answer, data = _ask(source, {"in_chans": in_chans})
+    answer, data = _ask(source, {"in_chans": in_chans, "bits": bits})
     return Image.frombytes(answer["mode"], tuple(answer["size"]), data)
 
 
@@ -179,7 +179,7 @@ def _answer(file: Path | bytes, request: dict[str, Any]) -> tuple[dict[str, Any]
         if "in_chans" not in request:
             mode, size = pixels.header(file, trusted=True)
             return {"mode": mode, "size": size}, b""
-        image = pixels.decode(file, request["in_chans"], trusted=True)
+        image = pixels.decode(file, request["in_chans"], request.get("bits", 16), trusted=True)
         return {"mode": image.mode, "size": image.size}, image.tobytes()
     except MemoryError:
         return {"error": f"it takes more than {MEMORY_BYTES >> 30} GiB of memory to decode"}, b""

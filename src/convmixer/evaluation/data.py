@@ -16,6 +16,7 @@ from convmixer.data.datasets import DataSplits, ImageSet, load_data
 from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.models.weights import class_names
+from convmixer.preprocess import BITS
 from convmixer.seal import is_sealed
 
 SPLITS = ("test", "val", "train")  # in the order in which one is chosen to measure on
@@ -123,6 +124,7 @@ def _load(
         recorded=recorded,
         hold_out=hold_out,
         options=_options(trained_on) if hold_out else options,
+        bits=bits if (bits := trained_on.get("bits")) in BITS else None,
     )
 
 

@@ -134,13 +134,14 @@ def hub_config(
         "first_conv": theirs.get("first_conv", "stem.0"),
         "classifier": theirs.get("classifier", "head"),
     }
+    deep = {"bits": p.bits} if p.bits != 16 else {}
     return {
         "architecture": stock or ours,
         "num_classes": outputs,
         "num_features": getattr(model, "num_features", None),
         "model_args": {} if stock else args,
         "pretrained_cfg": pretrained_cfg,
-        "convmixer": {"name": architecture, "model_args": args, "version": __version__, **metadata},
+        "convmixer": {"name": architecture, "model_args": args, "version": __version__, **metadata, **deep},
     }
 
 
@@ -256,7 +257,7 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
         if size != width:
             raise RequestError(f"the input must be square, not {shown(size)} x {shown(width)}")
         keep = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-        preprocessing = Preprocessing(img_size=size, in_chans=chans, **keep)
+        preprocessing = Preprocessing(img_size=size, in_chans=chans, bits=_bits(config), **keep)
         classes = config.get("num_classes", cfg.get("num_classes"))
         asked = config.get("model_args") or {}
         name, args = check_build(config.get("architecture"), asked, classes, chans, len(state))
@@ -269,6 +270,11 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     metadata = _metadata(config.get("convmixer"), model, name, args)
     found = f"{metadata['name']} with {classes} classes, {size} px"
     return LoadedModel(model.eval(), names, preprocessing, metadata, path.parent, found)
+
+
+def _bits(config: dict[str, Any]) -> Any:
+    ours = config.get("convmixer")
+    return ours.get("bits", 16) if isinstance(ours, dict) else 16
 
 
 def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:

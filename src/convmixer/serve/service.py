@@ -112,7 +112,7 @@ class Service:
                 text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
                 raise Refusal(413, "too_many_pixels", text)
             with self._room_for(width * height):
-                image = resize_and_crop(load_image(file, p.in_chans), p)
+                image = resize_and_crop(load_image(file, p.in_chans, p.bits), p)
         except ImageError as error:
             raise Refusal(422, "bad_image", f"image {number} cannot be read: {error}") from None
         if width * height > LARGE_PIXELS:

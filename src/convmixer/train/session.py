@@ -271,6 +271,7 @@ class Run:
                 "max_bad_fraction": c.max_bad_fraction,
                 "img_size": c.img_size,
                 "options": self.job.data.options.given(),
+                "bits": self.job.data.bits,
             },
             recipe=self.contents["recipe"],
             epoch=row["epoch"],
