@@ -120,6 +120,18 @@ def test_a_preview_or_film_behind_a_jpeg_counts_no_scans(photo: Image.Image) -> 
     assert load_image(data).size == photo.size
 
 
+def test_heic_is_read_or_named(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(photo).save(buffer, quality=95)
+    image = load_image(buffer.getvalue())
+    assert float(np.abs(np.asarray(image, float) - np.asarray(photo, float)).mean()) < 4
+    assert read_header(buffer.getvalue()) == ("RGB", photo.size)
+    monkeypatch.setattr(pixels, "formats", lambda apart: ["PNG"])
+    with pytest.raises(ImageError, match=r"HEIC image.*convmixer\[heic\]"):
+        pixels.decode(buffer.getvalue(), 3, trusted=True)
+
+
 def test_damage_is_told_alike_from_another_process() -> None:
     with pytest.raises(ImageError, match="not an image"):
         worker.image_apart(b"hello", 3)

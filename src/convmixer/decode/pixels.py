@@ -18,10 +18,11 @@ from convmixer.decode.errors import ImageError
 MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
 SECONDS = 10.0  # computing time to decode one image
 # What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".jp2", ".avif",
+    ".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".heic", ".heif",
 )  # fmt: skip
 
 Header = tuple[str, tuple[int, int]]
@@ -85,9 +86,9 @@ def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
     if not trusted:
         checks.check_file(file, small)
     try:
-        image = Image.open(file, formats=formats())
+        image = Image.open(file, formats=formats(trusted))
     except Image.UnidentifiedImageError:
-        raise ImageError("not an image of a known format") from None
+        raise ImageError(_unknown(file)) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
@@ -128,10 +129,27 @@ def too_slow() -> str:
 
 
 @functools.cache
-def formats() -> list[str]:
-    """Return PIL's names of the formats that are read."""
+def formats(apart: bool) -> list[str]:
+    """Return PIL's names of the formats that are read; HEIC only apart, in a process that can be killed."""
     Image.init()  # registers what this build of PIL can read
+    if not apart:
+        return [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:  # an extra
+        pass
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _unknown(file: BinaryIO) -> str:
+    """Return what to say of a file that no decoder takes."""
+    file.seek(0)
+    start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS and "HEIF" not in formats(True):
+        return "a HEIC image, which needs another package: pip install 'convmixer[heic]', or save it as JPEG"
+    return "not an image of a known format"
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -159,7 +159,7 @@ def main() -> None:
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    pixels.formats()  # loads the decoders before memory is limited
+    pixels.formats(True)  # loads the decoders before memory is limited
     limit_memory(MEMORY_BYTES)
     source, out = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
