@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: install demo check format test test-slow benchmark benchmark-train benchmark-infer benchmark-gpu docs clean
+.PHONY: install demo check format test test-slow fuzz benchmark benchmark-train benchmark-infer benchmark-gpu docs clean
 
 install: $(VENV)/.installed  ## the environment, with the development extras
 
@@ -32,6 +32,11 @@ format: install
 
 test: install  ## the whole suite but the slow tests
 	$(BIN)/python -m pytest
+
+SECONDS ?= 600
+fuzz: install  ## the readers of images and forms, for SECONDS each; needs the extra "fuzz"
+	$(BIN)/python tests/faults/fuzz.py images $(SECONDS)
+	$(BIN)/python tests/faults/fuzz.py forms $(SECONDS)
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
