@@ -53,6 +53,7 @@ OTHER = {
     r"make \S+( OPTIONS=.*)?": "its target exists",
     r"torchrun --nproc-per-node \d+ -m convmixer .*": "parsed; test_distributed.py",
     r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve_api.py sends the same form",
+    r"docker (build|run) .*": "test_serve_docker.py",
     r"source .venv/bin/activate|pip install .*": "the installation",
 }
 VERBS = set(next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices)
