@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import convmixer
+from convmixer import run_folder
 
 PACKAGE = Path(convmixer.__file__).parent
 # small, and free of the heavy libraries
@@ -131,3 +132,16 @@ def test_help_and_import_stay_light() -> None:
 def test_nothing_imports_the_command_line() -> None:
     users = [name for name, path in MODULES.items() if "convmixer.cli" in modules_of(path)]
     assert users == ["convmixer.__main__"]
+
+
+def test_the_names_of_a_run_s_files_stand_in_one_file() -> None:
+    """Who needs one takes it from run_folder.py; prose may mention them."""
+    names = {
+        getattr(run_folder, name) for name in ("CONFIG", "LOG", "METRICS", "RECORD", "LATEST", "PREVIOUS", "MODEL")
+    }
+    for module, path in MODULES.items():
+        if module == "convmixer.run_folder":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not any(node.value == name or node.value.endswith(f"/{name}") for name in names), module

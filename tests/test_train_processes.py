@@ -1,0 +1,111 @@
+"""Several processes on gloo are one process with the same global batch, also after one of them died."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convmixer.run_folder import LAST, LATEST, MODEL, RunFolder
+
+ARGUMENTS = [
+    *("train", "digits", "--model", "convmixer_16_2_p1_k3", "--epochs", "2", "--batch-size", "128", "--lr", "0.01"),
+    *("--workers", "0", "--precision", "fp32", "--ema-decay", "0.5", "--sync-bn", "true", "--val-fraction", "0.07"),
+]
+# plain PyTorch in the single process too: what is compared is the processes, not the kernels
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CONVMIXER_KERNELS": "0"}
+
+
+def torchrun(processes: int, *more: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), *more)
+
+
+def start(out: Path, launcher: tuple[str, ...], *more: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, *launcher, "-m", "convmixer", *ARGUMENTS, *more, "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, text=True, start_new_session=True, **pipes)
+
+
+def run(out: Path, launcher: tuple[str, ...], *more: str) -> Path:
+    process = start(out, launcher, *more)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return out
+
+
+def weights(run: Path, which: str = LAST) -> dict[str, torch.Tensor]:
+    return load_file(RunFolder(run).weights(which) / MODEL)
+
+
+def results(run: Path) -> dict:
+    return json.loads(RunFolder(run).record.read_text())["results"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("processes") / "one", ())
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one_with_the_same_global_batch(one: Path, tmp_path: Path, processes: int) -> None:
+    several = run(tmp_path / "several", torchrun(processes))
+    # Sums over parts of batches, then over processes, round differently; over 20 fp32 steps that grew to 8e-6.
+    # With BatchNorm statistics of one process's part, or gradients not averaged, weights differ by 1e-2 and more.
+    expected, found = weights(one), weights(several)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=2e-4)
+    rows = [RunFolder(path).metrics.read_text().splitlines()[1:] for path in (one, several)]
+    numbers = [[[float(cell) for cell in row.split(",")[:7]] for row in table] for table in rows]
+    torch.testing.assert_close(torch.tensor(numbers[1]), torch.tensor(numbers[0]), rtol=1e-3, atol=1e-3)
+    events = [json.loads(line)["event"] for line in RunFolder(several).log_file.read_text().splitlines()]
+    assert events == ["start", "epoch", "epoch", "end"]  # written by one process alone
+
+
+def test_evaluation_counts_every_image_once(one: Path, tmp_path: Path) -> None:
+    """101 and 360 images, which three processes cannot share evenly."""
+    three = results(run(tmp_path / "three", torchrun(3), "--batch-size", "96", "--epochs", "1"))
+    alone = results(one)
+    assert [three["val_n"], three["test_n"]] == [alone["val_n"], alone["test_n"]] == [101, 360]
+
+
+def test_statistics_are_the_mean_over_processes(tmp_path: Path) -> None:
+    """Also those of the moving average, of which the first process's alone would be wrong."""
+    one_step = ("--sync-bn", "false", "--batch-size", "1024", "--epochs", "1", "--lr", "1e-9")
+    single = weights(run(tmp_path / "one", (), *one_step))
+    double = weights(run(tmp_path / "two", torchrun(2), *one_step))
+    key = "stem.2.running_mean"
+    # the mean of both halves' means is that of all; one half's alone is 3e-5 away
+    torch.testing.assert_close(double[key], single[key], rtol=0, atol=1e-6)
+
+
+def workers_of(agent: int) -> list[int]:
+    """Return the processes that torchrun started."""
+    found = Path(f"/proc/{agent}/task/{agent}/children")
+    return [int(number) for number in found.read_text().split()]
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_process_is_restarted_and_the_result_is_the_same(tmp_path: Path, victim: int) -> None:
+    """torchrun starts the group again; statistics and the moving average are those of all processes."""
+    settings = ("--sync-bn", "false", "--checkpoint-seconds", "1e-6", "--epochs", "6", "--mixup", "0.2")
+    whole = run(tmp_path / "whole", torchrun(2), *settings)
+    disturbed = tmp_path / "disturbed"
+    process = start(disturbed, torchrun(2, "--max-restarts", "2"), *settings)
+    latest, seen, deadline = RunFolder(disturbed).checkpoints / LATEST, set[int](), time.monotonic() + 120
+    while len(seen) < 15 and time.monotonic() < deadline and process.poll() is None:  # in mid-epoch
+        try:
+            seen.add(latest.stat().st_mtime_ns)
+        except OSError:  # not written yet, or being replaced
+            time.sleep(0.001)
+    os.kill(workers_of(process.pid)[victim], signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "resuming" in output, output
+    expected, found = weights(whole), weights(disturbed)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
