@@ -30,8 +30,11 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Tests run in one process a core, four at most. Threads that wait must not spin: the other processes need the cores.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: install  ## the whole suite but the slow tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 SECONDS ?= 600
 fuzz: install  ## the readers of images and forms, for SECONDS each; needs the extra "fuzz"
@@ -39,7 +42,7 @@ fuzz: install  ## the readers of images and forms, for SECONDS each; needs the e
 	$(BIN)/python tests/faults/fuzz.py forms $(SECONDS)
 
 test-slow: install  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # The README's rows of speed, measured on this machine, which has to be idle: an hour or more.
 ROW = $(BIN)/convmixer benchmark $(1) --record build/benchmark.jsonl $(OPTIONS)
