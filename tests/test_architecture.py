@@ -23,6 +23,7 @@ EVERYWHERE = {
     "device",
     "files",
     "run_folder",
+    "processes",
     "progress",
     "seal",
     "text",
@@ -46,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"inference", "exported"},
     "explain": {"inference", "models", "results"},
     "studies": {"data", "models", "train", "results", "fast", "inference", "evaluation", "probe"},
+    "tuning": {"recipes", "results", "studies", "train"},
     "benchmark": {"models", "fast", "kernels", "probe", "exported"},
 }
 

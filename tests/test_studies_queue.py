@@ -177,7 +177,7 @@ def test_a_worker_killed_on_this_machine_is_noticed_at_once(url: str) -> None:
     assert queue.running() == []
     assert queue.waiting() == RUNS
     # the next worker's run does not look like a dead one's before it has signed
-    assert queue._study().get_trials(deepcopy=False)[0].user_attrs["pid"] is None
+    assert queue._study().get_trials(deepcopy=False)[0].user_attrs["worker"] is None
 
 
 def test_a_worker_in_another_container_is_not_robbed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

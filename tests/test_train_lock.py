@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from convmixer.errors import RequestError
+from convmixer.processes import sign
 from convmixer.train import lock
 from convmixer.train.lock import RunLock
 
@@ -63,7 +64,7 @@ def test_a_killed_holder_does_not_block(path: Path) -> None:
 
 
 def test_a_process_number_that_was_given_away_again_does_not_block(path: Path) -> None:
-    path.write_text(json.dumps(lock._identity() | {"started": "1"}))
+    path.write_text(json.dumps(sign() | {"started": "1"}))
     with RunLock(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 

@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(add("plot", _plot, "draw what a model has learned"))
     _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
     _add_compare(add("compare", _compare, "run a study: train its arms alike and write a report with verdicts"))
+    _add_tune(add("tune", _tune, "search settings on a validation split and write the best as a recipe"))
     _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
@@ -432,13 +433,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--budget", metavar="TIME", help="start no run that would not end within this time, such as 2h")
     sub.add_argument("--reuse", type=Path, metavar="DIR", help="take equal runs from this study instead of training")
     sub.add_argument("--dry-run", action="store_true", help="probe every arm, print the plan, train nothing")
-    sub.add_argument("--worker", action="store_true", help="help with a study that was started elsewhere")
-    sub.add_argument(
-        "--storage", metavar="URL", help="queue for many machines, postgresql://... (default: SQLite in the folder)"
-    )
-    sub.add_argument(
-        "--heartbeat", type=int, default=15, metavar="SECONDS", help="a worker silent 8 times as long is dead"
-    )
+    _add_worker(sub, "study")
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -463,6 +458,49 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         storage=args.storage,
         heartbeat_seconds=args.heartbeat,
         reuse=args.reuse,
+    )
+
+
+def _add_tune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data", help="data set, see the README")
+    sub.add_argument("--out", type=Path, help="folder of the search (default: tune/<recipe>)")
+    sub.add_argument("--space", type=Path, metavar="FILE", help="YAML file of settings to search (default: shipped)")
+    sub.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 20 without --budget)")
+    sub.add_argument(
+        "--budget", metavar="TIME", help="start no trial that would not end within this time, such as 2h"
+    )
+    sub.add_argument("--resume", action="store_true", help="go on with the search in that folder")
+    _add_worker(sub, "search")
+    _add_settings(sub)
+
+
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.tuning.run import tune
+
+    name, _, config = _settings(args)
+    return tune(
+        args.data,
+        config,
+        name,
+        args.out,
+        space=args.space,
+        trials=args.trials,
+        budget=args.budget,
+        resumes=args.resume,
+        worker=args.worker,
+        storage=args.storage,
+        heartbeat_seconds=args.heartbeat,
+    )
+
+
+def _add_worker(sub: argparse.ArgumentParser, what: str) -> None:
+    """Add the flags with which several processes and machines share a queue."""
+    sub.add_argument("--worker", action="store_true", help=f"help with a {what} that was started elsewhere")
+    sub.add_argument(
+        "--storage", metavar="URL", help="queue for many machines, postgresql://... (default: SQLite in the folder)"
+    )
+    sub.add_argument(
+        "--heartbeat", type=int, default=15, metavar="SECONDS", help="a worker silent 8 times as long is dead"
     )
 
 

@@ -121,6 +121,8 @@ class Config:
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     max_time: str | None = setting(None, "time budget such as 30m or 2h; the schedule is fitted to it")
+    test: bool = setting(True, "read the test split once, at the end")
+    draw: bool = setting(True, "draw pictures of the data and the result into the run folder")
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
     checkpoint_seconds: float = setting(
         60.0, "time between checkpoints inside an epoch; each epoch ends with one too"

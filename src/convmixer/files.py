@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from convmixer.processes import process_exists
+
 _TEMPORARY = ".tmp"
 
 
@@ -92,17 +94,6 @@ def remove_leftovers(folder: Path) -> None:
         name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
         if name.endswith(f".{host}") and number.isdecimal() and not process_exists(int(number)):
             path.unlink(missing_ok=True)
-
-
-def process_exists(number: int) -> bool:
-    """Return whether a process of this number runs on this machine, whoever owns it."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def cache_folder(*parts: str) -> Path:

@@ -15,6 +15,7 @@ LATEST, PREVIOUS = "latest.pt", "previous.pt"
 MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
 BEST, LAST = "best", "last"
 STUDY, STUDY_RECORDS = "study.json", "records.jsonl"
+SEARCH = "tune.json"
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _SHIPPED = Path(__file__).parent / "pretrained"
@@ -64,6 +65,11 @@ def is_study(path: Path | str) -> bool:
     return _is_file(path / STUDY) and any(_exists(path / name) for name in (STUDY_RECORDS, "queue.db", "runs"))
 
 
+def is_search(path: Path | str) -> bool:
+    """Return whether a folder is a search of settings: it holds the plan that `convmixer tune` writes first."""
+    return _is_file(Path(path) / SEARCH) and _exists(Path(path) / "queue.db")
+
+
 def is_web_export(path: Path | str) -> bool:
     """Return whether a folder is a web page that `convmixer export` wrote."""
     return all(_is_file(Path(path) / name) for name in ("index.html", "model.js", "local.js"))
@@ -75,9 +81,9 @@ def is_weights(path: Path | str) -> bool:
 
 
 def is_own_output(path: Path | str) -> bool:
-    """Return whether convmixer wrote this folder, so that its pictures are no data: a run, study, export or weights.
+    """Return whether convmixer wrote this folder, so that its pictures are no data.
 
-    A folder with nothing but such folders, as `runs` is, counts too.
+    It is a run, study, search, export or weights. A folder with nothing but such folders, as `runs` is, counts too.
     """
     path = Path(path)
     return _is_output(path) or _holds_only_outputs(path)
@@ -117,7 +123,7 @@ def sample_files(source: Path | str, most: int = 12) -> list[Path]:
 
 
 def _is_output(path: Path) -> bool:
-    return is_run(path) or is_study(path) or is_web_export(path) or is_weights(path)
+    return is_run(path) or is_study(path) or is_search(path) or is_web_export(path) or is_weights(path)
 
 
 def _holds_only_outputs(path: Path) -> bool:

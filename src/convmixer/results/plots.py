@@ -71,7 +71,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         if not accuracy.lines:
             accuracy.text(0.5, 0.5, "no validation split", ha="center", color=GREY, transform=accuracy.transAxes)
         rate.set_ylim(bottom=0)
-        _save(figure, path)
+        save(figure, path)
 
 
 def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str, columns: int = 8) -> None:
@@ -95,7 +95,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(_short(text), fontsize=8, pad=3, parse_math=False)
         figure.suptitle(title, fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
@@ -148,7 +148,7 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
                 axes.grid(False)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         figure.suptitle("Depthwise kernels by layer (red positive, blue negative)", fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def kernel_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -172,7 +172,7 @@ def kernel_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         figure.suptitle("Depthwise kernels over training", fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def receptive_field(fields: Mapping[str, np.ndarray], path: Path) -> None:
@@ -192,7 +192,7 @@ def receptive_field(fields: Mapping[str, np.ndarray], path: Path) -> None:
         bar = figure.colorbar(shown, ax=row[0].tolist(), ticks=[-4, -3, -2, -1, 0], shrink=0.85)
         bar.ax.set_yticklabels(["≤ 0.0001", "0.001", "0.01", "0.1", "1"])
         figure.suptitle("Effective receptive field of the middle patch (gradient, share of its largest)", fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def explanation(
@@ -236,7 +236,7 @@ def explanation(
         bars.grid(False, axis="y")
         for number, share in enumerate(shares):
             bars.text(100 * share + 1.5, number, f"{100 * share:.1f}", va="center", fontsize=9)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray, patch: int, name: str) -> None:
@@ -279,7 +279,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
         of = f"{len(shown)} of {len(classes):,} classes, those confused most; " if len(shown) < len(classes) else ""
         matrix.set_title(f"Confusion matrix: {of}{int(counts.sum()):,} images")
         _pairs(beside, listed)
-        _save(figure, path)
+        save(figure, path)
 
 
 def confused_pairs(counts: np.ndarray) -> list[tuple[int, int]]:
@@ -354,7 +354,7 @@ def _tiles(images: np.ndarray, title: str, path: Path) -> None:
         for axes, image in zip(grid.flat, images, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         figure.suptitle(title, fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, color: str) -> None:
@@ -371,7 +371,8 @@ def _short(text: str, most: int = 14) -> str:
     return text if len(text) <= most else f"{text[: most - 5]}…{text[-4:]}"  # numbers stand at the end
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a picture, with the folder it goes to, and close it."""
     with atomic_file(path) as file:
         figure.savefig(file, dpi=130, format=path.suffix[1:] or "png")
     plt.close(figure)

@@ -7,7 +7,6 @@ heartbeat. When it stops, Optuna enqueues the worker's run again, and the next w
 import contextlib
 import fcntl
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from convmixer.errors import RequestError
+from convmixer.processes import is_dead, sign
 
 HEARTBEAT_SECONDS = 15
 GRACE_BEATS = 8  # missed before a worker counts as dead; a paused machine should not
@@ -42,26 +42,7 @@ class Queue:
     """
 
     def __init__(self, url: str, name: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        # experimental by name for years; a later Optuna that changes them fails our tests, not silently
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 disagree on the driver meant
-            url = "postgresql+psycopg2://" + url.partition("://")[2]
-        # SQLite lets one writer in at a time: wait for it instead of failing
-        engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        try:
-            self._storage = RDBStorage(
-                url,
-                engine,
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=GRACE_BEATS * heartbeat_seconds,
-                heartbeat_stale_trial_callback=_enqueue_again,
-            )
-        except ImportError as error:
-            raise RequestError(f"{url.split(':')[0]} needs its driver: pip install 'convmixer[postgres]'") from error
-        except Exception as error:  # whatever SQLAlchemy and the driver raise for a wrong address
-            reason = str(error).strip().splitlines()[0]
-            raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
+        self._storage = open_storage(url, heartbeat_seconds)
         self.name = name
         self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
 
@@ -135,11 +116,9 @@ class Queue:
 
     def recover(self) -> None:
         """Put the runs of dead workers back: at once if they died here, else when their heartbeat stops."""
-        here = _place()
         with _one_at_a_time(self.name):
             for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                place, pid, started = (trial.user_attrs.get(key) for key in ("place", "pid", "started"))
-                if place == here and pid is not None and not _alive(int(pid), started):
+                if is_dead(trial.user_attrs.get("worker")):
                     self._put_back(trial._trial_id)
         optuna.storages.fail_stale_trials(self._study())
 
@@ -164,9 +143,7 @@ class Queue:
                 raise optuna.TrialPruned
             ids.append(trial._trial_id)
             taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))
-            trial.set_user_attr("place", _place())
-            trial.set_user_attr("started", _started(os.getpid()))
-            trial.set_user_attr("pid", os.getpid())  # last: only now is the run judged by these
+            trial.set_user_attr("worker", sign())
             return self._train(trial, run, train)
 
         if self.waiting():
@@ -197,7 +174,7 @@ class Queue:
 
     def _put_back(self, trial_id: int) -> None:
         # forget this worker, or the run of the next one would look dead until it has written its own number
-        self._storage.set_trial_user_attr(trial_id, "pid", None)
+        self._storage.set_trial_user_attr(trial_id, "worker", None)
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def _take_back(self, trial_id: int) -> None:
@@ -218,6 +195,38 @@ class Queue:
         return optuna.load_study(study_name=self.name, storage=self._storage)
 
 
+def open_storage(url: str, heartbeat_seconds: int) -> RDBStorage:
+    """Return a database of Optuna's in which the trials of workers that fall silent are enqueued again.
+
+    Args:
+        url: SQLAlchemy URL; missing tables are made.
+        heartbeat_seconds: Time between the signs of life of a worker.
+
+    Raises:
+        RequestError: The database cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # experimental by name for years; a later Optuna that changes them fails our tests, not silently
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 disagree on the driver meant
+        url = "postgresql+psycopg2://" + url.partition("://")[2]
+    # SQLite lets one writer in at a time: wait for it instead of failing
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        return RDBStorage(
+            url,
+            engine,
+            heartbeat_interval=heartbeat_seconds,
+            grace_period=GRACE_BEATS * heartbeat_seconds,
+            heartbeat_stale_trial_callback=_enqueue_again,
+        )
+    except ImportError as error:
+        raise RequestError(f"{url.split(':')[0]} needs its driver: pip install 'convmixer[postgres]'") from error
+    except Exception as error:  # whatever SQLAlchemy and the driver raise for a wrong address
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
+
+
 def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenTrial:
     """Return a run that ended elsewhere as a trial of the queue."""
     return optuna.trial.create_trial(
@@ -230,7 +239,7 @@ def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenT
 
 def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Enqueue the run of a worker whose heartbeat has stopped, without that worker's process number."""
-    trial.user_attrs.pop("pid", None)
+    trial.user_attrs.pop("worker", None)
     RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
 
 
@@ -244,35 +253,6 @@ def _one_at_a_time(name: str) -> Iterator[None]:
 
 def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:
     return trial.params.get("run") or trial.system_attrs.get("fixed_params", {}).get("run")
-
-
-def _place() -> str:
-    """Return where a process number is valid: the machine and, if the system tells them, its boot and PID namespace.
-
-    Containers may share a host name, and each counts its processes from 1.
-    """
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
-    return " ".join(parts)
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process was started, in ticks since the boot, or None if the system does not tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _alive(pid: int, started: str | None) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return started is None or _started(pid) in (None, started)  # a later process may have the same number
 
 
 def _without_password(url: str) -> str:

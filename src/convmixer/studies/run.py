@@ -1,6 +1,5 @@
 """Run a study: plan, queue, train every arm and seed, keep the records, write the report."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -19,6 +18,7 @@ from convmixer.run_folder import BEST, MODEL, RunFolder, is_run
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
 from convmixer.studies.schema import Study, load_study
+from convmixer.train.folder import read_metrics
 
 REPORT_SEED_PICTURES = 0  # index of the seed whose filters and kernels the report shows
 
@@ -189,7 +189,7 @@ class Runner:
             "arm": arm,
             "macs": self.plan["arms"][arm]["macs"],
             "weights": f"runs/{run}/weights/best",
-            "history": _history(RunFolder(folder).metrics),
+            "history": read_metrics(RunFolder(folder)),
         }
         full = dataclasses.replace(record, name=run, results=results)
         return dataclasses.asdict(full)
@@ -250,8 +250,8 @@ class Runner:
         same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
         done = [r["results"]["seconds"] for r in same if r["results"]["arm"] == arm]
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
-        metrics = RunFolder(self.out / "runs" / run).metrics
-        epochs = [row["epoch"] for row in _history(metrics)] if metrics.exists() else []
+        run_folder = RunFolder(self.out / "runs" / run)
+        epochs = [row["epoch"] for row in read_metrics(run_folder)] if run_folder.metrics.exists() else []
         return whole * (1 - max(epochs, default=0.0) / self.study.config(arm, seed).epochs)
 
     def _say_next(self, run: str) -> None:
@@ -314,10 +314,3 @@ def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
         raise RequestError(f"{out} holds the study {plan['name']}: choose another --out")
     if plan["identity"] != identity(study):
         raise RequestError(f"the study {study.name} has changed since {out} was started: choose another --out")
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    keys = ("epoch", "train_loss", "val_loss", "top1", "seconds")
-    return [{key: float(row[key]) for key in keys if row.get(key)} for row in rows]

@@ -38,6 +38,14 @@ _NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", 
 _DIGEST = "# sha256: "  # begins the last line of config.yaml
 
 
+def read_metrics(run: RunFolder) -> list[dict[str, float]]:
+    """Return what a run measured at each epoch: epoch, losses, val top-1 and seconds, if they were measured."""
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = ("epoch", "train_loss", "val_loss", "top1", "seconds")
+    return [{key: float(row[key]) for key in keys if row.get(key)} for row in rows]
+
+
 class RunFiles(RunFolder):
     """A run folder with what training writes into it.
 
@@ -233,11 +241,12 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     ]
     if data["val"]:
         lines.append(f"| val | {data['val']} | choosing the epoch | {_show(results, 'val')} |")
-    if data["test"]:
+    if data["test"] and results["test_n"]:
         lines.append(f"| test | {data['test']} | read once, at the end | {_show(results, 'test')} |")
+    test_set = "The test set was not used to choose anything." if results["test_n"] else "The test set was not read."
     lines += [
         "",
-        f"Weights measured: {results['chosen']}. The test set was not used to choose anything.",
+        f"Weights measured: {results['chosen']}. {test_set}",
         *[f"- {markdown(note)}" for note in data["notes"]],
         "",
         "## Use",

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from convmixer.errors import RequestError
-from convmixer.files import naming, process_exists, temporary_name
+from convmixer.files import naming, temporary_name
+from convmixer.processes import is_alive, is_here, sign
 
 BEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 30.0  # six beats: a machine that swaps, or a slow network file system
@@ -36,7 +36,7 @@ class RunLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost = False  # another process took the lock, because this one was silent for too long
-        self._own = json.dumps(_identity() | {"token": secrets.token_hex(8)})
+        self._own = json.dumps(sign() | {"token": secrets.token_hex(8)})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -82,8 +82,8 @@ class RunLock:
         if text is None:
             return
         holder = _parse(text)
-        here = all(holder.get(key) == value for key, value in _machine().items())
-        if here and _runs(holder):
+        here = is_here(holder)
+        if here and is_alive(holder):
             raise self._held(holder)
         if not here:
             self._watch(text, holder)
@@ -157,34 +157,6 @@ def _parse(text: str) -> dict[str, Any]:
     except ValueError:
         holder = None
     return holder if isinstance(holder, dict) else {}
-
-
-def _machine() -> dict[str, Any]:
-    """Return what tells machines apart, and containers, whose process ids are their own."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return {"host": socket.gethostname(), "boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
-    return {"host": socket.gethostname()}
-
-
-def _identity() -> dict[str, Any]:
-    return _machine() | {"pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _runs(holder: dict[str, Any]) -> bool:
-    """Return whether a holder on this machine is alive; another process may have got its number since."""
-    pid = holder.get("pid")
-    return isinstance(pid, int) and pid > 0 and process_exists(pid) and holder.get("started") == _started(pid)
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, as the system counts, or None if the system does not say."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else fields[19]  # a zombie is dead
 
 
 @contextlib.contextmanager

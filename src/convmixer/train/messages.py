@@ -40,7 +40,8 @@ def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any])
         if results[f"{split}_n"]:
             top1, top5, n = (results[f"{split}_{key}"] for key in ("top1", "top5", "n"))
             console.print(f"{split:<8} top-1 {top1:.2f}%  top-5 {top5:.2f}%  of {n} images ({use})")
-    console.print(f"files    {terminal(folder.path)}, pictures in {terminal(folder.pictures)}")
+    drawn = f", pictures in {terminal(folder.pictures)}" if folder.pictures.is_dir() else ""
+    console.print(f"files    {terminal(folder.path)}{drawn}")
 
 
 def epoch_line(row: Mapping[str, Any], epochs: float, better: bool) -> str:

@@ -18,7 +18,7 @@ from convmixer.train.checkpoint import load_checkpoint
 from convmixer.train.distributed import on_first, process_group, rank
 from convmixer.train.folder import RunFiles, check_empty, describe
 from convmixer.train.lock import RunLock
-from convmixer.train.session import Run, summary
+from convmixer.train.session import OnEpoch, Run, summary
 from convmixer.train.setup import Build, prepare
 
 
@@ -29,6 +29,7 @@ def train(
     recipe: Config | None = None,
     recipe_name: str | None = None,
     build: Build | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train a model and return the result; everything about it is in the run folder.
 
@@ -39,6 +40,7 @@ def train(
         recipe: The recipe's settings, to say what differs; None: the defaults.
         recipe_name: Its name.
         build: Name and arguments for `create_model`, instead of `config.model`.
+        on_epoch: Called with an epoch's row of metrics once it is on disk; what it raises ends the training.
 
     Returns:
         `run` (the folder), `val_top1`, `test_top1` (percent, None without such a split), `epochs`, `seconds`,
@@ -64,13 +66,17 @@ def train(
         )
         with _alone(folder) as lock:
             on_first(lambda: check_empty(folder.path))  # another process may have trained there since
-            run = Run(job, folder, contents, started, lock)
+            run = Run(job, folder, contents, started, lock, on_epoch)
             run.begin()
             return run.to_the_end()
 
 
 def resume(
-    path: Path, data: str | None = None, device: str | None = None, max_bad_fraction: float | None = None
+    path: Path,
+    data: str | None = None,
+    device: str | None = None,
+    max_bad_fraction: float | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
@@ -82,6 +88,7 @@ def resume(
         data: Where its data are here; None: where they were.
         device: Where to compute; None: where it was.
         max_bad_fraction: Share of unreadable images from now on; None: as it was.
+        on_epoch: As in `train`.
 
     Raises:
         RequestError: The folder is no run, another process trains in it, its data have changed, or no checkpoint can
@@ -104,7 +111,7 @@ def resume(
         job = prepare(data or contents["data"]["spec"], config, build, known, recorded=data is None)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {path} have changed since it began: start a new run")
-        run = Run(job, folder, contents, time.time(), lock)
+        run = Run(job, folder, contents, time.time(), lock, on_epoch)
         run.restore(state)
         return run.to_the_end()
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +31,7 @@ from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
 from convmixer.train.setup import Job
 
+OnEpoch = Callable[[dict[str, Any]], None]
 ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
 SIGNAL_SECONDS = 2.0  # a signal to the whole group may reach the loader's workers first
 
@@ -44,11 +45,19 @@ class Run:
         contents: Of config.yaml.
         started: When this session began, seconds since 1970.
         lock: Held on the folder; None in other processes than the first.
+        on_epoch: See `run.train`.
     """
 
     def __init__(
-        self, job: Job, folder: RunFiles, contents: dict[str, Any], started: float, lock: RunLock | None = None
+        self,
+        job: Job,
+        folder: RunFiles,
+        contents: dict[str, Any],
+        started: float,
+        lock: RunLock | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> None:
+        self.on_epoch = on_epoch
         self.job, self.folder, self.contents, self.started, self.lock = job, folder, contents, started, lock
         self.config, self.schedule = job.config, contents["schedule"]
         self.total_steps, self.steps_per_epoch = self.schedule["steps"], job.steps_per_epoch
@@ -79,8 +88,9 @@ class Run:
             self.folder.write_config(self.contents)
             self.folder.write_metrics([])
             self.folder.log("start", 0, {"command": self.contents["command"]})
-            gallery.augmented(self.job, self.folder.pictures / "augmented.png")
-            gallery.samples(self.job.data, self.folder.samples)
+            if self.config.draw:
+                gallery.augmented(self.job, self.folder.pictures / "augmented.png")
+                gallery.samples(self.job.data, self.folder.samples)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go back to a checkpoint; to the beginning if there is none."""
@@ -212,6 +222,8 @@ class Run:
             self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
             self._board.add_row(row)
             self._look_at_data(row)
+        if self.on_epoch:
+            self.on_epoch(row)
 
     def _look_at_data(self, row: dict[str, Any]) -> None:
         assert self._watch is not None
@@ -285,7 +297,7 @@ class Run:
             best = load_model(self.folder.weights(BEST)).model
             self.module.evaluated.load_state_dict(best.state_dict())
         copy_from_first(self.module.evaluated)
-        test = self._score(self.job.eval_loader("test"))
+        test = self._score(self.job.eval_loader("test")) if self.config.test else None
         val = self._score(self._val_loader)
         results = self._results(val, test)
         say_results(self.console, self.folder, results)
@@ -318,7 +330,8 @@ class Run:
         }
 
     def _write_results(self, results: dict[str, Any], found: Scores | None) -> None:
-        gallery.results(self.folder.pictures, self.rows, self.module.evaluated, found, self.job.data.classes)
+        if self.config.draw:
+            gallery.results(self.folder.pictures, self.rows, self.module.evaluated, found, self.job.data.classes)
         card = model_card(self.contents, results)
         write_atomic(self.folder.card, card.encode(errors="replace"))  # names of classes
         results["seconds"] = self._seconds()

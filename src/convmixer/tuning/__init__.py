@@ -1,0 +1,1 @@
+"""Searching settings on a validation split: `convmixer tune`."""
