@@ -90,8 +90,9 @@ def test_an_export_says_what_it_was_trained_on_but_not_where_it_was(
         weights = tmp_path / "weights"
         weights.mkdir(exist_ok=True)
         config = json.loads((digits_weights / "config.json").read_text())
-        text = json.dumps(config).replace('"spec": "digits"', f'"spec": "{spec}", "seal": "abc"')
-        (weights / "config.json").write_text(text)
+        data = {"spec": spec, "seal": "abc", "options": {"test": "/home/me/t.csv", "group": "a"}}
+        config["convmixer"]["data"] |= data
+        (weights / "config.json").write_text(json.dumps(config))
         (weights / "model.safetensors").write_bytes((digits_weights / "model.safetensors").read_bytes())
         path = tmp_path / "m.onnx"
         assert main(["export", str(weights), "--out", str(path), "--limit", "9"]) == 0
@@ -99,6 +100,7 @@ def test_an_export_says_what_it_was_trained_on_but_not_where_it_was(
         assert data.get("spec") == shown
         assert data["checksum"].startswith("sha256:")
         assert "seal" not in data
+        assert data["options"] == {"group": "a"}
     assert "not checked on the data of the training" in capsys.readouterr().out
     assert main(["export", str(weights), "--out", str(path), "--precision", "int8"]) == 2
     assert "--data" in capsys.readouterr().err

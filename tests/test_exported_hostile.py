@@ -137,7 +137,7 @@ def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         {"preprocessing": P | {"more": 1}},
         {"about": {"data": "/home"}},
         {"about": {"architecture": "x" * 100_000}},
-        {"about": {"model_args": {"a": {"b": 1}}}},
+        {"about": {"model_args": {"a": ["b" * 500] * 500}}},
     ],
     ids=lambda facts: str(facts)[:40],
 )

@@ -5,6 +5,7 @@ machine do not. The same weights give the same bytes.
 """
 
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -153,7 +154,12 @@ def _shareable(data: Any) -> dict[str, Any] | None:
         return None
     spec = str(data.get("spec"))
     hidden = {"seal"} if spec in BUILT_IN or spec.startswith(HUB) else {"seal", "spec"}
-    return {name: value for name, value in data.items() if name not in hidden}
+    return _without_paths({name: value for name, value in data.items() if name not in hidden})
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if not os.path.isabs(str(value))}
+    return {name: _without_paths(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -171,8 +171,6 @@ def _about(values: Any) -> dict[str, Any]:
         expected = dict if name in ("model_args", "data") else str
         if not isinstance(value, expected) or len(json.dumps(value)) > 16 * MAX_TEXT:
             raise ValueError(f"{name} is of a wrong type or too long")
-        if isinstance(value, dict) and any(isinstance(part, dict) for part in value.values()):
-            raise ValueError(f"{name} holds more than plain values")
     return known
 
 
