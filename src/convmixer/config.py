@@ -52,7 +52,7 @@ class Config:
     # data
     img_size: int | None = setting(None, "side of the square input in pixels; none: that of the data set")
     val_fraction: float = setting(
-        0.1, "share of train held out for validation where the data have no val split; 0: none"
+        0.1, "share of train held out for validation if the data have no val split; 0: none"
     )
     path_column: str | None = setting(None, "column of a table that holds the images or their paths; none: found")
     label_column: str | None = setting(None, "column of the labels; none: found")
@@ -90,7 +90,7 @@ class Config:
     mixup: float = setting(0.0, "mixup alpha; 0: off")
     cutmix: float = setting(0.0, "cutmix alpha; 0: off")
     mixup_prob: float = setting(1.0, "probability of mixup or cutmix for a batch")
-    mixup_switch_prob: float = setting(0.5, "probability of cutmix where both are on")
+    mixup_switch_prob: float = setting(0.5, "probability of cutmix if both are on")
     smoothing: float = setting(0.0, "label smoothing")
     # optimisation
     epochs: int = setting(10, "passes over the training set")

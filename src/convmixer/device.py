@@ -47,7 +47,7 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def gpu_names() -> list[str]:
-    """Return the CUDA devices' names; none where torch is not loaded, as nothing computes on them then."""
+    """Return the CUDA devices' names; none if torch is not loaded, since nothing computes on them then."""
     torch = sys.modules.get("torch")
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
 

@@ -38,13 +38,13 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         recipe: Name of the recipe whose settings are the start.
-        out: Folder for the run, or where it holds one already, e.g. of an earlier `fit`, the next free one beside it
+        out: Folder for the run; if it holds one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ...
             (out-2, out-3, ...); None: a temporary one, gone with the process.
         **settings: Any setting of `Config`, over the recipe, e.g. epochs=10, weights="convmixer_256_8.cifar10".
 
     Attributes:
         classes_: The labels seen in `fit`, sorted.
-        run_: The run folder of the last `fit` with weights, curves and record; None where it was temporary.
+        run_: The run folder of the last `fit` with weights, curves and record; None if it was temporary.
         classifier_: The trained `inference.Classifier`.
     """
 
@@ -52,7 +52,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         self.recipe, self.out, self.settings = recipe, out, settings
 
     def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> "ConvMixerClassifier":
-        """Train on labelled images, as `convmixer train` does where the data have no splits of their own.
+        """Train on labelled images, as `convmixer train` does with data that come without splits.
 
         A fifth is held out to test the run, and `val_fraction` (a tenth) of the rest to choose the best epoch.
 

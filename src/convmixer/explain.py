@@ -112,7 +112,7 @@ def read_growth(log: Path) -> list[dict[str, Any]]:
 
 
 def _probe(weights: str, p: Any) -> Any:
-    """Return images to take gradients at: the samples beside the weights, else noise of the data's own spread."""
+    """Return images to take gradients at: the samples beside the weights, else noise with the spread of the data."""
     import torch
 
     from convmixer.preprocess import preprocess

@@ -35,7 +35,7 @@ LogitsAndMaps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model ready to classify, whatever runs it.
+    """A model ready to classify, in torch or in an exported file.
 
     Args:
         logits: (B, C, H, W) float32 -> (B, classes) float32.
@@ -55,7 +55,7 @@ class Classifier:
     loaded: "LoadedModel | None" = None
 
     def explained(self, batch: np.ndarray, maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return logits (B, classes) and, where wanted and there are any, maps (B, k, h, w) of the k top classes."""
+        """Return logits (B, classes) and, if wanted and the model has any, maps (B, k, h, w) of the k top classes."""
         return self.with_maps(batch) if maps and self.with_maps else (self.logits(batch), None)
 
     def predict(self, images: Sequence[Image.Image], topk: int = 5) -> list[list[tuple[str, float]]]:
@@ -103,7 +103,7 @@ def load_classifier(
     Args:
         source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
         precision: "auto" (bf16 if the device computes it natively), "fp32", "tf32", "bf16", or "int8" on the CPU.
-        device: "auto", "cpu", "cuda" or "mps"; exported files run where their runtime does.
+        device: "auto", "cpu", "cuda" or "mps"; exported files run on the device of their runtime.
         calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
         expected: What the weights expect instead of what they say, see `models.weights.load_model`: "act" and fields
             of `Preprocessing`.
@@ -146,7 +146,7 @@ def fastest(
 ) -> Logits:
     """Return the function that runs a model on the device's kernels if they serve, else as it is.
 
-    The model is moved to the device and accelerated in place, so whatever else runs it is fast too.
+    The model is moved to the device and accelerated in place, so other users of the same model are fast too.
     """
     from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
@@ -169,7 +169,7 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
 
 
 def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> LogitsAndMaps | None:
-    """Return what `torch_logits` does with class-activation maps beside, or None for a model without exact ones."""
+    """Return what `torch_logits` does and class-activation maps too, or None for a model without exact ones."""
     from convmixer.models.maps import WithMaps, has_maps
 
     if not has_maps(model):
@@ -196,7 +196,7 @@ def _torch_run(
         model.eval()
         with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
             out = model(torch.from_numpy(batch).to(device))
-        for module, training in modes:  # none of a model that serves: other threads may run it
+        for module, training in modes:  # a model that serves is in eval mode already, since other threads may run it
             module.training = training
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)
@@ -225,7 +225,7 @@ def predict_files(
         expected: See `load_classifier`.
 
     Returns:
-        "predictions": a list of {"file", "classes", "probabilities"}, or {"file", "error"} where it cannot be read.
+        "predictions": a list of {"file", "classes", "probabilities"}, or {"file", "error"} if it cannot be read.
 
     Raises:
         RequestError: Bad arguments, or no file to classify.

@@ -41,7 +41,7 @@ class RunRecord:
         config: The resolved settings.
         data: Name, checksum and sizes of the data.
         results: The measured numbers; the unit is in the key.
-        seed: The seed, or None where nothing is random.
+        seed: The seed, or None if nothing is random.
         environment: Machine and versions, see `environment`.
         date: ISO date and time, UTC.
     """
@@ -71,7 +71,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the processor's name with family and model where the system tells."""
+    """Return the processor's name with family and model if the system says them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -136,9 +136,9 @@ def read(path: Path) -> list[RunRecord]:
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree with "-dirty" where it has changes, or None outside a checkout.
+    """Return the commit of the source tree with "-dirty" if it has changes, or None outside a checkout.
 
-    An installed package may lie inside somebody's project: that project's commit says nothing of it.
+    An installed package may be inside another project, whose commit says nothing about it.
     """
     own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

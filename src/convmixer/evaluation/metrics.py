@@ -25,7 +25,7 @@ def evaluate(
     Args:
         model: A module that maps (B, C, H, W) to (B, classes), or a function that does so on arrays.
         batches: Images float32 (B, C, H, W) and labels int64 (B,).
-        device: Where a module computes; None: where it is.
+        device: Device that a module computes on; None: the one it is on.
         precision: Of a module, see `inference.torch_logits`.
 
     Returns:

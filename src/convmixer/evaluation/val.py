@@ -102,7 +102,7 @@ def _calibration(data: EvaluationData, loaded: LoadedModel) -> torch.Tensor:
 
 
 def _changed(data: EvaluationData, split: str) -> list[str]:
-    """Return a line if the data of the weights have changed: then their splits are other ones than in training."""
+    """Return a line if the data of the weights have changed: then their splits differ from those of the training."""
     if split == "train" or not data.changed:
         return []
     return [

@@ -28,7 +28,7 @@ OnStep = Callable[[], bool]  # called after each step; True ends the run
 class _AfterStep(pl.Callback):
     """Calls a function after each step, and keeps SIGTERM for its owner.
 
-    Lightning puts its own handler over ours, which ends with exit status 0 and broadcasts from inside the handler.
+    Lightning would replace our handler by one that exits with status 0 and broadcasts from inside the handler.
     """
 
     def __init__(self, on_step: OnStep) -> None:
@@ -44,7 +44,7 @@ class _AfterStep(pl.Callback):
 
 
 class _Stream:
-    """What a loader yields, and nothing else of it: Lightning treats lists and DataLoaders in ways of its own."""
+    """Hides a loader behind a plain iterable: Lightning changes how lists and DataLoaders are read."""
 
     def __init__(self, loader: Iterable[Any], place: torch.device) -> None:
         self.loader, self.place = loader, place
@@ -75,7 +75,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    alone: list[Any] = [LightningEnvironment()] if world_size() == 1 else []  # whatever a scheduler's variables say
+    alone: list[Any] = [LightningEnvironment()] if world_size() == 1 else []  # ignore a scheduler's variables
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders, loggers and steps does not apply
         trainer = pl.Trainer(

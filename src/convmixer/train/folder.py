@@ -114,7 +114,7 @@ class RunFiles(RunFolder):
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is cut or damaged: it is no text") from error
+            raise RequestError(f"{path} is cut or damaged: it is not text") from error
         except OSError as error:
             raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 

@@ -45,7 +45,7 @@ class TrainingModule(pl.LightningModule):
         self.place = next(model.parameters()).device
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.place.type, enabled=config.precision == "fp16")
-        # in a list, since Lightning and DDP must not take it for a part to train
+        # in a list, so that Lightning and DDP do not train it as a submodule
         self._average = [ModelEmaV3(model, config.ema_decay, use_warmup=True)] if config.ema_decay else []
         self.steps_done = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self._sum_device())
@@ -60,7 +60,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate and save: the moving average where there is one."""
+        """The model to evaluate and save: the moving average if there is one."""
         return cast(nn.Module, self._average[0].module) if self._average else self.model
 
     @property
@@ -107,7 +107,7 @@ class TrainingModule(pl.LightningModule):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`, on whatever device it was made."""
+        """Go back to a `state`, made on any device."""
         self.forget_graph()
         self.model.load_state_dict(state["model"])
         if self._average:

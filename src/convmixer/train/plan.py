@@ -79,7 +79,7 @@ def _measure_memory(data: str, settings: dict[str, Any]) -> int:
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
-    """Return what to change where memory or time do not fit."""
+    """Return what to change if memory or time do not fit."""
     advice = []
     if result["device"] == "cpu":
         free = available_bytes()

@@ -1,4 +1,4 @@
-"""The bar: steps, images per second, time left. Nothing is drawn where the output is not a terminal."""
+"""The bar of a training: steps, images per second, time left. Without a terminal nothing is drawn."""
 
 import time
 from types import TracebackType

@@ -85,14 +85,14 @@ def resume(
 
     Args:
         path: The run folder.
-        data: Where its data are here; None: where they were.
-        device: Where to compute; None: where it was.
-        max_bad_fraction: Share of unreadable images from now on; None: as it was.
+        data: Its data on this machine; None: the data argument or path that the run recorded.
+        device: Device to compute on; None: the one that the run recorded.
+        max_bad_fraction: Share of unreadable images allowed from now on; None: as before.
         on_epoch: As in `train`.
 
     Raises:
-        RequestError: The folder is no run, another process trains in it, its data have changed, or no checkpoint can
-            be read.
+        RequestError: The folder is not a run, another process trains in it, its data have changed, or no checkpoint
+            can be read.
     """
     folder = RunFiles(path)
     contents = folder.read_config()

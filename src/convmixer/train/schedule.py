@@ -20,7 +20,7 @@ def learning_rate(schedule: str, epoch: float, epochs: float, peak: float) -> fl
         schedule: "piecewise" (the paper's), "cosine" (the same rise over the first two fifths, then half a cosine to
             0: the two differ in the fall alone) or "constant".
         epoch: Time since the start in epochs, 0 to `epochs`.
-        epochs: Length of the run in epochs, above 0; a fraction where the run is fitted to a time budget.
+        epochs: Length of the run in epochs, above 0; a fraction if the run is fitted to a time budget.
         peak: Highest learning rate.
 
     Raises:

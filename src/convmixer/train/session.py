@@ -74,7 +74,7 @@ class Run:
         self._out_of_time = self._told_to_stop = False
         self._board = Board(folder.tensorboard)
         self._watch = Watch(job.spec, job.data.checksum, job.data.options) if self.writes else None
-        self.data_changed: list[float] = []  # epochs in which the data were found to be other ones
+        self.data_changed: list[float] = []  # epochs at whose end the data were found changed
 
     @property
     def writes(self) -> bool:
@@ -88,9 +88,12 @@ class Run:
             self.folder.write_config(self.contents)
             self.folder.write_metrics([])
             self.folder.log("start", 0, {"command": self.contents["command"]})
-            if self.config.draw:
-                gallery.augmented(self.job, self.folder.pictures / "augmented.png")
-                gallery.samples(self.job.data, self.folder.samples)
+            self._show_images()
+
+    def _show_images(self) -> None:
+        if self.config.draw:
+            gallery.augmented(self.job, self.folder.pictures / "augmented.png")
+            gallery.samples(self.job.data, self.folder.samples)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go back to a checkpoint; to the beginning if there is none."""
@@ -106,6 +109,8 @@ class Run:
             self.folder.write_metrics(self.rows)
             self._board.rewind(step)
             self.folder.log("resume", step, {"command": records.command_line()})
+            if state is None:  # the first session may have ended before it wrote them
+                self._show_images()
 
     def to_the_end(self) -> dict[str, Any]:
         """Train what is left, measure the chosen weights, and return the result."""

@@ -39,7 +39,7 @@ class Job:
         data: The splits.
         preprocessing: Of the images in evaluation and, but for what is random, in training.
         build: Name and arguments of the model.
-        model: On its device, with kernels where they are built.
+        model: On its device, with kernels if they are built.
         device: Where the model is.
         kernels: What computes the model, in words.
         batch_size: Images per step over all processes.
@@ -81,7 +81,7 @@ class Job:
         )
 
     def eval_loader(self, split: str) -> Loader | None:
-        """Return this process's share of a split, or None where there is no such split."""
+        """Return this process's share of a split, or None if there is no such split."""
         images = getattr(self.data, split)
         if not images:
             return None
@@ -127,7 +127,7 @@ def prepare(
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
     resumes = preprocessing is not None
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
-    train_transform(config, preprocessing)  # refuses what is no augmentation before anything is written
+    train_transform(config, preprocessing)  # refuses unknown augmentations before anything is written
     check_optimizer(config)
     name, args = build or _choose(config, preprocessing.img_size, loaded)
     config = dataclasses.replace(config, model=name, img_size=preprocessing.img_size)
@@ -143,7 +143,7 @@ def prepare(
     model, kernels = _fast(model, config, device)
     if (
         asked == "auto" and type(model) is FastConvMixer and device.type == "cpu"
-    ):  # where products stay fp32, bf16 halves what goes to memory
+    ):  # products stay fp32; bf16 halves the memory traffic
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
@@ -161,7 +161,7 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     """Return the model's name and arguments: those of the weights, or of the settings."""
     if loaded and config.model == "auto":
         name, args = loaded.metadata["name"], dict(loaded.metadata["model_args"])
-    elif config.model == "auto":  # 16 x 16 patches whatever the size, so the cost of an image stays the same
+    elif config.model == "auto":  # 16 x 16 patches at any size, so that the cost of an image stays the same
         name, args = f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5", {}
     else:
         name, args = config.model, {}
@@ -245,7 +245,7 @@ def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Mo
 
 
 def _batch_size(config: Config, images: int) -> int:
-    """Return images per step: the setting, less where the data are fewer, in whole parts for every process.
+    """Return images per step: the setting, or fewer if there are fewer images, in whole parts for every process.
 
     Raises:
         RequestError: The batch cannot be divided.
