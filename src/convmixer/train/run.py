@@ -51,7 +51,7 @@ def train(
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is saved then.
     """
     if out is not None and _restarted_by_torchrun() and is_run(out):
-        return resume(out)
+        return resume(out, on_epoch=on_epoch)
     started = time.time()
     with _processes(config):
         if out is not None and rank() == 0:
