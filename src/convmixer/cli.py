@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(add("train", _train, "train a model and write a run folder"))
     _add_val(add("val", _val, "measure accuracy and calibration on a split"))
     _add_predict(add("predict", _predict, "classify image files"))
+    _add_data(add("data", _data, "show what a data set holds, with a picture of its classes"))
     _add_plan(add("plan", _plan, "parameters, MACs, memory and time before training"))
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
     _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
@@ -119,7 +120,11 @@ def _add_settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--recipe", help="a recipe's name, see the README; default: digits for digits, else finetune")
     sub.add_argument("--config", type=Path, help="YAML file of settings, applied over the recipe")
     group = sub.add_argument_group("settings (defaults < recipe < --config < these flags)")
-    for field in dataclasses.fields(Config):
+    _add_fields(group, [field.name for field in dataclasses.fields(Config)])
+
+
+def _add_fields(group: argparse._ActionsContainer, names: Sequence[str]) -> None:
+    for field in (field for field in dataclasses.fields(Config) if field.name in names):
         flag = "--" + field.name.replace("_", "-")
         doc = field.metadata["doc"].replace("%", "%%")
         if field.metadata["choices"]:
@@ -238,6 +243,24 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
 
     rest = (args.topk, args.batch_size, args.precision, args.out)
     return predict_files(args.weights, args.images, *rest, expected=_meaning(args))
+
+
+def _add_data(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data", help="data set, see docs/data.md")
+    sub.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: NAME-classes.png here)")
+    _add_fields(sub, (*_READING, "val_fraction", "seed"))
+
+
+_READING = ("path_column", "label_column", "split_column", "image_root", "group")
+
+
+def _data(args: argparse.Namespace) -> dict[str, Any]:
+    from convmixer.data.options import Options
+    from convmixer.data.summary import describe
+
+    flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
+    config = override(Config(), flags)
+    return describe(args.data, Options.of(config), args.out, config.val_fraction, config.seed)
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:

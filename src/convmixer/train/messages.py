@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from convmixer.config import to_dict
+from convmixer.data.summary import show, summarise
 from convmixer.run_folder import RunFolder
 from convmixer.text import terminal
 from convmixer.train.distributed import world_size
@@ -19,6 +20,8 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
     data, c = job.data, job.config
     console.print(f"run      {terminal(folder.path)}")
     console.print(f"recipe   {contents['recipe'] or 'none'}")
+    if data.found:
+        show(summarise(data), console)
     for note in data.notes:
         console.print(f"data     {terminal(data.name)}: {terminal(note)}")
     parameters = sum(p.numel() for p in job.model.parameters())

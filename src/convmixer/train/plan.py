@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convmixer.config import Config, override, parse_seconds, to_dict
+from convmixer.data.summary import show, summarise
 from convmixer.device import available_bytes, count_memory
 from convmixer.errors import RequestError
 from convmixer.probe import fresh, macs
@@ -57,6 +58,9 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         "device": job.device.type,
         "precision": job.config.precision,
     }
+    summary = summarise(job.data)
+    result["data"] = summary
+    show(summary, Console(soft_wrap=True, highlight=False))
     result["advice"] = _advice(result, config)
     _show(result, data)
     return result

@@ -1,0 +1,66 @@
+"""A contact sheet: one row of small images for each class, with its name, on white so that it reads on any page."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIDE = 72  # of a small image, pixels
+GAP = 6
+LABEL = 240  # width of the names, pixels
+LETTERS = 30  # of a name; the middle of a longer one is left out
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
+    """Write the sheet as PNG.
+
+    Args:
+        rows: Name of each class and its images, each at most `SIDE` pixels wide and high.
+        path: The file.
+    """
+    import matplotlib.pyplot as plt
+
+    from convmixer.files import write_atomic
+    from convmixer.results.fonts import drawing
+
+    page = _page(rows)
+    height, width = page.shape[:2]
+    names = [_short(name) for name, _ in rows]
+    with drawing({}, names):
+        figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(page, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        for number, name in enumerate(names):
+            middle = number * (SIDE + GAP) + GAP + SIDE / 2
+            axes.text(
+                LABEL - 2 * GAP,
+                middle,
+                name,
+                ha="right",
+                va="center",
+                color="#1a1a1a",
+                fontsize=9.5,
+                parse_math=False,
+            )
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", facecolor="white")
+        plt.close(figure)
+    write_atomic(path, picture.getvalue())
+
+
+def _page(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> np.ndarray:
+    """Return the images on white, uint8 (H, W, 3)."""
+    most = max((len(images) for _, images in rows), default=0)
+    page = Image.new("RGB", (LABEL + most * (SIDE + GAP) + GAP, len(rows) * (SIDE + GAP) + GAP), "white")
+    for row, (_, images) in enumerate(rows):
+        for column, image in enumerate(images):
+            left = LABEL + column * (SIDE + GAP) + (SIDE - image.width) // 2
+            page.paste(image, (left, row * (SIDE + GAP) + GAP + (SIDE - image.height) // 2))
+    return np.asarray(page)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LETTERS else f"{name[: LETTERS // 2]}...{name[-LETTERS // 2 + 3 :]}"
