@@ -7,14 +7,14 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 LOG = "log.jsonl"
-METRICS = "metrics.csv"
+METRICS, STEPS = "metrics.csv", "steps.csv"
 RECORD = "record.jsonl"
 LOCK = "lock"
 CARD = "README.md"
 LATEST, PREVIOUS = "latest.pt", "previous.pt"
 MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
 BEST, LAST = "best", "last"
-STUDY, STUDY_RECORDS = "study.json", "records.jsonl"
+STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl", "failures.json", "queue.db"
 SEARCH = "tune.json"
 
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -33,6 +33,7 @@ class RunFolder:
         self.config = self.path / CONFIG
         self.log_file = self.path / LOG
         self.metrics = self.path / METRICS
+        self.steps = self.path / STEPS
         self.record = self.path / RECORD
         self.lock = self.path / LOCK
         self.card = self.path / CARD
@@ -45,6 +46,32 @@ class RunFolder:
     def weights(self, which: str) -> Path:
         """Return the folder of the BEST or LAST weights."""
         return self.path / "weights" / which
+
+
+class StudyFolder:
+    """The paths of one study. Making one touches no file.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.plan = self.path / STUDY
+        self.records = self.path / STUDY_RECORDS
+        self.failures = self.path / STUDY_FAILURES
+        self.queue = self.path / STUDY_QUEUE
+        self.pictures = self.path / "pictures"
+
+    def run(self, name: str) -> RunFolder:
+        """Return the folder of one of its runs."""
+        return RunFolder(self.path / "runs" / name)
+
+
+def study_of_weights(weights: Path) -> tuple[StudyFolder, str]:
+    """Return the study and the name of the run that weights belong to, by their path STUDY/runs/NAME/weights/best."""
+    run = weights.parents[1]
+    return StudyFolder(run.parents[1]), run.name
 
 
 def is_run(path: Path | str) -> bool:
@@ -62,7 +89,7 @@ def is_run(path: Path | str) -> bool:
 def is_study(path: Path | str) -> bool:
     """Return whether a folder is a study: it holds the plan and an own list of records or runs."""
     path = Path(path)
-    return _is_file(path / STUDY) and any(_exists(path / name) for name in (STUDY_RECORDS, "queue.db", "runs"))
+    return _is_file(path / STUDY) and any(_exists(path / name) for name in (STUDY_RECORDS, STUDY_QUEUE, "runs"))
 
 
 def is_search(path: Path | str) -> bool:

@@ -48,22 +48,31 @@ NUMBERED, NAMED, PAIRS = 15, 60, 20  # classes with numbers in the cells, with a
 CHOSEN = 40  # classes shown if there are more than NAMED
 
 
-def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs.
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Draw loss, accuracy, learning rate and speed over the epochs, and over the steps if they are given.
 
     Args:
         rows: One mapping per epoch with epoch, lr, train_loss and, if measured, val_loss, top1, top5 (percent).
         path: The PNG to write.
+        steps: Mappings with step, train_loss, lr, images_per_second, as in steps.csv.
     """
+    length = rows[-1]["step"] / rows[-1]["epoch"] if steps else 1  # steps of an epoch
+    fine = [{**row, "epoch": row["step"] / length} for row in steps]
     with plt.rc_context(_STYLE):
-        figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+        panels = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+        figure, (loss, accuracy, rate, speed) = panels[0], panels[1].flat
+        _line(loss, fine, "train_loss", "train, by step", "#eab892")
+        _line(rate, fine, "lr", "by step", GREY)
+        _line(speed, fine, "images_per_second", "by step", "#b9c7da")
+        _line(speed, rows, "images_per_second", "whole epoch", BLUE)
         _line(loss, rows, "train_loss", "train, augmented", ORANGE)
         _line(loss, rows, "val_loss", "validation", BLUE)
         _line(accuracy, rows, "top1", "validation top-1", BLUE)
         if any((row.get("top5") or 100) < 100 for row in rows):  # always 100 with five classes
             _line(accuracy, rows, "top5", "validation top-5", GREY)
         _line(rate, rows, "lr", "at the end of the epoch", BLUE)
-        for axes, title in ((loss, "Loss"), (accuracy, "Accuracy, %"), (rate, "Learning rate")):
+        titles = ("Loss", "Accuracy, %", "Learning rate", "Training, images/s")
+        for axes, title in zip((loss, accuracy, rate, speed), titles, strict=True):
             axes.set(title=title, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             if axes.lines:
@@ -71,6 +80,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         if not accuracy.lines:
             accuracy.text(0.5, 0.5, "no validation split", ha="center", color=GREY, transform=accuracy.transAxes)
         rate.set_ylim(bottom=0)
+        speed.set_ylim(bottom=0)
         save(figure, path)
 
 

@@ -11,6 +11,7 @@ from convmixer.files import write_atomic
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
 from convmixer.results.study_plots import UNITS, figures, standalone
+from convmixer.run_folder import StudyFolder
 from convmixer.text import html as escape_html
 from convmixer.text import markdown as markdown_text
 
@@ -46,7 +47,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     results = StudyResults(folder)
     pictures = figures(results)
     for name, (_, svg) in pictures.items():
-        write_atomic(folder / "pictures" / f"{name}.svg", standalone(svg).encode())
+        write_atomic(StudyFolder(folder).pictures / f"{name}.svg", standalone(svg).encode())
     write_atomic(folder / "report.md", markdown(results, pictures).encode())
     path = folder / "report.html"
     write_atomic(path, page(results, pictures).encode())
@@ -318,6 +319,6 @@ def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:
     for name, arm in results.plan["arms"].items():
         folder, there = results.weights_of(name, seed) or (results.folder, name)
         for kind, what in kinds.items():
-            if (path := folder / "pictures" / f"{there}-{kind}.png").exists():
+            if (path := StudyFolder(folder).pictures / f"{there}-{kind}.png").exists():
                 found.append((f"{arm['label']}, seed {seed}: {what}", path))
     return found

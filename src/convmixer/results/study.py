@@ -7,6 +7,7 @@ from typing import Any
 
 from convmixer import records
 from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
+from convmixer.run_folder import STUDY, StudyFolder, study_of_weights
 
 SPEEDS = ("train_images_per_second", "infer_images_per_second")  # of the probe; the runs may have shared machines
 
@@ -47,13 +48,13 @@ class StudyResults:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.plan: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+            self.plan: dict[str, Any] = json.loads(StudyFolder(folder).plan.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no readable study.json: {error}") from error
+            raise ValueError(f"{folder} holds no readable {STUDY}: {error}") from error
         self.folder = folder
-        path = folder / "records.jsonl"
+        path = StudyFolder(folder).records
         self.records = {record.name: record for record in records.read(path)} if path.exists() else {}
-        failures = folder / "failures.json"
+        failures = StudyFolder(folder).failures
         self.failures: dict[str, str] = json.loads(failures.read_text("utf-8")) if failures.exists() else {}
 
     @property
@@ -80,8 +81,8 @@ class StudyResults:
         record = next((record for record in self.of_arm(arm) if record.seed == seed), None)
         if record is None or "weights" not in record.results:
             return None
-        weights = self.folder / record.results["weights"]  # STUDY/runs/ARM-seedN/weights/best
-        return weights.parents[3], weights.parts[-3].rpartition("-seed")[0]
+        study, run = study_of_weights(self.folder / record.results["weights"])
+        return study.path, run.rpartition("-seed")[0]
 
     def rows(self) -> list[ArmRow]:
         """Return the table of arms, in the study's order."""

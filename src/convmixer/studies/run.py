@@ -14,7 +14,7 @@ from convmixer import records
 from convmixer.config import Config, override, parse_seconds
 from convmixer.errors import RequestError
 from convmixer.files import write_atomic
-from convmixer.run_folder import BEST, MODEL, RunFolder, is_run
+from convmixer.run_folder import BEST, MODEL, STUDY, RunFolder, StudyFolder, is_run
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
 from convmixer.studies.schema import Study, load_study
@@ -60,8 +60,8 @@ def compare(
     """
     began = time.monotonic()
     study = load_study(name)
-    if reuse and not (reuse / "study.json").exists():
-        raise RequestError(f"{reuse} holds no study to reuse: there is no study.json")
+    if reuse and not StudyFolder(reuse).plan.exists():
+        raise RequestError(f"{reuse} holds no study to reuse: there is no {STUDY}")
     spec, out = data or study.data, out or Path("studies") / study.name
     if dry_run:
         return _dry_run(study, spec)
@@ -69,11 +69,11 @@ def compare(
     limit = budget or study.budget
     allowed = parse_seconds(limit) if limit else math.inf
     out.mkdir(parents=True, exist_ok=True)
-    queue = Queue(storage or f"sqlite:///{out.resolve()}/queue.db", identity(study), heartbeat_seconds)
+    queue = Queue(storage or f"sqlite:///{StudyFolder(out.resolve()).queue}", identity(study), heartbeat_seconds)
     starts = not worker and not queue.exists()
     if not (starts or worker or resume):
         raise RequestError("that queue holds the study already: continue it with --resume, or join it with --worker")
-    if starts and (out / "study.json").exists():
+    if starts and StudyFolder(out).plan.exists():
         _rebuild_queue(queue, out)
         starts = False
     elif starts:
@@ -107,10 +107,11 @@ class Runner:
     ) -> None:
         self.reuse = reuse
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
+        self.folder = StudyFolder(out)
         self.machine = _machine(records.environment())
         self.plan: Plan = queue.plan()
         self.of_run = {run_name(arm, seed): (arm, seed) for arm, seed in study.runs()}
-        self._write("study.json", json.dumps(self.plan, indent=2))
+        write_atomic(self.folder.plan, json.dumps(self.plan, indent=2).encode())
 
     def check_data(self) -> None:
         """Check that the data here are those of the plan.
@@ -148,7 +149,7 @@ class Runner:
             print(f"reused   {run}: {reused['results']['reused_from']}")
             return reused
         arm, seed = self.of_run[run]
-        folder, build = self.out / "runs" / run, self.plan["arms"][arm]["build"]
+        folder, build = self.folder.run(run).path, self.plan["arms"][arm]["build"]
         if is_run(folder):
             resume(folder, self.spec, self.study.recipe.device)
         else:
@@ -164,7 +165,7 @@ class Runner:
 
         self._write_records()
         failed = self.queue.failures()
-        self._write("failures.json", json.dumps(failed, indent=2))
+        write_atomic(self.folder.failures, json.dumps(failed, indent=2).encode())
         found = write_report(self.out)
         for line in found["lines"]:
             print(line)
@@ -173,7 +174,7 @@ class Runner:
         print(f"report   {found['report']}")
         return {
             "report": str(found["report"]),
-            "records": str(self.out / "records.jsonl"),
+            "records": str(self.folder.records),
             "verdicts": found["verdicts"],
             "missing": found["missing"],
             "failed": sorted(failed),
@@ -188,7 +189,7 @@ class Runner:
         results = record.results | {
             "arm": arm,
             "macs": self.plan["arms"][arm]["macs"],
-            "weights": f"runs/{run}/weights/best",
+            "weights": self.folder.run(run).weights(BEST).relative_to(self.out).as_posix(),
             "history": read_metrics(RunFolder(folder)),
         }
         full = dataclasses.replace(record, name=run, results=results)
@@ -196,14 +197,14 @@ class Runner:
 
     def _elsewhere(self, run: str) -> records.RunRecord | None:
         """Return the record of the same model, settings, seed and data in the folder to reuse."""
-        if not self.reuse or not (self.reuse / "records.jsonl").exists():
+        if not self.reuse or not StudyFolder(self.reuse).records.exists():
             return None
         arm, seed = self.of_run[run]
-        own, theirs = self.plan, json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
+        own, theirs = self.plan, _read_plan(self.reuse)
         recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
         if recipes[0] != recipes[1] or theirs["data"]["checksum"] != own["data"]["checksum"]:
             return None
-        finished = {record.name: record for record in records.read(self.reuse / "records.jsonl")}
+        finished = {record.name: record for record in records.read(StudyFolder(self.reuse).records)}
         for name, planned in theirs["arms"].items():
             record = finished.get(run_name(name, seed))
             if record and all(planned[key] == own["arms"][arm][key] for key in ("build", "recipe")):
@@ -213,7 +214,7 @@ class Runner:
     def _reused(self, run: str, record: records.RunRecord) -> dict[str, Any]:
         """Return another study's record as this one's."""
         assert self.reuse
-        arm, theirs = self.of_run[run][0], json.loads((self.reuse / "study.json").read_text(encoding="utf-8"))
+        arm, theirs = self.of_run[run][0], _read_plan(self.reuse)
         results = record.results | {
             "arm": arm,
             "weights": os.path.relpath(self.reuse / record.results["weights"], self.out),
@@ -224,7 +225,7 @@ class Runner:
     def _write_records(self) -> None:
         done = self.queue.records()
         lines = [json.dumps(done[run]) + "\n" for run in self.plan["runs"] if run in done]
-        self._write("records.jsonl", "".join(lines))
+        write_atomic(self.folder.records, "".join(lines).encode())
         self._draw(done)
 
     def _draw(self, done: dict[str, Any]) -> None:
@@ -233,12 +234,9 @@ class Runner:
 
         for arm in self.plan["arms"]:
             run = run_name(arm, self.plan["seeds"][REPORT_SEED_PICTURES])
-            weights = RunFolder(self.out / "runs" / run).weights(BEST) / MODEL
+            weights = self.folder.run(run).weights(BEST) / MODEL
             if run in done and weights.exists():
-                draw_weights(weights, self.out / "pictures", arm)
-
-    def _write(self, name: str, text: str) -> None:
-        write_atomic(self.out / name, text.encode())
+                draw_weights(weights, self.folder.pictures, arm)
 
     # Time
 
@@ -250,7 +248,7 @@ class Runner:
         same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
         done = [r["results"]["seconds"] for r in same if r["results"]["arm"] == arm]
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
-        run_folder = RunFolder(self.out / "runs" / run)
+        run_folder = self.folder.run(run)
         epochs = [row["epoch"] for row in read_metrics(run_folder)] if run_folder.metrics.exists() else []
         return whole * (1 - max(epochs, default=0.0) / self.study.config(arm, seed).epochs)
 
@@ -268,9 +266,14 @@ class Runner:
         return text
 
 
+def _read_plan(folder: Path) -> Plan:
+    plan: Plan = json.loads(StudyFolder(folder).plan.read_text(encoding="utf-8"))
+    return plan
+
+
 def _rebuild_queue(queue: Queue, out: Path) -> None:
     """Start the queue of a study folder that came without it, as a checkout does, from its plan and records."""
-    plan, path = json.loads((out / "study.json").read_text(encoding="utf-8")), out / "records.jsonl"
+    plan, path = _read_plan(out), StudyFolder(out).records
     done = {record.name: dataclasses.asdict(record) for record in (records.read(path) if path.exists() else ())}
     queue.start(plan["runs"], plan, done)
     print(f"study    its queue is not in {out}: rebuilt from the plan and {len(done)} records")
@@ -302,14 +305,13 @@ def _say_plan(plan: Plan) -> None:
 
 def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
     """Refuse to mix two studies in one folder, or to continue one without --resume."""
-    known = out / "study.json"
-    if not known.exists():
+    if not StudyFolder(out).plan.exists():
         if out.exists() and any(out.iterdir()) and not goes_on:
             raise RequestError(f"{out} is not empty: choose another --out")
         return
     if not goes_on:
         raise RequestError(f"{out} holds a study already: continue it with --resume, or choose another --out")
-    plan = json.loads(known.read_text(encoding="utf-8"))
+    plan = _read_plan(out)
     if plan["name"] != study.name:
         raise RequestError(f"{out} holds the study {plan['name']}: choose another --out")
     if plan["identity"] != identity(study):

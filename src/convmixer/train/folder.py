@@ -34,6 +34,7 @@ COLUMNS = (
     "loader_share",
     "seconds",
 )
+STEP_COLUMNS = ("step", "train_loss", "lr", "images_per_second")
 _NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", "build", "schedule")
 _DIGEST = "# sha256: "  # begins the last line of config.yaml
 
@@ -120,11 +121,11 @@ class RunFiles(RunFolder):
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.csv anew, one row per epoch; it is small, and so never holds a row twice."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _round(row.get(key)) for key in COLUMNS} for row in rows)
-        write_atomic(self.metrics, text.getvalue().encode())
+        write_atomic(self.metrics, _table(COLUMNS, rows))
+
+    def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write steps.csv anew, a row for every few steps."""
+        write_atomic(self.steps, _table(STEP_COLUMNS, rows))
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Add an event to log.jsonl."""
@@ -264,12 +265,20 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"{results['epochs']:g} epochs of {config['schedule']['steps_per_epoch']} steps, seed "
         f"{config['settings']['seed']}, {results['seconds']:.0f} s on {config['environment']['processor']} "
         f"({results['images_per_second']:.0f} images per second, {results['precision']}, {results['kernels']}). "
-        "All settings are in config.yaml, one line per epoch in metrics.csv, the record in record.jsonl.",
+        "All settings are in config.yaml, epochs in metrics.csv, steps in steps.csv, the record in record.jsonl.",
         "",
         "![curves](pictures/curves.png)",
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _round(row.get(key)) for key in columns} for row in rows)
+    return text.getvalue().encode()
 
 
 def _digest(text: str) -> str:

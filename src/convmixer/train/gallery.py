@@ -49,10 +49,15 @@ def samples(data: DataSplits, folder: Path, most: int = 10) -> None:
 
 
 def results(
-    folder: Path, rows: Sequence[dict[str, Any]], model: nn.Module, found: Scores | None, classes: Sequence[str]
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    steps: Sequence[dict[str, Any]],
+    model: nn.Module,
+    found: Scores | None,
+    classes: Sequence[str],
 ) -> None:
     """Draw the curves, the confusion matrix, the patch filters and the depthwise kernels."""
-    plots.curves(rows, folder / "curves.png")
+    plots.curves(rows, folder / "curves.png", steps)
     if found:
         plots.confusion_matrix(found.confusion, list(classes), folder / "confusion_matrix.png")
     filters, kernels = inspection.patch_filters(model), inspection.depthwise_kernels(model)

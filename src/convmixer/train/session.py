@@ -30,6 +30,7 @@ from convmixer.train.module import TrainingModule
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
 from convmixer.train.setup import Job
+from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
 ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
@@ -64,6 +65,7 @@ class Run:
         self.module: TrainingModule = job.module(self.schedule["epochs"])
         self.console = Console(quiet=rank() != 0, soft_wrap=True, highlight=False, markup=False)
         self.rows: list[dict[str, Any]] = []
+        self.steps = StepRows(self.total_steps, job.batch_size, job.device)
         self.best: dict[str, Any] = {}
         self.seconds_before = 0.0  # of earlier sessions
         self.training_seconds, self.trained_images = 0.0, 0
@@ -102,6 +104,7 @@ class Run:
             self.rows, self.best, self.seconds_before = state["rows"], state["best"], state["seconds"]
             self.training_seconds, self.trained_images = state["training_seconds"], state["trained_images"]
             self.data_changed = state.get("data_changed", [])
+            self.steps.restore(state.get("steps"), self.module.steps_done)
         step = self.module.steps_done
         self.console.print(f"resuming {terminal(self.folder.path)} at step {step} of {self.total_steps}")
         if self.writes:
@@ -146,6 +149,7 @@ class Run:
         done = self.module.steps_done
         self.bar.update(done)
         ends_epoch = done % self.steps_per_epoch == 0 or done == self.total_steps
+        self.steps.add(done, self.module.loss_sum, self.module.optimizer.param_groups[0]["lr"], ends_epoch)
         if ends_epoch:
             self._end_epoch()
         stop = self._wants_to_stop(ends_epoch)
@@ -175,6 +179,7 @@ class Run:
             state = {
                 "module": self.module.state(),
                 "rows": self.rows,
+                "steps": self.steps.state(),
                 "best": self.best,
                 "seconds": self._seconds(),
                 "training_seconds": self.training_seconds,
@@ -210,6 +215,7 @@ class Run:
     def _new_epoch(self) -> None:
         self._epoch_began, self._epoch_first = time.perf_counter(), self.module.steps_done
         self.loader.waited_seconds = 0.0
+        self.steps.new_epoch()
 
     def _end_epoch(self) -> None:
         row = self._measure_epoch()
@@ -223,6 +229,7 @@ class Run:
             if better:
                 self._save_weights(BEST, row)
             self.folder.write_metrics(self.rows)
+            self.folder.write_steps(self.steps.rows)
             kernels = kernel_growth(self.module.evaluated)
             self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
             self._board.add_row(row)
@@ -336,7 +343,8 @@ class Run:
 
     def _write_results(self, results: dict[str, Any], found: Scores | None) -> None:
         if self.config.draw:
-            gallery.results(self.folder.pictures, self.rows, self.module.evaluated, found, self.job.data.classes)
+            drawn, classes = self.folder.pictures, self.job.data.classes
+            gallery.results(drawn, self.rows, self.steps.rows, self.module.evaluated, found, classes)
         card = model_card(self.contents, results)
         write_atomic(self.folder.card, card.encode(errors="replace"))  # names of classes
         results["seconds"] = self._seconds()

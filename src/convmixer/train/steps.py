@@ -1,0 +1,71 @@
+"""What single steps show: loss, rate and speed as rows of steps.csv, about 500 however long the run."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+MOST_ROWS = 500
+WAIT_EVERY = 20  # steps on a GPU between two looks at the loss: each look waits for it
+
+
+class StepRows:
+    """Collects a row for every few steps, and one at the end of each epoch.
+
+    Args:
+        total_steps: Steps of the whole run.
+        batch_size: Images per step.
+        device: Where the losses are added.
+
+    Attributes:
+        rows: step, train_loss (mean over the steps since the last row; with several processes the first one's), lr,
+            images_per_second.
+    """
+
+    def __init__(self, total_steps: int, batch_size: int, device: torch.device | None = None) -> None:
+        least = WAIT_EVERY if device and device.type == "cuda" else 1
+        self.every = max(least, math.ceil(total_steps / MOST_ROWS))
+        self.batch_size = batch_size
+        self.rows: list[dict[str, Any]] = []
+        self._seen, self._sum = 0, 0.0  # step and sum of losses at the last row
+        self.restart_clock()
+
+    def new_epoch(self) -> None:
+        """Begin with a sum of losses of 0, and leave out the time of what came between."""
+        self._sum = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last row."""
+        self._began, self._from = time.perf_counter(), None
+
+    def add(self, step: int, loss_sum: torch.Tensor, rate: Any, ends_epoch: bool) -> None:
+        """Take in a step that is done.
+
+        Args:
+            step: Its number, from 1.
+            loss_sum: Sum of the losses of the epoch's steps so far.
+            rate: Its learning rate, a number or a tensor.
+            ends_epoch: Whether the next step is of a new epoch.
+        """
+        if self._from is None:
+            self._from = step - 1
+        if step % self.every and not ends_epoch:
+            return
+        total = float(loss_sum)
+        mean = (total - self._sum) / (step - self._seen)
+        speed = (step - self._from) * self.batch_size / max(time.perf_counter() - self._began, 1e-9)
+        self.rows.append({"step": step, "train_loss": mean, "lr": float(rate), "images_per_second": speed})
+        self._seen, self._sum = step, total
+        self.restart_clock()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"rows": self.rows, "seen": self._seen, "sum": self._sum}
+
+    def restore(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go back to a `state` at a step; None, of a checkpoint from before there were rows, leaves none."""
+        state = state or {"rows": [], "seen": step, "sum": 0.0}
+        self.rows, self._seen, self._sum = list(state["rows"]), state["seen"], state["sum"]
+        self.restart_clock()
