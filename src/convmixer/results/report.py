@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from convmixer.files import write_atomic
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
@@ -96,7 +98,7 @@ def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
 <section><h2>What was done</h2><p>{escape_html(plan["notes"])}</p><p>{escape_html(_sizes_sentence(results))}</p>
-<pre>{escape_html(_commands(results))}</pre>{_html_table(("", ""), _facts(results), "facts")}
+<pre>{_commands_html(results)}</pre>{_html_table(("", ""), _facts(results), "facts")}
 <details><summary>Shared recipe, every setting</summary>{_html_table(("setting", "value"), _recipe(plan), "facts")}
 </details></section>"""
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -217,6 +219,10 @@ def _commands(results: StudyResults) -> str:
     return "\n".join(dict.fromkeys(own))
 
 
+def _commands_html(results: StudyResults) -> str:
+    return "\n".join(map(escape_html, _commands(results).split("\n")))
+
+
 def _size(sizes: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in sizes.items())
 
@@ -307,7 +313,8 @@ def _figure(title: str, picture: str) -> str:
 
 def _embedded(path: Path, title: str) -> str:
     content = path.read_bytes()
-    white = "" if content[25:26] == b"\x06" else ' class="white"'  # PNG's colour type: 6 has transparency
+    with Image.open(path) as image:
+        white = "" if image.convert("RGBA").getpixel((0, 0))[3] == 0 else ' class="white"'  # type: ignore[index]
     data = base64.b64encode(content).decode()
     return f'<img{white} alt="{escape_html(title)}" src="data:image/png;base64,{data}">'
 

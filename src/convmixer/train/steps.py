@@ -38,7 +38,7 @@ class StepRows:
 
     def restart_clock(self) -> None:
         """Leave out the time since the last row."""
-        self._began, self._from = time.perf_counter(), None
+        self._began, self._from = time.perf_counter(), -1
 
     def add(self, step: int, loss_sum: torch.Tensor, rate: Any, ends_epoch: bool) -> None:
         """Take in a step that is done.
@@ -49,7 +49,7 @@ class StepRows:
             rate: Its learning rate, a number or a tensor.
             ends_epoch: Whether the next step is of a new epoch.
         """
-        if self._from is None:
+        if self._from < 0:
             self._from = step - 1
         if step % self.every and not ends_epoch:
             return
