@@ -97,6 +97,12 @@ def test_the_parser_takes_the_commands_in_the_text(page: Path) -> None:
             _parser().parse_args(words)
 
 
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Commands") : text.index("## The package")]
+    assert set(re.findall(r"`(\w+)`", table)) == VERBS
+
+
 @pytest.mark.parametrize("command", [c for c in ALL if c.text.startswith("make ")], ids=lambda c: c.where)
 def test_make_knows_the_target(command: Command) -> None:
     words = shlex.split(command.text)
