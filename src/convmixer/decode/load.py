@@ -14,24 +14,26 @@ from convmixer.decode.pixels import Header, decode, header, peak
 from convmixer.decode.worker import header_apart, image_apart
 
 
-def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16) -> Image.Image:
+def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16, apart: bool = True) -> Image.Image:
     """Return an image as 8-bit RGB or grey, upright.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits they use,
-    EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits in use,
+    EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits in use, CMYK
+    and palette are converted, and an animation gives its first frame. 32-bit integers count as 16-bit values (PIL
     reads some 16-bit files so), floats as 0 to 1.
 
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 for mode RGB, 1 for mode L.
         bits: How many bits the values of 16-bit and 32-bit integers use: 8, 10, 12, 14 or 16; see `brightest`.
+        apart: Decode what may take long in another process; without it, Apart is raised.
 
     Raises:
+        Apart: It may take long, and `apart` is False.
         ImageError: Not an image, damaged, truncated, larger than MAX_PIXELS, too slow to decode, floats that are
             mostly above 1, 32-bit integers that are all below 256 if `bits` is 16, or more than one value in 100
             above what the bits can hold.
     """
-    return _here_or_apart(source, decode, image_apart, in_chans, bits)
+    return _here_or_apart(source, decode, image_apart if apart else None, in_chans, bits)
 
 
 def brightest(source: Path | bytes) -> int:
@@ -42,20 +44,27 @@ def brightest(source: Path | bytes) -> int:
         return 0
 
 
-def read_header(source: Path | bytes) -> Header:
-    """Return an image's mode and size (width, height) as stored, without decoding it.
+def read_header(source: Path | bytes, apart: bool = True) -> Header:
+    """Return an image's mode and size (width, height) as stored, without decoding it; for `apart` see `load_image`.
 
     Raises:
+        Apart: It may take long, and `apart` is False.
         ImageError: Not an image, or larger than MAX_PIXELS.
     """
-    return _here_or_apart(source, header, header_apart)
+    return _here_or_apart(source, header, header_apart if apart else None)
 
 
-def _here_or_apart(source: Path | bytes, here: Callable[..., Any], apart: Callable[..., Any], *args: Any) -> Any:
+def _here_or_apart(
+    source: Path | bytes, here: Callable[..., Any], apart: Callable[..., Any] | None, *args: Any
+) -> Any:
     try:
         try:
             return here(source, *args, trusted=False)
         except Apart:
+            if apart is None:
+                raise
             return apart(source, *args)
+    except Apart:
+        raise
     except Exception as error:  # a damaged file may raise nearly anything from inside a decoder
         raise named(source, error) from error

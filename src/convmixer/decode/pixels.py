@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from convmixer.decode import checks
-from convmixer.decode.errors import ImageError
+from convmixer.decode.errors import Apart, ImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
 SECONDS = 10.0  # computing time to decode one image
+HERE_SECONDS = 2.0  # of it in this process, before another one begins anew
 # What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -42,7 +43,7 @@ def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool
         Exception: It cannot be read; damaged files raise nearly anything from inside a decoder.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
-    file = _Bytes(data) if checks.needs_clock(data) else io.BytesIO(data)
+    file = _Bytes(data, trusted) if checks.needs_clock(data) else io.BytesIO(data)
     with _open(file, trusted, len(data) <= checks.METADATA_BYTES) as image:
         if image.format in checks.JPEG:
             checks.check_scans(data, image.width * image.height)
@@ -61,7 +62,7 @@ def peak(source: Path | bytes) -> int:
         Exception: It cannot be read, or should be decoded elsewhere.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
-    file = _Bytes(data) if checks.needs_clock(data) else io.BytesIO(data)
+    file = _Bytes(data, False) if checks.needs_clock(data) else io.BytesIO(data)
     with _open(file, False, len(data) <= checks.METADATA_BYTES) as image:
         if not image.mode.startswith("I"):
             return 0
@@ -73,7 +74,7 @@ def peak(source: Path | bytes) -> int:
 def header(source: Path | bytes, trusted: bool) -> Header:
     """Return an image's mode and size as stored; arguments and errors are those of `decode`."""
     with (
-        _Bytes(source) if isinstance(source, bytes) else _File(io.FileIO(source)) as file,
+        _Bytes(source, trusted) if isinstance(source, bytes) else _File(io.FileIO(source), trusted) as file,
         _open(file, trusted) as image,
     ):
         return image.mode, image.size
@@ -96,21 +97,26 @@ def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
 
 
 class _Clock:
-    """Stops the reading of a file after `SECONDS` of this thread's computing time.
+    """Stops the reading of a file after some computing time of this thread: `SECONDS`, or `HERE_SECONDS`, then Apart.
 
     Computing time, not the time of day: whether an image can be read must not depend on what else the machine does.
+
+    Args:
+        content: The file.
+        trusted: See `decode`.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._look_at = time.monotonic() + SECONDS  # no earlier can the computing time be used up
+    def __init__(self, content: Any, trusted: bool) -> None:
+        super().__init__(content)  # type: ignore[call-arg]
+        self._trusted, self._seconds = trusted, SECONDS if trusted else HERE_SECONDS
+        self._look_at = time.monotonic() + self._seconds  # no earlier can the computing time be used up
         self._start = time.thread_time()
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.monotonic() > self._look_at:
-            left = SECONDS - (time.thread_time() - self._start)
+            left = self._seconds - (time.thread_time() - self._start)
             if left <= 0:
-                raise ImageError(too_slow())
+                raise ImageError(too_slow()) if self._trusted else Apart
             self._look_at = time.monotonic() + left
         return super().read(size)  # type: ignore[misc]
 

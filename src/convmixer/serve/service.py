@@ -15,6 +15,7 @@ from fastapi import Request
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from convmixer.decode.errors import Apart
 from convmixer.decode.worker import stop_workers
 from convmixer.exported.web import data_uri
 from convmixer.inference import Classifier, ranked, softmax
@@ -27,6 +28,7 @@ from convmixer.serve.limits import Limits
 from convmixer.serve.schema import Evidence, Prediction, Predictions
 
 DECODING_PIXELS = 100_000_000  # of all images being decoded at once; a pixel takes up to 12 bytes meanwhile
+LONG_ONES = 16  # images that may take long to decode, waiting for each other
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 
 
@@ -43,6 +45,7 @@ class Service:
         self.classifier, self.limits = classifier, limits
         self.samples = [data_uri(sample) for sample in samples]
         self.decoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.long_decoder, self.long_ones = ThreadPoolExecutor(1, thread_name_prefix="decode-long"), 0
         self.admission = Admission(limits)
         self.decoding_pixels, self.decoded = 0, threading.Condition()
         self.metrics = CollectorRegistry()
@@ -92,27 +95,42 @@ class Service:
         """Finish what is being computed, and end what is being decoded."""
         await self.batcher.stop()
         stop_workers()
-        self.decoders.shutdown(cancel_futures=True)
+        for pool in (self.decoders, self.long_decoder):
+            pool.shutdown(cancel_futures=True)
 
     async def _decode(self, files: list[bytes]) -> list[Image.Image]:
-        loop = asyncio.get_running_loop()
-        tasks = [loop.run_in_executor(self.decoders, self._square, file, n) for n, file in enumerate(files, 1)]
+        tasks = [self._decode_one(file, number) for number, file in enumerate(files, 1)]
         done = await asyncio.gather(*tasks, return_exceptions=True)
         for result in done:
             if isinstance(result, BaseException):
                 raise result
         return done  # type: ignore[return-value]
 
-    def _square(self, file: bytes, number: int) -> Image.Image:
-        """Return what the network sees of an image."""
+    async def _decode_one(self, file: bytes, number: int) -> Image.Image:
+        """Return what the network sees of an image. Those that may take long wait for each other alone."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.decoders, self._square, file, number, False)
+        except Apart:
+            pass
+        if self.long_ones >= LONG_ONES:
+            raise busy()
+        self.long_ones += 1
+        try:
+            return await loop.run_in_executor(self.long_decoder, self._square, file, number, True)
+        finally:
+            self.long_ones -= 1
+
+    def _square(self, file: bytes, number: int, apart: bool) -> Image.Image:
+        """Return what the network sees of an image; for `apart` see `load_image`."""
         p = self.classifier.preprocessing
         try:
-            _, (width, height) = read_header(file)
+            _, (width, height) = read_header(file, apart)
             if width * height > self.limits.pixels:
                 text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
                 raise Refusal(413, "too_many_pixels", text)
             with self._room_for(width * height):
-                image = resize_and_crop(load_image(file, p.in_chans, p.bits), p)
+                image = resize_and_crop(load_image(file, p.in_chans, p.bits, apart), p)
         except ImageError as error:
             raise Refusal(422, "bad_image", f"image {number} cannot be read: {error}") from None
         if width * height > LARGE_PIXELS:
