@@ -7,6 +7,7 @@ out, and both mark it in `ImageSet.failed`, over all worker processes, against t
 """
 
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,7 @@ from convmixer.data.splits import (
 )
 from convmixer.errors import RequestError
 from convmixer.preprocess import BITS, IMAGENET_MEAN, IMAGENET_STD
+from convmixer.text import terminal
 
 DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
@@ -129,6 +131,8 @@ def load_data(
     if checked.bad:
         few = "; ".join(checked.bad[:20])
         notes.append(f"{len(checked.bad)} of {total} images cannot be used and are left out: {few}")
+        for line in checked.bad[20:]:  # too many for a note, which the run's files repeat
+            print(f"unusable image left out: {terminal(line)}", file=sys.stderr)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
     bits = bits or _bits(found, checked, notes)

@@ -5,7 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const GRID = 512; // canvas pixels; the style sets the size on screen
 let model = null;
-let latest = 0; // the newest picture wins where one overtakes another
+let latest = 0; // an answer to an older picture is dropped if it comes later
 let shown = null; // {result, index} behind the evidence
 
 async function start() {

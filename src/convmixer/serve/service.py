@@ -174,7 +174,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _trim_memory() -> None:
-    """Hand freed memory back to the system where the C library can (glibc); elsewhere do nothing."""
+    """Hand freed memory back to the system, if the C library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
