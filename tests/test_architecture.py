@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "results": set(),
     "fast": {"models", "kernels"},
     "probe": {"models"},
-    "info": {"kernels"},
+    "info": {"kernels", "benchmark"},
     "train": {"data", "models", "fast", "results", "probe"},
     "inference": {"data", "models", "fast", "exported"},
     "evaluation": {"data", "models", "inference", "results"},

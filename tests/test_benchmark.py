@@ -16,6 +16,7 @@ from convmixer import records
 from convmixer.benchmark import measure
 from convmixer.benchmark.case import Case, build, case_of
 from convmixer.benchmark.contenders import peers
+from convmixer.benchmark.fared import fared
 from convmixer.errors import RequestError
 from convmixer.kernels import why_not
 
@@ -124,3 +125,5 @@ def test_command_measures_names_what_is_left_out_and_keeps_a_record(tmp_path: Pa
     assert result["left_out"]["compile-bf16"] == "not selected"
     assert "compile-bf16                 not measured: not selected" in done.stdout
     assert records.read(file)[0].results["share_of_bound"] == result["share_of_bound"] > 0
+    line = next(line for line in fared() if line.startswith("train convmixer_16_2_p4_k3, batch 64, bf16"))
+    assert f"{result['ratio']:.2f} times eager-bf16-nchw" in line

@@ -13,9 +13,13 @@ from sklearn.datasets import load_digits
 from convmixer import kernels, optimize_for_inference
 from convmixer.errors import RequestError
 from convmixer.fast.inference import FastInference, PlainInference
+from convmixer.kernels.cpu import build
 from convmixer.models.convmixer import ConvMixer
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"kernels are not built: {kernels.why_not()}")
+
+_FLAGS = build.processor().split()
+needs_vnni = pytest.mark.skipif("avx_vnni" not in _FLAGS, reason="this processor has no AVX-VNNI")
 
 # (dim, depth, k, patch, act, image height and width, batch): odd and even k, a kernel wider than the image, channels
 # off the vector width, images that are no multiple of the patch, batches that do and do not fill the threads
@@ -28,6 +32,7 @@ SHAPES = [
     (33, 1, 1, 3, "gelu", (33, 33), 1),
     (48, 2, 15, 2, "gelu", (12, 12), 1),
     (48, 2, 2, 2, "gelu", (14, 70), 3),
+    (768, 1, 3, 2, "gelu", (40, 40), 1),  # weights that do not fit into the second-level cache
 ]
 
 
@@ -131,10 +136,27 @@ def test_a_classifier_without_bias() -> None:
         torch.testing.assert_close(optimize_for_inference(model)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+def check_the_largest_sums() -> None:
+    """All weights and activations at the ends of their ranges, of either sign: no sum may run over."""
+    for sign in (1, -1):
+        model = trained(64, 1, 3, 2, "relu")
+        with torch.no_grad():
+            model.blocks[0][1].weight.fill_(sign * 0.05)
+            images = torch.cat([torch.full((1, 3, 12, 12), value) for value in (-3.0, 0.0, 3.0)])
+            exact = model(images).double()
+        fast = optimize_for_inference(model, "int8", calibration=images)
+        assert error(fast(images), exact) < 0.05
+
+
 @needs_kernels
-@pytest.mark.parametrize("march", ["x86-64-v3", "scalar"])
+def test_the_largest_sums_do_not_run_over() -> None:
+    check_the_largest_sums()
+
+
+@needs_kernels
+@pytest.mark.parametrize("march", ["x86-64-v3", pytest.param("alderlake", marks=needs_vnni), "scalar"])
 def test_other_builds_agree(march: str, tmp_path: Path) -> None:
-    """The AVX2 and the scalar build run here too; they have no bf16 products and no vector dot products."""
+    """AVX2, AVX2 with VNNI and plain C++; they have no bf16 products."""
     code = (
         "import sys, torch, test_fast_inference as t\n"
         "for precision in ('fp32', 'bf16', 'int8'):\n"
@@ -144,6 +166,7 @@ def test_other_builds_agree(march: str, tmp_path: Path) -> None:
         "    with torch.no_grad(): exact = model(images).double()\n"
         "    limit = 0.25 if precision == 'int8' else 1e-4\n"
         "    assert t.error(fast(images), exact) < limit, (precision, t.error(fast(images), exact))\n"
+        "t.check_the_largest_sums()\n"
     )
     env = os.environ | {"CONVMIXER_KERNELS_MARCH": march, "PYTHONPATH": "src" + os.pathsep + "tests"}
     root = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ import torch
 
 from convmixer import kernels
 from convmixer._version import __version__
+from convmixer.benchmark.fared import fared
 from convmixer.device import gpu_names
 from convmixer.kernels.cpu import build
 from convmixer.records import processor_name, version_of
@@ -33,6 +34,8 @@ def info() -> dict[str, Any]:
             "available": reason is None,
             "why_not": reason,
             "target": build.target(),
+            "level": build.level() if reason is None else None,
+            "fared": fared() if reason is None else [],
             "library": str(build.library()) if reason is None else None,
         },
         "gpu_kernels": _gpu_kernels(),
@@ -63,6 +66,10 @@ def _print(described: dict[str, Any]) -> None:
     print(f"devices     {', '.join(described['devices'])}")
     on_gpu = described["gpu_kernels"]
     print(f"kernels     {built['library'] or 'not used, plain PyTorch runs instead: ' + built['why_not']}")
+    if built["level"]:
+        print(f"level       {built['level']}")
+        measured = built["fared"] or ["not measured on this machine: `convmixer benchmark` measures it"]
+        print("\n".join(f"fared       {line}" for line in measured))
     print(
         f"on GPU      {'not used: ' + on_gpu['why_not'] if on_gpu['why_not'] else 'Triton ' + str(on_gpu['triton'])}"
     )

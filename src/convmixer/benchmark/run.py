@@ -15,6 +15,7 @@ from convmixer import kernels, records
 from convmixer.benchmark import measure
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.contenders import Contender, Step, ours, peers
+from convmixer.benchmark.fared import keep
 from convmixer.errors import RequestError, unknown
 
 
@@ -67,6 +68,7 @@ def benchmark(
         result |= _memory(case, [c for c in contenders if c.name not in left_out])
     result |= {"rounds": rounds, "sample_seconds": sample_seconds}
     _print(result)
+    keep(result)
     if record:
         _append(record, case, result)
     return result

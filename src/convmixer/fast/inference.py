@@ -4,6 +4,8 @@ Between two matrix products nothing goes through memory twice: activation, Batch
 residual sum are what ends the depthwise convolution and the product. Training is `fast.accelerate`'s part.
 """
 
+import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +19,7 @@ from convmixer.errors import RequestError
 from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
 from convmixer.fast.support import DTYPES, differentiating, say_once, tools_at_work, why_not
 from convmixer.fast.training import FastConvMixer
+from convmixer.kernels.cpu.build import largest_int8_weight, level
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
 
@@ -55,12 +58,33 @@ def optimize_for_inference(
 
         return CudaInference(model, DTYPES[precision])
     if reason is None:
-        return _optimized(model, precision, calibration)
+        if calibration is not None and not isinstance(calibration, Tensor):
+            calibration = list(calibration)
+        optimized = _optimized(model, precision, calibration)
+        if precision == "int8" and calibration is not None:
+            images = calibration if isinstance(calibration, Tensor) else calibration[0]
+            _say_if_slower(optimized, _optimized(model, "fp32", None), images)
+        return optimized
     if precision == "int8":
         raise RequestError(f"int8 needs the CPU kernels: {reason}")
     if type(model) in (ConvMixer, FastConvMixer):
         say_once(reason)
     return PlainInference(model, precision)
+
+
+def _say_if_slower(int8: nn.Module, fp32: nn.Module, images: Tensor) -> None:
+    """Say so if int8, which costs accuracy, does not even save time here: three passes of one image each."""
+    one = images[:1]
+    seconds = [min(_seconds(run, one) for _ in range(3)) for run in (int8, fp32)]
+    if seconds[0] >= seconds[1]:
+        ratio = seconds[1] / seconds[0]
+        print(f"convmixer: int8 is not quicker than fp32 here, {ratio:.2f} of its speed: {level()}", file=sys.stderr)
+
+
+def _seconds(run: nn.Module, images: Tensor) -> float:
+    start = time.perf_counter()
+    run(images)
+    return time.perf_counter() - start
 
 
 class PlainInference(nn.Module):
@@ -178,8 +202,8 @@ def _vectors(conv: Any, norm: Any) -> Tensor:
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(depth, dim, dim) -> whole numbers from -127 to 127, and the scale of each output, (depth, dim)."""
-    scales = (weight.abs().amax(2) / 127).clamp_min(1e-12)
+    """(depth, dim, dim) -> whole numbers up to 127, or 64 on AVX2, and the scale of each output, (depth, dim)."""
+    scales = (weight.abs().amax(2) / largest_int8_weight()).clamp_min(1e-12)
     return (weight / scales[:, :, None]).round(), scales
 
 

@@ -5,6 +5,7 @@ machine's instructions. Home folders are shared between unlike machines: the cac
 binary depends on. Nothing here runs at import.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -28,6 +29,7 @@ VARIANTS = {  # each runs on any processor, so that what others are given can be
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
+    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in blocks as small as of narrow ones
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch's library, as where it has matrix instructions
 }
 BUILD_SECONDS = 300
@@ -85,6 +87,18 @@ def library() -> Path:
             if not built.exists():
                 _build(compiler.split(), version, built)
     return built
+
+
+def level() -> str:
+    """Return which instructions the built kernels use, in words. Builds them on first use."""
+    name = ctypes.CDLL(str(library())).convmixer_level
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+def largest_int8_weight() -> int:
+    """Return the largest whole number that an int8 weight may be without its sums running over on this build."""
+    return int(ctypes.CDLL(str(library())).convmixer_int8_most())
 
 
 def cache_folder() -> Path:

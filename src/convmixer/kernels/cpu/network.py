@@ -43,7 +43,7 @@ def pack(
         stem_vectors: (6, dim).
         depthwise: (depth, dim, k, k).
         depthwise_vectors: (depth, 6, dim).
-        point: (depth, dim, dim); for int8 whole numbers from -127 to 127.
+        point: (depth, dim, dim); for int8 whole numbers up to `build.largest_int8_weight`.
         point_vectors: (depth, 6, dim).
         precision: One of `PRECISIONS`.
 

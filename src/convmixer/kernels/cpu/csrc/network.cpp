@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -134,6 +136,15 @@ class Arena {
   uint64_t key_ = 0;
 };
 
+// Bytes of a core's second-level cache; where the system does not say, what most processors have.
+int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 512 << 10;
+}
+
 // --- Running.
 
 template <class Stem, class K> struct Run {
@@ -205,10 +216,21 @@ template <class Stem, class K> struct Run {
     }
   }
 
-  // Rows of the image that one thread takes at a time: a matrix that stays in its cache, and equal shares.
+  // Rows of the image that one thread takes at a time, in equal shares. Each block of rows reads all weights. If these
+  // fit into half of the core's second-level cache, a small block is best: it stays in the first level. Wider layers
+  // take as many rows as the cache holds beside one panel of weights.
+  int64_t pixels_at_once() const {
+#ifdef CONVMIXER_PIXELS
+    return CONVMIXER_PIXELS;
+#else
+    const int64_t cache = second_level_cache(), panel = packed.depth() * CB * 4, weights = packed.depth() * packed.net.padded() * 4;
+    if (weights <= cache / 2) return 64;
+    return std::clamp<int64_t>((cache - panel) / (words() * 4), 120, 256);
+#endif
+  }
   int64_t rows_at_once(int64_t threads) const {
-    constexpr int64_t PIXELS = 64;
-    const int64_t parts = std::min(grid.H, round_up((grid.H * grid.W + PIXELS - 1) / PIXELS, threads));
+    const int64_t pixels = pixels_at_once();
+    const int64_t parts = std::min(grid.H, round_up((grid.H * grid.W + pixels - 1) / pixels, threads));
     return (grid.H + parts - 1) / parts;
   }
 
@@ -321,4 +343,26 @@ Tensor run_network(const Tensor& images, const Tensor& weights, int64_t dim, int
 STABLE_TORCH_LIBRARY_IMPL(convmixer, CPU, m) {
   m.impl("pack_network", TORCH_BOX(&network::pack_network));
   m.impl("run_network", TORCH_BOX(&network::run_network));
+}
+
+// Asked for by name from Python: the largest int8 weight, and which instructions this build uses.
+extern "C" int convmixer_int8_most() { return network::Int8::MOST; }
+extern "C" const char* convmixer_level() {
+#if defined(__AVX512F__) && CONVMIXER_LANES == 16
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  return "AVX-512 with bf16 and VNNI";
+#elif defined(__AVX512VNNI__)
+  return "AVX-512 with VNNI";
+#else
+  return "AVX-512";
+#endif
+#elif defined(__AVXVNNI__) && CONVMIXER_LANES == 8
+  return "AVX2 with VNNI";
+#elif defined(__AVX2__) && CONVMIXER_LANES == 8
+  return "AVX2";
+#elif defined(__aarch64__)
+  return "NEON";
+#else
+  return "plain C++";
+#endif
 }
