@@ -85,6 +85,11 @@ class Config:
     auto_augment: str | None = setting(
         None, "timm policy such as rand-m9-mstd0.5-inc1, or torchvision-randaugment-N-M; none: off"
     )
+    augment_on: str = setting(
+        "auto",
+        "where images are augmented; device: in whole batches; auto: on a GPU if they fit, else cpu",
+        ("auto", "cpu", "device"),
+    )
     random_erasing: float = setting(0.0, "probability that a box is erased")
     erasing_mode: str = setting("pixel", "what fills the erased box", ("pixel", "const", "rand"))
     mixup: float = setting(0.0, "mixup alpha; 0: off")

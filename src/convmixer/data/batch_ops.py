@@ -55,7 +55,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     B, C, H, W = images.shape
     smooth = images.clone()
     if min(H, W) > 2:
-        sums = F.conv2d(images.float().view(B * C, 1, H, W), kernel).int().view(B, C, H - 2, W - 2)
+        sums = F.conv2d(images.float().reshape(B * C, 1, H, W), kernel).int().view(B, C, H - 2, W - 2)
         smooth[:, :, 1:-1, 1:-1] = ((2 * sums + 13) // 26).to(torch.uint8)
     return blend(smooth, images, factor)
 
@@ -185,3 +185,16 @@ def _filters(first: Tensor, length: Tensor, side: int, sampling: Tensor) -> Tens
     weights = torch.where((sampling == BICUBIC)[:, None, None], cubic, linear)
     weights = torch.where((at >= 0) & (at < length[:, None, None]), weights, 0.0)
     return (weights / weights.sum(2, keepdim=True)).float()
+
+
+def shifted(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Return images (B, C, H, W) cut `down` and `right` pixels away, (B,), mirrored at the border."""
+    H, W = images.shape[2:]
+    x, y = _grid(images)
+    across, along = x + right[:, None, None], y + down[:, None, None]
+    return _take(images, _mirror(across, W).expand(-1, H, -1), _mirror(along, H).expand(-1, -1, W))
+
+
+def _mirror(at: Tensor, side: int) -> Tensor:
+    at = at.abs()
+    return torch.where(at >= side, 2 * (side - 1) - at, at)

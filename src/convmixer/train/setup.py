@@ -9,8 +9,10 @@ import torch
 import torch.nn as nn
 
 from convmixer.config import Config
+from convmixer.data import on_device
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.loader import Loader, eval_loader, train_loader
+from convmixer.data.on_device import DeviceLoader
 from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
@@ -44,6 +46,7 @@ class Job:
         kernels: What computes the model, in words.
         batch_size: Images per step over all processes.
         steps_per_epoch: Optimiser steps per epoch.
+        images: The training images on the device, if they are augmented there.
     """
 
     spec: str
@@ -56,6 +59,7 @@ class Job:
     kernels: str
     batch_size: int
     steps_per_epoch: int
+    images: torch.Tensor | None = None
 
     def module(self, epochs: float) -> TrainingModule:
         """Return the model with its optimiser and schedule for a run of that many epochs."""
@@ -64,9 +68,21 @@ class Job:
             self.model, self.config, num_classes=classes, steps_per_epoch=self.steps_per_epoch, epochs=epochs
         )
 
-    def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader:
+    def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader | DeviceLoader:
         """Return endless training batches of this process from a step on."""
         assert self.data.train is not None
+        if self.images is not None:
+            return DeviceLoader(
+                self.images,
+                self.data.train.labels,
+                self.config,
+                self.preprocessing,
+                batch_size=self.batch_size // world_size(),
+                start_step=start_step,
+                steps_per_epoch=self.steps_per_epoch,
+                rank=rank(),
+                world=world_size(),
+            )
         return train_loader(
             self.data.train,
             train_transform(self.config, self.preprocessing),
@@ -147,7 +163,29 @@ def prepare(
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
-    return Job(data.spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps)
+    config, images = _place_images(config, data, preprocessing, device)
+    return Job(data.spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps, images)
+
+
+def _place_images(
+    config: Config, data: DataSplits, p: Preprocessing, device: torch.device
+) -> tuple[Config, torch.Tensor | None]:
+    """Return where images are augmented, resolved, and all training images if that is the device.
+
+    Raises:
+        RequestError: They were to be augmented on the device, and cannot be.
+    """
+    images, reason = None, None
+    if config.augment_on == "device" or (config.augment_on == "auto" and device.type == "cuda"):
+        assert data.train is not None
+        reason = on_device.why_not(config, p, data.train, device)
+        images = None if reason else on_device.load(data.train, p, device)
+        reason = reason if reason or images is not None else "an image is unreadable or of another size"
+    if reason and config.augment_on == "device":
+        raise RequestError(f"images cannot be augmented on the device, {reason}: leave --augment-on out")
+    if reason and rank() == 0:
+        print(f"augmentation on the CPU, in {config.workers} workers: {reason}")
+    return dataclasses.replace(config, augment_on="cpu" if images is None else "device"), images
 
 
 def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:

@@ -1,0 +1,162 @@
+"""Augmentation on the device, tried on the CPU: the same operations as PIL's path, the same distribution, keyed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.data.auto_augment as timm_ops
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op
+
+from convmixer import records
+from convmixer.config import Config
+from convmixer.data import batch_ops, policies
+from convmixer.data.datasets import load_data
+from convmixer.data.on_device import DeviceLoader, load, why_not
+from convmixer.data.policies import Draws, Layer
+from convmixer.data.sampler import seed_everything
+from convmixer.data.transforms import preprocessing_of, train_transform
+from convmixer.errors import RequestError
+from convmixer.preprocess import Preprocessing
+from convmixer.train.run import train
+from convmixer.train.setup import prepare
+
+SIDE = 24
+P = Preprocessing(img_size=SIDE, in_chans=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+def _picture(seed: int = 0) -> Image.Image:
+    """Return a smooth picture: a blurred one shows sampling, and has no ties."""
+    noise = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.avg_pool2d(noise, 5, 1, 2) * 300 + 128
+    return Image.fromarray(smooth[0].clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+
+
+def _away(found: torch.Tensor, expected: Image.Image) -> torch.Tensor:
+    return (found.int() - _tensor(expected).int()).abs()
+
+
+def _applied(name: str, value: float, sampling: int, fill: tuple[int, ...]) -> torch.Tensor:
+    layer = Layer(np.array([name]), np.array([value]), np.array([sampling]))
+    return layer.apply(_tensor(_picture()), torch.tensor(fill, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", policies.TORCHVISION)
+def test_torchvisions_operations(name: str, sign: int) -> None:
+    """To the byte: its geometric operations sample the nearest pixel."""
+    strength = {"Shear": 0.2, "Translate": 5.0, "Rotate": 17.0, "Posterize": 5.0, "Solarize": 153.0}
+    magnitude = next((v for key, v in strength.items() if name.startswith(key)), 0.36)
+    magnitude *= sign if name in policies.SIGNED else 1
+    expected = _apply_op(_picture(), name, magnitude, InterpolationMode.NEAREST, None)
+    value = {"Translate": -magnitude}.get(name[:-1], 1 + magnitude if name in policies.BLENDS else magnitude)
+    assert _away(_applied(name, value, batch_ops.NEAREST, (0, 0, 0)), expected).max() == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", policies.TIMM)
+def test_timms_operations(monkeypatch: pytest.MonkeyPatch, name: str, sign: int) -> None:
+    """To the byte but for sampling: one level."""
+    theirs = next(
+        n for n in timm_ops._RAND_INCREASING_TRANSFORMS if n.removesuffix("Increasing") in (name, f"{name}Rel")
+    )
+    monkeypatch.setattr(timm_ops, "_randomly_negate", lambda v: v * sign)
+    level, fill = 6.3, (102, 128, 153)
+    level_fn: Any = timm_ops.LEVEL_TO_ARG[theirs]
+    arguments = level_fn(level, {"translate_pct": 0.45}) if level_fn else ()
+    extra = {"fillcolor": fill, "resample": Image.Resampling.BICUBIC} if name in policies.GEOMETRIC else {}
+    expected = timm_ops.NAME_TO_OP[theirs](_picture(), *arguments, **extra)
+    value = policies._timm_values(name, np.array([level / 10]), np.array([float(sign)]), SIDE)[0]
+    away = _away(_applied(name, value, batch_ops.BICUBIC, fill), expected)
+    assert away.max() <= (1 if name in policies.GEOMETRIC else 0)
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "torchvision": {"auto_augment": "torchvision-randaugment-2-12", "hflip": 0.5},
+    "timm": {"auto_augment": "rand-m9-mstd0.5-inc1", "train_interpolation": "random"},
+    "crop": {"scale": (0.5, 1.0), "ratio": (0.75, 1.3333), "train_interpolation": "random"},
+    "pad": {"pad_crop": 4, "vflip": 0.5},
+    "jitter": {"color_jitter": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_images_are_distributed_as_on_the_cpus_path(name: str) -> None:
+    """Mean and deviation of every pixel over 1,500 versions of one picture, within five standard errors."""
+    config, count, picture = Config(**POLICIES[name]), 1500, _picture(3)
+    transform, theirs = train_transform(config, P), []
+    for i in range(count):
+        seed_everything(i)
+        theirs.append(transform(picture))
+    loader = DeviceLoader(_tensor(picture), np.zeros(1, np.int64), config, P, batch_size=1)
+    ours = loader.augment(_tensor(picture).expand(count, -1, -1, -1), 0, np.arange(count))
+    expected = torch.stack(theirs)
+    for moment in (lambda x: x, torch.square):
+        a, b = moment(ours), moment(expected)
+        error = ((a.var(0) + b.var(0)) / count).sqrt() + 0.01
+        z = (a.mean(0) - b.mean(0)).abs() / error
+        assert z.max() < 5.5
+        assert z.mean() < 1.6
+
+
+def test_draws_are_keyed_by_seed_epoch_and_index() -> None:
+    together = Draws(3, 1, np.arange(1000)).uniform()
+    assert np.array_equal(Draws(3, 1, np.arange(500, 510)).uniform(), together[500:510])
+    for other in (Draws(4, 1, np.arange(1000)), Draws(3, 2, np.arange(1000))):
+        assert not np.intersect1d(other.uniform(), together).size
+    assert abs(together.mean() - 0.5) < 0.05
+    assert abs(np.corrcoef(together[1:], together[:-1])[0, 1]) < 0.1
+
+
+def test_a_loader_goes_on_where_another_stopped() -> None:
+    data = load_data("digits", val_fraction=0.0, seed=0, max_bad_fraction=0.0)
+    config = Config(auto_augment="torchvision-randaugment-2-9", hflip=0.5)
+    assert data.train is not None
+    p = preprocessing_of(data, config)
+    images = load(data.train, p, torch.device("cpu"))
+    assert images is not None
+    whole, later = (
+        iter(DeviceLoader(images, data.train.labels, config, p, batch_size=64, start_step=step)) for step in (0, 2)
+    )
+    batches = [next(whole) for _ in range(3)]
+    again = next(later)
+    assert torch.equal(batches[2][0], again[0])
+    assert torch.equal(batches[2][1], again[1])
+    assert batches[0][0].shape == (64, p.in_chans, p.img_size, p.img_size)
+
+
+def test_what_cannot_be_there_says_why() -> None:
+    data = load_data("digits", val_fraction=0.0, seed=0, max_bad_fraction=0.0)
+    assert data.train is not None
+    p, cpu = preprocessing_of(data, Config()), torch.device("cpu")
+    assert why_not(Config(), p, data.train, cpu) is None
+    assert "augmix" in str(why_not(Config(auto_augment="augmix-m3-w3"), p, data.train, cpu))
+    larger = preprocessing_of(data, Config(img_size=32))
+    assert "32 x 32" in str(why_not(Config(img_size=32), larger, data.train, cpu))
+
+
+def test_a_run_augments_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {
+        "model": "convmixer_16_2_p1_k3",
+        "epochs": 5,
+        "workers": 0,
+        "batch_size": 64,
+        "lr": 0.03,
+    }
+    config = Config(**settings, augment_on="device", auto_augment="torchvision-randaugment-1-3", scale=(0.8, 1.0))
+    train("digits", config, tmp_path / "run")
+    (record,) = records.read(tmp_path / "run" / "record.jsonl")
+    assert record.config["augment_on"] == "device"
+    assert record.results["test_top1"] > 30
+    refused = Config(**settings, augment_on="device", auto_augment="augmix-m3-w3")
+    with pytest.raises(RequestError, match="augmix-m3-w3 has operations"):
+        train("digits", refused, tmp_path / "other")
+    job = prepare("digits", Config(**settings))
+    assert job.config.augment_on == "cpu"
