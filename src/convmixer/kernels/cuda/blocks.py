@@ -1,8 +1,8 @@
 """The order of the CUDA kernels for all blocks of a ConvMixer: the GPU's side of `convmixer.kernels.blocks`.
 
 As on the CPU only u and v of each block are kept. Between the halves only parts of sums go on: one launch adds them
-and makes the next kernel's scale and shift (see `sums`), so that a block is five launches forward and nine backward.
-Without gradients and with running statistics there is nothing to wait for, and a half is one launch.
+and makes the next kernel's scale and shift (see `sums`). Without gradients and with running statistics there is
+nothing to wait for, and a half is one launch.
 """
 
 from typing import NamedTuple
