@@ -26,6 +26,15 @@ def cifar10() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def clean_checkout() -> Iterator[None]:
+    """Fail if a test leaves something in the folder that the tests are run from."""
+    before = set(Path.cwd().iterdir())
+    yield
+    left = {path.name for path in set(Path.cwd().iterdir()) - before if not path.name.startswith(".")}
+    assert not left - {"build"}, f"a test left {sorted(left)} in {Path.cwd()}"
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what convmixer remembers about its user out of the real home folder."""
     with pytest.MonkeyPatch.context() as patch:

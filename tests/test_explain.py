@@ -69,12 +69,13 @@ def test_plot_draws_weights_growth_and_receptive_field(weights: Path, capsys: py
     growth = inspection.kernel_growth(model)
     events = [{"event": "epoch", "step": epoch, "epoch": epoch, "kernels": growth} for epoch in (1, 2)]
     cut = '{"event": "epoch", "kernels": {"block 1": {"norm": 5.0}'  # by a kill, in mid-line
+    (weights / "config.yaml").write_text("command: convmixer train\n")  # what makes a folder a run
     (weights / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + cut)
     assert main(["plot", str(weights), "--json"]) == 0
     pictures = [Path(path) for path in json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]]
     names = ["patch_embedding", "depthwise_kernels", "kernel_growth", "receptive_field"]
     assert [path.stem for path in pictures] == names
-    assert all(width(path) > 300 for path in pictures)
+    assert all(width(path) > 300 and path.parent == weights / "pictures" for path in pictures)
 
 
 def test_kernel_growth_measures_norm_and_radius() -> None:
