@@ -66,7 +66,7 @@ def val(
 
     quantise = calibration if precision == "int8" else None
     classifier = load_classifier(weights, precision, calibration=quantise, expected=expected)
-    print(f"{weights}: {classifier.describe.get('found', 'exported')}")
+    print(terminal(f"{weights}: {classifier.describe.get('found', 'exported')}"))
     there = found[0] if found else find_data(data, classifier.describe, weights)
     splits, chosen = there.splits, there.choose(split)
     images = sample(there.pick(chosen), limit)

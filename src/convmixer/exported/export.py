@@ -58,7 +58,7 @@ def export(
     kind = format_named(format)
     _check_flags(kind, precision, out, limit, samples)
     loaded = load_model(weights, **(expected or {}))
-    print(f"{weights}: {loaded.found}")
+    print(terminal(f"{weights}: {loaded.found}"))
     images = real_images(loaded, data, limit)
     path = out or default_path(weights, kind, precision)
     pictures, said = choose_samples(samples)

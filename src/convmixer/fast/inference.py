@@ -163,7 +163,9 @@ def _stem_or_kernel(model: Any) -> str | None:
 
 
 def _head(model: Any) -> str | None:
-    """Return what is unknown in the classifier and the dropout before it, or None."""
+    """Return what is unknown in the pooling, the classifier and the dropout before it, or None."""
+    if model.global_pool != "avg":
+        return f"it pools by {model.global_pool or 'nothing'}, not by the mean"
     for module, kinds in ((model.head, (nn.Linear, nn.Identity)), (model.head_drop, (nn.Dropout, nn.Identity))):
         if type(module) not in kinds or "forward" in module.__dict__:
             return f"the classifier is a {type(module).__name__}"

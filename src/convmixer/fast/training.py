@@ -71,6 +71,8 @@ class _OnKernels(ConvMixer):
         """(B, in_chans, H, W) -> (B, num_classes)."""
         if reason := unfit(self, x):
             return self._plain(reason).forward(x)
+        if self.global_pool != "avg":  # the kernels' pool is the mean
+            return self.forward_head(self.forward_features(x))
         pooled = self._fast(x, pool=True)
         return self.forward_head(pooled.to(dtype_of(self))[:, :, None, None])  # the mean of one value is that value
 

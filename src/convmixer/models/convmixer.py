@@ -1,13 +1,14 @@
 """ConvMixer in plain PyTorch: the reference that everything fast must match. Names and sizes are in registry.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from convmixer.errors import RequestError
-from convmixer.models.layers import DepthwiseConv2d, Residual, activation
+from convmixer.errors import RequestError, unknown
+from convmixer.models.layers import DepthwiseConv2d, Residual, activation, activation_name
 
 
 class ConvMixer(nn.Module):
@@ -25,6 +26,9 @@ class ConvMixer(nn.Module):
         num_classes: Outputs; 0 leaves the pooled features.
         act: "gelu" as in the paper, or "relu" as in the authors' 768/32 weights.
         drop_rate: Dropout before the classifier, 0 to 1; the paper has none.
+        global_pool: "avg" as in the paper, "max", or "" for none: (B, dim, h, w), which no classifier takes.
+        act_layer: timm's way to say `act`: `nn.GELU`, `nn.ReLU` or a name.
+        device, dtype: Where and in which type to make the parameters.
 
     Raises:
         RequestError: A size is out of range or the activation is not known.
@@ -42,8 +46,14 @@ class ConvMixer(nn.Module):
         num_classes: int = 1000,
         act: str = "gelu",
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        act_layer: str | type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        act = act if act_layer is None else activation_name(act_layer)
+        where: Any = {"device": device, "dtype": dtype}
         if min(dim, depth, kernel_size, patch_size, in_chans) < 1 or num_classes < 0:
             sizes = f"{dim=} {depth=} {kernel_size=} {patch_size=} {in_chans=} {num_classes=}"
             raise RequestError(f"ConvMixer sizes must be positive: {sizes}")
@@ -54,38 +64,47 @@ class ConvMixer(nn.Module):
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)]
 
         def act_norm() -> list[nn.Module]:
-            return [activation(act), nn.BatchNorm2d(dim)]
+            return [activation(act), nn.BatchNorm2d(dim, **where)]
 
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, stride=patch_size), *act_norm())
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **where), *act_norm())
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
-                    Residual(nn.Sequential(DepthwiseConv2d(dim, kernel_size), *act_norm())),
-                    nn.Conv2d(dim, dim, 1),
+                    Residual(nn.Sequential(DepthwiseConv2d(dim, kernel_size, **where), *act_norm())),
+                    nn.Conv2d(dim, dim, 1, **where),
                     *act_norm(),
                 )
                 for _ in range(depth)
             )
         )
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.global_pool = _pool(global_pool, num_classes)
+        self.head: nn.Module = nn.Linear(dim, num_classes, **where) if num_classes else nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
         x = self.stem(x)
         for block in self.blocks:
-            x = self._run(block, x)
+            if torch.jit.is_scripting():  # noqa: SIM108  as a statement, the other branch is not compiled
+                x = block(x)
+            else:
+                x = self._run(block, x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """(B, dim, h, w) -> (B, num_classes), or the pooled features (B, dim) with `pre_logits`."""
-        x = self.head_drop(x.mean((2, 3)))
+        if self.global_pool == "avg":
+            x = x.mean((2, 3))
+        elif self.global_pool == "max":
+            x = x.amax((2, 3))
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
+    @torch.jit.ignore
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -113,11 +132,7 @@ class ConvMixer(nn.Module):
         """
         if output_fmt != "NCHW":
             raise RequestError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
-        last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
-        wanted = list(range(self.depth) if last_n is None else last_n)
-        if any(not -self.depth <= i < self.depth for i in wanted):
-            raise RequestError(f"indices {indices} are out of range for {self.depth} blocks")
-        take = {i % self.depth for i in wanted}
+        take = set(self._indices(indices))
         x = self.stem(x)
         intermediates = []
         for i, block in enumerate(self.blocks):
@@ -128,27 +143,64 @@ class ConvMixer(nn.Module):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the classifier layer."""
         return self.head
 
+    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one; 0 classes leaves the pooled features.
+        """Replace the classifier by a new one.
+
+        Args:
+            num_classes: Outputs; 0 leaves the pooled features.
+            global_pool: See the class; None: as it is.
 
         Raises:
-            RequestError: A pooling other than the paper's average is asked for.
+            RequestError: The pooling is not known, or a classifier is to follow no pooling.
         """
-        if global_pool not in (None, "avg"):
-            raise RequestError(f"ConvMixer pools by average only, not {global_pool!r}")
         weight = next(self.parameters())
+        self.global_pool = _pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(weight.device, weight.dtype)
+        self.head.to(weight.device, weight.dtype).train(self.training)
 
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last one asked for, and return the indices of those asked for.
+
+        Args:
+            indices: See `forward_intermediates`.
+            prune_norm: Accepted for timm's interface; there is no final norm.
+            prune_head: Drop pooling and classifier too.
+
+        Raises:
+            RequestError: An index is out of range.
+        """
+        take = self._indices(indices)
+        self.blocks = self.blocks[: max(take) + 1]
+        self.depth = len(self.blocks)
+        self.feature_info = self.feature_info[: self.depth]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Return the blocks that `forward_intermediates` is asked for, from 0."""
+        last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
+        wanted = list(range(self.depth) if last_n is None else last_n)
+        if any(not -self.depth <= i < self.depth for i in wanted):
+            raise RequestError(f"indices {indices} are out of range for {self.depth} blocks")
+        return [i % self.depth for i in wanted]
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return timm's parameter groups by depth, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
@@ -159,3 +211,11 @@ class ConvMixer(nn.Module):
             return y
         out: torch.Tensor = block(x)
         return out
+
+
+def _pool(name: str, num_classes: int) -> str:
+    if name not in ("avg", "max", ""):
+        raise unknown("pooling", name, ("avg", "max", ""))
+    if not name and num_classes:
+        raise RequestError("without pooling there is nothing to classify: use num_classes=0 with global_pool=''")
+    return name

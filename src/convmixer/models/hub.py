@@ -15,12 +15,14 @@ __all__ = ["convmixer"]
 
 @register_model
 def convmixer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return a ConvMixer of any size, with timm's loading of weights and `features_only`.
+    """Return a ConvMixer of any size (256/8 with patches of 2 by default), with timm's loading and `features_only`.
 
     Args:
         pretrained: Load the weights that the `pretrained_cfg` names.
         **kwargs: Arguments of `ConvMixer`, and those that timm passes to every model.
     """
+    if "dim" not in kwargs:  # a registered name must create
+        kwargs = {"dim": 256, "depth": 8, "patch_size": 2, "kernel_size": 5} | kwargs
     model: nn.Module = build_model_with_cfg(
         ConvMixer, "convmixer", pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs
     )

@@ -20,6 +20,19 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def activation_name(layer: str | type[nn.Module]) -> str:
+    """Return the name of an activation given as timm gives it, by class or name.
+
+    Raises:
+        RequestError: It is neither GELU nor ReLU.
+    """
+    names = {kind: name for name, kind in ACTIVATIONS.items()}
+    name = layer if isinstance(layer, str) else names.get(layer, getattr(layer, "__name__", str(layer)))
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return name
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution that keeps the image size: (B, dim, H, W) -> (B, dim, H, W).
 
@@ -29,17 +42,25 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         dim: Channels.
         kernel_size: Height and width of the kernel, at least 1.
+        device, dtype: Where and in which type to make the parameters.
     """
 
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, groups=dim, padding=kernel_size // 2 if kernel_size % 2 else 0)
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        padding = kernel_size // 2 if kernel_size % 2 else 0
+        super().__init__(dim, dim, kernel_size, groups=dim, padding=padding, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k = self.kernel_size[0]
         if k % 2 == 0:
             before, after = k // 2 - 1, k // 2
             x = F.pad(x, (before, after, before, after))
-        return super().forward(x)
+        return self._conv_forward(x, self.weight, self.bias)  # torch.jit.script knows no super()
 
 
 class Residual(nn.Module):

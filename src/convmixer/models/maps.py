@@ -12,8 +12,8 @@ TOP = 5
 
 
 def has_maps(model: nn.Module) -> bool:
-    """Return whether class-activation maps are exact for a model: a ConvMixer with a classifier."""
-    return isinstance(model, ConvMixer) and isinstance(model.head, nn.Linear)
+    """Return whether class-activation maps are exact: of a ConvMixer that classifies the mean of its features."""
+    return isinstance(model, ConvMixer) and isinstance(model.head, nn.Linear) and model.global_pool == "avg"
 
 
 class WithMaps(nn.Module):

@@ -85,6 +85,18 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     return state, metadata
 
 
+def read_state(path: Path) -> State:
+    """Return the tensors of a file that holds a state dict and nothing else.
+
+    Raises:
+        RequestError: It cannot be read or holds something else, see `read_file` and `check_tensors`.
+    """
+    content = read_file(path)
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise RequestError(f"{path} is not a state dict: it holds other things than tensors")
+    return check_tensors({str(key): value for key, value in content.items()}, path)
+
+
 def read_json(path: Path) -> Any:
     """Return the contents of a JSON file from a stranger.
 

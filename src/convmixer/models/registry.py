@@ -107,6 +107,12 @@ def model_args(name: str) -> dict[str, Any] | None:
     return None
 
 
+def args_of(model: ConvMixer) -> dict[str, Any]:
+    """Return the arguments that build a ConvMixer again, besides num_classes and in_chans."""
+    args = {name: getattr(model, name) for name in ("dim", "depth", "kernel_size", "patch_size", "act")}
+    return args if model.global_pool == "avg" else args | {"global_pool": model.global_pool}
+
+
 def free_name(args: Mapping[str, Any]) -> str:
     """Return the name that tells a ConvMixer's sizes, from its arguments; only the activation is not in it."""
     return "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)

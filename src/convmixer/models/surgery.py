@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.registry import free_name
+from convmixer.models.registry import args_of, free_name
 from convmixer.models.weights import LoadedModel, adapt_channels, class_names, load_model, save_changed
 from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import is_run
@@ -100,6 +100,7 @@ def resize(
         old.in_chans if in_chans is None else in_chans,
         len(names),
         old.act,
+        global_pool=old.global_pool,
     )
     preprocessing = _preprocessing(loaded.preprocessing, new.in_chans, img_size)
     state, changes = _carry(old, new, loaded.classes, names)
@@ -109,7 +110,7 @@ def resize(
     if new.patch_size != old.patch_size:
         same = round(loaded.preprocessing.img_size / old.patch_size * new.patch_size)
         changes.append(f"images of {same} px would give the grid of patches that the blocks were trained on")
-    args = {key: getattr(new, key) for key in ("dim", "depth", "kernel_size", "patch_size", "act")}
+    args = args_of(new)
     metadata = loaded.metadata | {"name": free_name(args), "model_args": args}
     return replace(loaded, model=new.eval(), classes=names, preprocessing=preprocessing, metadata=metadata), changes
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -24,8 +24,8 @@ from convmixer.models import digest
 from convmixer.models.allowed import check_build
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.dialects import read_checkpoint
-from convmixer.models.reading import State, fit, parse_json, read_json, read_safetensors
-from convmixer.models.registry import SHIPPED, VARIANTS, build_model, free_name, shipped
+from convmixer.models.reading import State, fit, parse_json, read_json, read_safetensors, read_state
+from convmixer.models.registry import SHIPPED, VARIANTS, args_of, build_model, free_name, shipped
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folders
 
@@ -35,6 +35,8 @@ TIMM_NAMES = {
     "convmixer_768_32": "convmixer_768_32",
     "convmixer_1024_20": "convmixer_1024_20_ks9_p14",
 }
+WRAPPED = "timm_model."  # what transformers' TimmWrapper puts before every key
+OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of model.safetensors
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
 # the fields of Preprocessing that --img-size and the others set, with the words for each
 _MEANING = {
@@ -117,7 +119,7 @@ def hub_config(
         raise ValueError(f"{len(classes)} class names for {outputs} outputs")
     # `isotropic` makes subclasses that differ in ways the sizes do not tell; `fast` makes ones that do not
     plain = isinstance(model, ConvMixer) and (type(model) is ConvMixer or architecture.startswith("convmixer"))
-    args = {name: getattr(model, name) for name in _ARGS} if plain else dict(model_args)
+    args = args_of(cast(ConvMixer, model)) if plain else dict(model_args)
     stock = _timm_name(args) if plain else None
     ours = "convmixer" if plain else architecture
     p, theirs = preprocessing, getattr(model, "pretrained_cfg", None) or {}
@@ -215,6 +217,8 @@ def _load_newest(path: Path) -> LoadedModel:
     Damaged ones are named.
     """
     folders = weights_folders(path)
+    if not folders and (path / OLD_MODEL).is_file():
+        return _load_file(path / OLD_MODEL)
     if not folders:
         raise RequestError(
             f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last"
@@ -233,17 +237,24 @@ def _load_folder(folder: Path) -> LoadedModel:
 
 def _load_file(path: Path) -> LoadedModel:
     config = _config_of(path)
-    return _load_foreign(path) if config is None else _from_config(config, path)
+    if config is None:
+        return _load_foreign(path)
+    of_mixin = "architecture" not in config and {"dim", "depth"} <= config.keys()  # PyTorchModelHubMixin's
+    if of_mixin:
+        return _load_foreign(path, config.get("act"))
+    return _from_config(config, path)
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """Return the config beside or inside a .safetensors file, or None if there is none."""
-    if path.suffix != ".safetensors":
+    """Return the config beside a file of the hub's names or inside a .safetensors file, or None if there is none."""
+    if path.suffix != ".safetensors" and path.name != OLD_MODEL:
         return None
     beside = path.with_name(MODEL_CONFIG)
-    if path.name == MODEL and beside.is_file():
+    if path.name in (MODEL, OLD_MODEL) and beside.is_file():
         config = read_json(beside)
         config = digest.check_config(config, beside) if isinstance(config, dict) else config
+    elif path.name == OLD_MODEL:
+        return None
     else:
         config = parse_json(read_safetensors(path)[1].get("config", "null"), path)
     return config if config is None or isinstance(config, dict) else {}
@@ -251,7 +262,9 @@ def _config_of(path: Path) -> dict[str, Any] | None:
 
 def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     cfg = config.get("pretrained_cfg", config)  # older files of timm's hub have one level
-    state = read_safetensors(path)[0]
+    state = read_state(path)
+    if all(key.startswith(WRAPPED) for key in state):
+        state = {key.removeprefix(WRAPPED): value for key, value in state.items()}
     try:
         chans, size, width = cfg["input_size"]
         if size != width:
@@ -261,7 +274,8 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
         classes = config.get("num_classes", cfg.get("num_classes"))
         asked = config.get("model_args") or {}
         name, args = check_build(config.get("architecture"), asked, classes, chans, len(state))
-        names = _class_names_of(cfg.get("label_names"), classes)
+        said = config.get("label_names") or cfg.get("label_names") or config.get("id2label")
+        names = _class_names_of(said, classes)
     except RequestError as error:
         raise RequestError(f"the config of {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -281,6 +295,8 @@ def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:
     """Return the class names in a config, checked against the number of outputs; without any, see `class_names`."""
     if names is None or (not names and isinstance(names, list)):
         return class_names(num_classes)
+    if isinstance(names, dict) and names.keys() == {str(i) for i in range(len(names))}:
+        names = [names[str(i)] for i in range(len(names))]  # as timm and transformers may write it
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RequestError("label_names must be a list of names")
     if num_classes and len(names) != num_classes:
@@ -316,7 +332,7 @@ def _metadata(ours: Any, model: nn.Module, name: str, args: dict[str, Any]) -> d
     """Return what a file says about its model; "name" and "model_args" are those that built it, whatever it says."""
     metadata = dict(ours) if isinstance(ours, dict) else {}
     if type(model) is ConvMixer:
-        args = {key: getattr(model, key) for key in _ARGS}
+        args = args_of(model)
         said = metadata.get("name")
         name = said if said in VARIANTS and _sizes(VARIANTS[said]) == args else free_name(args)
     return metadata | {"name": name, "model_args": args}
@@ -326,9 +342,9 @@ def _sizes(args: Mapping[str, Any]) -> dict[str, Any]:
     return {key: args[key] for key in _ARGS}
 
 
-def _load_foreign(path: Path) -> LoadedModel:
+def _load_foreign(path: Path, act: Any = None) -> LoadedModel:
     checkpoint = read_checkpoint(path)
-    args = checkpoint.args
+    args = checkpoint.args | ({"act": act} if act in ("gelu", "relu") else {})
     with torch.device("meta"):
         model = ConvMixer(**args)
     model.load_state_dict(checkpoint.state, assign=True)
@@ -370,7 +386,7 @@ def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:
     old = loaded.model
     if type(old) is not ConvMixer:
         raise RequestError(f"only a ConvMixer's activation can be changed, not that of {type(old).__name__}")
-    args = _sizes(vars(old)) | {"act": act}
+    args = args_of(old) | {"act": act}
     with torch.device("meta"):
         model = ConvMixer(in_chans=old.in_chans, num_classes=old.num_classes, **args)
     model.load_state_dict(old.state_dict(), assign=True)
