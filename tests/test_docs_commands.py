@@ -25,7 +25,7 @@ SMALL = ["--epochs", "1", "--workers", "0", "--batch-size", "8", "--img-size", "
 TINY = [*SMALL, "--model", "convmixer_8_1_p4_k3"]
 # a pattern of commands -> what makes them cheap; a later value of a flag wins
 RUN = {
-    r"convmixer (plan|train) flowers( --out \S+| --epochs \d+| --lr \S+| --config \S+| --workers \d)*": TINY,
+    r"convmixer (plan|train) flowers( --(out|epochs|lr|workers) \S+| --config settings.yaml)*": TINY,
     r"convmixer train flowers .*--model convmixer_64_4_p4_k5.*": SMALL,
     r"convmixer train flowers --weights .*": SMALL,
     r"convmixer train --resume runs/flowers": [],
@@ -33,6 +33,7 @@ RUN = {
     r"convmixer export runs/flowers --format (web|onnx)\b.*": ["--limit", "4"],
     r"convmixer convert runs/flowers .*": [],
     r"convmixer compare --list": [],
+    r"convmixer data flowers\b.*": [],
     r"convmixer (verify studies/smoke|compare smoke digits .*--resume).*": [],
 }
 SLOW = {
@@ -42,6 +43,7 @@ SLOW = {
 }
 PARSED = {
     r"convmixer train cifar10 .*": "hours",
+    r"convmixer (tune flowers|train flowers --config tune/).*": "hours; test_tuning.py searches",
     r"convmixer compare mixers cifar10 .*": "needs CIFAR-10, or a database",
     r"convmixer compare smoke digits --out studies/second --reuse .*": "test_studies_run.py reuses a study",
     r"convmixer (verify (results/.*|record.jsonl)|val \S+ cifar10).*": "needs CIFAR-10; test_pretrained.py does both",
