@@ -201,6 +201,17 @@ def test_strided_activations_are_refused(name: str) -> None:
         getattr(_kernels, name)(*args)
 
 
+@pytest.mark.parametrize("name", [*HALVES, "act_products", "act_norm_backward", "act_norm_pool_backward"])
+def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
+    """A kernel reads memory by the sizes of one tensor: the others must have them."""
+    args = Case((2, 6, 7, 16), 3, torch.float32).args(name)
+    smaller = Case((2, 6, 7, 8), 3, torch.float32).args(name)
+    for i, (own, other) in enumerate(zip(args, smaller, strict=True)):
+        if isinstance(own, Tensor):
+            with pytest.raises(RuntimeError, match="must be"):
+                getattr(_kernels, name)(*args[:i], other, *args[i + 1 :])
+
+
 def _without_the_last_row(values: list[Tensor]) -> list[Tensor]:
     values[0][:, -1] = 0
     return values

@@ -94,7 +94,7 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now; where the system does not tell, the most it has held."""
+    """Return the memory that this process holds now; if the system does not report it, its peak."""
     return _status("VmRSS")
 
 
@@ -104,7 +104,7 @@ def peak_resident_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Count the peak anew from here, where the system can (Linux)."""
+    """Reset the peak of this process (Linux only)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -122,7 +122,7 @@ def count_memory(device: "torch.device") -> Callable[[], int]:
 
 
 def available_bytes() -> int:
-    """Return the memory that can be had without swapping; where the system does not tell, all there is."""
+    """Return the free memory, without swapping; if the system does not report it, all memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

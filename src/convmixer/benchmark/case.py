@@ -85,7 +85,7 @@ def case_of(
     """
     args: dict[str, Any] | None = model_args(model) if model else {"patch_size": 7, "kernel_size": 9}
     if args is None:
-        raise RequestError(f"{model!r} is no ConvMixer; the benchmark measures ConvMixers only")
+        raise RequestError(f"the benchmark measures ConvMixers only, and {model!r} is another model")
     args |= {name: value for name, value in overrides.items() if value is not None}
     missing = sorted({"dim", "depth"} - set(args))
     if missing:

@@ -21,8 +21,8 @@ LONG_SECONDS = 0.3
 def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) -> dict[str, list[float]]:
     """Return seconds per step of each contender, one value a round, measured in turns: A B C, A B C, ...
 
-    Each turn starts with one step that is not timed: it finds the caches and the thread pool as another left them.
-    Steps longer than `LONG_SECONDS` do not care.
+    Each turn starts with one untimed step: the previous contender left the caches and the thread pool in its own
+    state. Steps longer than `LONG_SECONDS` need none.
 
     Args:
         steps: What to time; each has run before.
@@ -115,7 +115,7 @@ def _int_mm(case: Case) -> Step:
 
 
 def peak_memory(case: Case, name: str) -> int:
-    """Return the bytes that the steps of a contender need at their peak over what stays: a fresh process each.
+    """Return the step memory of a contender in bytes, measured in a fresh process.
 
     The process builds the case after one step on the smallest images there are; then the peak of its resident memory
     is reset, and three steps of the case follow. What counts is the peak over the memory before, less the gradients

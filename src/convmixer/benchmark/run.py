@@ -162,7 +162,7 @@ def _print(result: dict[str, Any]) -> None:
     bound, share = result["gemm_bound_images_per_second"], result["share_of_bound"]
     print(f"  {'pointwise products alone':28s} {bound:10.2f}  ours reaches {share:.0%} of this bound")
     if result.get("peak_memory_ratio"):
-        print(f"  peak memory over what stays: {result['peak_memory_ratio']:.2f} of the leanest eager PyTorch")
+        print(f"  step memory: {result['peak_memory_ratio']:.2f} of the leanest eager PyTorch")
 
 
 def _append(path: Path, case: Case, result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Make a trained ConvMixer fast to use: the whole network as one kernel, in fp32, bf16 or int8.
 
-Between two matrix products nothing goes through memory twice: activation, BatchNorm (as a scale and a shift) and the
-residual sum are what ends the depthwise convolution and the product. Training is `fast.accelerate`'s part.
+Activation, BatchNorm (as a scale and a shift) and the residual sum are computed where the depthwise convolution and
+the product end, so no tensor goes through memory twice. For training see `fast.accelerate`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Make a model fast where it stands: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
 
-Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. Where the kernels cannot
+Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. If the kernels cannot
 serve, the plain model runs and the reason is said once.
 """
 
@@ -26,8 +26,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     or bf16 (by the parameters, or by autocast; on a GPU also in fp16), with the paper's own layers; otherwise it runs
     as before, and says why once.
 
-    An `Isotropic` is swapped where stem and blocks end as those of ConvMixer; its spatial mixer may be any. Others
-    stay as they are, without a word.
+    An `Isotropic` is swapped if its stem and blocks end as those of ConvMixer; its spatial mixer may be any. Other
+    models stay as they are.
 
     Args:
         model: Any module; ConvMixers in it are found at any depth.

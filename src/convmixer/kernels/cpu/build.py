@@ -1,4 +1,4 @@
-"""Build the shipped C++ source on first use, cache the result, and say why when it cannot be built.
+"""Build the shipped C++ source on first use, cache the result, and say why if it cannot be built.
 
 The source is written against torch's stable ABI and compiled on the machine that runs it, so it may use all of that
 machine's instructions. Home folders are shared between unlike machines: the cache key holds everything that the
@@ -25,7 +25,7 @@ from convmixer import files
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
 MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
-VARIANTS = {  # each runs on any processor, so that what others are given can be tested, or timed, on this one
+VARIANTS = {  # each runs on any processor, so that the code for others can be tested, or timed, on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
@@ -66,7 +66,7 @@ def _load() -> str | None:
 
 
 def library() -> Path:
-    """Return the built library, building it first where the cache has none.
+    """Return the built library; build it first if it is not in the cache.
 
     Raises:
         RuntimeError: There is no compiler, it is too old, or it failed; the message says which.

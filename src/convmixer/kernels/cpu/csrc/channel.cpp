@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
                                            int64_t act, bool statistics) {
   const Image s = image_of(u);
   const int64_t rows = s.N * s.pixels();
-  check_pointwise(weight, u);
+  check_pointwise(weight, u), check_like(u, before);
   Tensor v = like(u);
   const Coefficients norms(norm, s.C), norms_before(norm_before, s.C), biases(row_of(bias), s.C);
   Sums sums(SLOTS, 2, s.C);
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Te
                                                     const Tensor& norm_before, const Tensor& weight, int64_t act) {
   const Image s = image_of(grad);
   const int64_t rows = s.N * s.pixels();
-  check_pointwise(weight, u);
+  check_pointwise(weight, u), check_like(grad, v), check_like(grad, u), check_like(grad, before);
   Tensor weight_grad = pooled({s.C, s.C}, ScalarType::Float);
   const Coefficients norms_v(norm_v, s.C), norms(norm, s.C), norms_before(norm_before, s.C);
   Sums sums(SLOTS, 2, s.C), bias_sums(SLOTS, 1, s.C);

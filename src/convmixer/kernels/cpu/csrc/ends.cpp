@@ -65,6 +65,7 @@ Tensor act_statistics(const Tensor& v, int64_t act) {
 
 Tensor act_products(const Tensor& grad, const Tensor& v, int64_t act) {
   const Image s = image_of(v);
+  check_like(v, grad);
   Sums sums(SLOTS, 2, s.C);
   dispatch(v, act, [&](auto t, auto a) {
     using T = decltype(t);
@@ -98,6 +99,9 @@ Tensor act_norm_pool(const Tensor& v, const Tensor& norm, int64_t act) {
 // From the gradient of the pooled features, (N, C) fp32: the gradient of every pixel, and the sums for the last norm.
 std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tensor& v, int64_t act) {
   const Image s = image_of(v);
+  check(grad.dim() == 2 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float && grad.size(0) == s.N &&
+            grad.size(1) == s.C,
+        "the pooled gradient must be contiguous fp32 (N, C)");
   Tensor dy = like(v);
   Sums sums(SLOTS, 2, s.C);
   const float* g = grad.const_data_ptr<float>();
@@ -111,6 +115,7 @@ std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tens
 // `grad` comes in as the gradient after the norm and leaves as the one before the activation.
 void act_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& norm, int64_t act) {
   const Image s = image_of(v);
+  check_like(v, grad);
   const Coefficients norms(norm, s.C);
   Sums sums(SLOTS, 1, s.C);
   dispatch(v, act, [&](auto t, auto a) {

@@ -72,11 +72,17 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
   });
 }
 
+void check_depthwise(const Tensor& weight, int64_t C) {
+  check(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
+            weight.size(0) == C && weight.size(1) == 1 && weight.size(2) == weight.size(3),
+        "depthwise weights must be contiguous fp32 (C, 1, k, k)");
+}
+
 std::tuple<Tensor, Tensor> spatial_forward(const Tensor& before, const Tensor& norm, const Tensor& weight,
                                            const Tensor& bias, int64_t act, bool statistics) {
   const Image s = image_of(before);
   const int K = weight.size(2);
-  check(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float, "weights must be contiguous fp32");
+  check_depthwise(weight, s.C);
   Tensor u = like(before), packed = pooled({whole_vectors(s.C) * K * K}, ScalarType::Float);
   const Coefficients norms(norm, s.C), biases(row_of(bias), s.C);
   Sums sums(Split(s).groups, 2, s.C);
@@ -95,9 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Te
                                                     const Tensor& before, const Tensor& norm_before,
                                                     const Tensor& weight, int64_t act) {
   const Image s = image_of(grad);
+  check_like(grad, u), check_like(grad, before);
   const int K = weight.size(2), taps = K * K;
   const int64_t groups = Split(s).groups, group_floats = whole_vectors(s.C) * taps;
-  check(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float, "weights must be contiguous fp32");
+  check_depthwise(weight, s.C);
   Tensor packed = pooled({group_floats}, ScalarType::Float);
   Tensor partial = pooled({groups, group_floats}, ScalarType::Float);
   std::memset(partial.mutable_data_ptr(), 0, groups * group_floats * sizeof(float));

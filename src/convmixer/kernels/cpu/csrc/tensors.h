@@ -20,6 +20,13 @@ Image image_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
+// The kernels read all activations of a call by the sizes and type of one.
+void check_like(const Tensor& x, const Tensor& other) {
+  bool same = other.dim() == 4 && other.is_contiguous() && other.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; same && i < 4; i++) same = other.size(i) == x.size(i);
+  check(same, "activations must be contiguous, of one shape and one type");
+}
+
 // Call f with the storage type and the activation as types: f(T{}, std::integral_constant<int, ACT>{}).
 template <class F> void dispatch(const Tensor& x, int64_t act, const F& f) {
   using Gelu = std::integral_constant<int, GELU>;
