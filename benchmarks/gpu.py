@@ -73,6 +73,11 @@ def main() -> int:
     parser.add_argument("--stages", help="A,B: these alone")
     parser.add_argument("--seconds", type=float, default=590, help="of all stages together (default: 590)")
     options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here: nothing was measured", file=sys.stderr)
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     _install()
     stages = _stages(options.out, options.data)
