@@ -103,7 +103,7 @@ def _shape(x: Tensor, mode: str) -> dict[str, Any]:
     columns, blocks = triton.cdiv(W, wide), triton.cdiv(C, channels)
     # as high as registers allow: what a tile reads and writes at its end counts too
     wide_values = x.dtype is torch.float32
-    high = {"norm": 3 if wide_values else 4, "gradient": 3, "statistics": 2 if wide_values else 4}[mode]
+    high = 3 if mode == "gradient" else 2 if wide_values else 4
     rows = triton.cdiv(H, high) * high
     while rows > high and N * columns * triton.cdiv(H, rows) * blocks < _PROGRAMS:
         rows = triton.cdiv(rows // 2, high) * high
