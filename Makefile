@@ -37,7 +37,8 @@ test: install  ## the whole suite but the slow tests
 	$(PYTEST)
 
 SECONDS ?= 600
-fuzz: install  ## the readers of images and forms, for SECONDS each; needs the extra "fuzz"
+fuzz: install  ## the readers of images and forms, for SECONDS each
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[fuzz]"
 	$(BIN)/python tests/faults/fuzz.py images $(SECONDS)
 	$(BIN)/python tests/faults/fuzz.py forms $(SECONDS)
 
