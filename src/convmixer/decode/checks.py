@@ -17,6 +17,7 @@ MAX_SCANS = 200  # of a JPEG; encoders write 1 to 20
 MAX_SCAN_PIXELS = 4_000_000_000  # scans x pixels of a JPEG; an empty scan costs 0.5 ns a pixel
 SCAN_BYTES = 10  # that a scan takes at least
 METADATA_BYTES = 65_536  # EXIF of a JPEG, or what precedes the pixels of a PNG; PIL copies EXIF once for each tag
+GIF_BYTES = 1 << 20
 UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, without a look at the clock
 JPEG = ("JPEG", "MPO")
 _JPEG_START = b"\xff\xd8\xff"
@@ -56,6 +57,8 @@ def check_file(file: BinaryIO, small: bool = False) -> None:
         apart = _png_metadata_bytes(file) > METADATA_BYTES
     elif start.startswith(_TIFF_STARTS):
         apart = not _is_plain_tiff(file, start)
+    elif start.startswith(b"GIF8"):  # PIL joins comments piece by piece, holding the lock of the interpreter
+        apart = file.seek(0, 2) > GIF_BYTES
     else:
         apart = start[4:8] == b"ftyp" or start.startswith(_APART)
     file.seek(0)

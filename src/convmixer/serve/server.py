@@ -1,5 +1,6 @@
 """The process that serves: its address, its token, its end."""
 
+import ctypes
 import ipaddress
 import os
 import signal
@@ -69,6 +70,13 @@ def _open_files() -> int:
         return 256
 
 
+def _give_memory_back() -> None:
+    """Have the C library (glibc) take bodies and pixels from the system, and give them back when they are freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; set once, it no longer grows with what is freed
+
+
 def _is_name(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -134,6 +142,7 @@ def serve(
         f"serving {terminal(weights)} on {address} (docs: {address}/docs); stop with Ctrl-C\n{terminal(said)}",
         flush=True,
     )
+    _give_memory_back()
     # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
