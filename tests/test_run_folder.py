@@ -1,9 +1,11 @@
 """What is a run, what else convmixer wrote, and which samples belong to which weights."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from convmixer import run_folder
 from convmixer.run_folder import RunFolder, is_own_output, is_run, run_of, sample_files, weights_folders
 
 
@@ -27,6 +29,14 @@ def test_a_run_is_told_from_another_programs_config(run: Path, tmp_path: Path) -
     assert not is_run(tmp_path / "other")
     assert not is_run(tmp_path / "none")
     assert not is_run(tmp_path / ("x" * 300))
+
+
+def test_the_names_of_a_runs_files_stand_in_one_module() -> None:
+    names = [value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)]
+    files = re.compile("|".join(re.escape(name) for name in names if "." in name and name != run_folder.CARD))
+    package = Path(run_folder.__file__).parent
+    users = {path.name for path in package.rglob("*.py") if files.search(path.read_text(encoding="utf-8"))}
+    assert users == {"run_folder.py", "pt2.py"}  # of a .pt2, members that end in _config.json
 
 
 def test_published_runs_are_runs() -> None:

@@ -19,6 +19,7 @@ from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS
+from convmixer.run_folder import RECORD, STUDY_RECORDS
 
 SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
 
@@ -528,7 +529,7 @@ def _add_worker(sub: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_verify(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("record", type=Path, help="record.jsonl of a run, or records.jsonl of a study")
+    sub.add_argument("record", type=Path, help=f"{RECORD} of a run, or {STUDY_RECORDS} of a study")
     sub.add_argument("--data", help="where the data are now (default: as recorded)")
     sub.add_argument("--run", help="verify only the record of this name")
 

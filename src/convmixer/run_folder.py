@@ -94,7 +94,7 @@ def is_study(path: Path | str) -> bool:
 
 def is_search(path: Path | str) -> bool:
     """Return whether a folder is a search of settings: it holds the plan that `convmixer tune` writes first."""
-    return _is_file(Path(path) / SEARCH) and _exists(Path(path) / "queue.db")
+    return _is_file(Path(path) / SEARCH) and _exists(Path(path) / STUDY_QUEUE)
 
 
 def is_web_export(path: Path | str) -> bool:

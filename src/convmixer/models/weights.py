@@ -1,6 +1,6 @@
 """Weights in and out: one format of our own, every known checkpoint dialect read, names found in package and hub.
 
-Our format is timm's hub layout: a folder with `model.safetensors` and `config.json`. The config also holds, under the
+Our format is timm's hub layout: a folder with tensors and a config. The config also holds, under the
 key "convmixer", what timm does not ask for: the model's full arguments, the recipe, the data. The same JSON is kept
 inside the .safetensors file, so that the file alone still knows its classes and preprocessing.
 """
@@ -36,7 +36,7 @@ TIMM_NAMES = {
     "convmixer_1024_20": "convmixer_1024_20_ks9_p14",
 }
 WRAPPED = "timm_model."  # what transformers' TimmWrapper puts before every key
-OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of model.safetensors
+OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of MODEL
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
 # the fields of Preprocessing that --img-size and the others set, with the words for each
 _MEANING = {
@@ -80,7 +80,7 @@ def save_model(
     preprocessing: Preprocessing,
     **metadata: Any,
 ) -> None:
-    """Write `model.safetensors` and `config.json` so that we and timm can load them. Each file appears whole or not.
+    """Write tensors and config so that we and timm can load them. Each file appears whole or not.
 
     `val` and `recalibrate` find a run's own data by metadata["data"]: a dict with "spec" (as `train` was given it)
     and the keyword arguments "val_fraction", "seed", "max_bad_fraction", "img_size" of `load_data`.
@@ -113,7 +113,7 @@ def hub_config(
     preprocessing: Preprocessing,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the contents of config.json in timm's hub layout; arguments as in `save_model`."""
+    """Return the config of weights in timm's hub layout; arguments as in `save_model`."""
     outputs = getattr(model, "num_classes", len(classes))
     if outputs and outputs != len(classes):
         raise ValueError(f"{len(classes)} class names for {outputs} outputs")
@@ -220,9 +220,7 @@ def _load_newest(path: Path) -> LoadedModel:
     if not folders and (path / OLD_MODEL).is_file():
         return _load_file(path / OLD_MODEL)
     if not folders:
-        raise RequestError(
-            f"{path} holds no weights: no model.safetensors in it, nor in weights/best or weights/last"
-        )
+        raise RequestError(f"{path} holds no weights: no {MODEL} in it, nor in the weights folders of a run")
     for folder, other in itertools.pairwise(folders):
         try:
             return _load_folder(folder)

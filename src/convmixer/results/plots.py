@@ -54,7 +54,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mappin
     Args:
         rows: One mapping per epoch with epoch, lr, train_loss and, if measured, val_loss, top1, top5 (percent).
         path: The PNG to write.
-        steps: Mappings with step, train_loss, lr, images_per_second, as in steps.csv.
+        steps: Mappings with step, train_loss, lr, images_per_second, as `train` writes them.
     """
     length = rows[-1]["step"] / rows[-1]["epoch"] if steps else 1  # steps of an epoch
     fine = [{**row, "epoch": row["step"] / length} for row in steps]

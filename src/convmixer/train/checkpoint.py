@@ -19,7 +19,7 @@ _TRAILER_BYTES = len(_MARK) + hashlib.sha256().digest_size
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state to `folder/latest.pt`; what that was becomes `previous.pt`.
+    """Write a state to `folder/LATEST`; what that was becomes `PREVIOUS`.
 
     Args:
         folder: Made if it is missing.

@@ -1,4 +1,4 @@
-"""Writes the files of a run: config.yaml, metrics.csv, log.jsonl, the model card. Nothing here computes."""
+"""Writes the files of a run: settings, metrics, log, model card. Nothing here computes."""
 
 import csv
 import hashlib
@@ -19,7 +19,7 @@ from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
 from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
-from convmixer.run_folder import LOCK, RunFolder, is_run
+from convmixer.run_folder import CONFIG, LOCK, METRICS, RECORD, STEPS, RunFolder, is_run
 from convmixer.text import markdown, terminal
 
 COLUMNS = (
@@ -36,7 +36,7 @@ COLUMNS = (
 )
 STEP_COLUMNS = ("step", "train_loss", "lr", "images_per_second")
 _NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", "build", "schedule")
-_DIGEST = "# sha256: "  # begins the last line of config.yaml
+_DIGEST = "# sha256: "  # begins the last line of the settings
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:
@@ -70,15 +70,15 @@ class RunFiles(RunFolder):
         return cls(path)
 
     def write_config(self, contents: Mapping[str, Any]) -> None:
-        """Write config.yaml."""
+        """Write the settings."""
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
         write_atomic(self.config, f"{text}{_DIGEST}{_digest(text)}\n".encode())
 
     def read_config(self) -> dict[str, Any]:
-        """Return the contents of config.yaml.
+        """Return the contents of the settings file.
 
         Raises:
-            RequestError: The folder is not a run, or config.yaml is damaged.
+            RequestError: The folder is not a run, or its settings are damaged.
         """
         text = self._read_text(self.config, "is not a run folder")
         body, mark, digest = text.rpartition(_DIGEST)
@@ -120,15 +120,15 @@ class RunFiles(RunFolder):
             raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write metrics.csv anew, one row per epoch; it is small, and so never holds a row twice."""
+        """Write the metrics anew, one row per epoch; it is small, and so never holds a row twice."""
         write_atomic(self.metrics, _table(COLUMNS, rows))
 
     def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write steps.csv anew, a row for every few steps."""
+        """Write the steps anew, a row for every few steps."""
         write_atomic(self.steps, _table(STEP_COLUMNS, rows))
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add an event to log.jsonl."""
+        """Add an event to the log."""
         line = {"time": round(time.time(), 3), "event": event, "step": step, **values}
         with naming(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -153,7 +153,7 @@ def check_empty(path: Path) -> None:
 
 
 class Board:
-    """TensorBoard's event files: the numbers of metrics.csv, opened with the first row. A run goes on without them.
+    """TensorBoard's event files: the numbers of the metrics, opened with the first row. A run goes on without them.
 
     Args:
         path: Their folder.
@@ -206,7 +206,7 @@ def describe(
     build: tuple[str, dict[str, Any]] | None,
     schedule: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the contents of config.yaml: all that it takes to repeat, continue or judge the run.
+    """Return the contents of the settings file: all that it takes to repeat, continue or judge the run.
 
     `config` has what `asked` left to the data and the machine; only what was asked for counts as a difference.
     """
@@ -227,7 +227,7 @@ def describe(
 
 
 def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Return the README.md of a run from config.yaml's contents and the record's results."""
+    """Return the model card of a run from the settings file's contents and the record's results."""
     data, p = config["data"], config["preprocessing"]
     lines = [
         f"# {config['build']['name'] if config['build'] else config['settings']['model']} on {data['name']}",
@@ -265,7 +265,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"{results['epochs']:g} epochs of {config['schedule']['steps_per_epoch']} steps, seed "
         f"{config['settings']['seed']}, {results['seconds']:.0f} s on {config['environment']['processor']} "
         f"({results['images_per_second']:.0f} images per second, {results['precision']}, {results['kernels']}). "
-        "All settings are in config.yaml, epochs in metrics.csv, steps in steps.csv, the record in record.jsonl.",
+        f"All settings are in {CONFIG}, epochs in {METRICS}, steps in {STEPS}, the record in {RECORD}.",
         "",
         "![curves](pictures/curves.png)",
         "",

@@ -16,7 +16,7 @@ from convmixer.train.setup import Job
 
 
 def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
-    """Print all that is decided before the first step; `contents` are those of config.yaml."""
+    """Print all that is decided before the first step; `contents` are those of the settings file."""
     data, c = job.data, job.config
     console.print(f"run      {terminal(folder.path)}")
     console.print(f"recipe   {contents['recipe'] or 'none'}")
@@ -48,7 +48,7 @@ def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any])
 
 
 def epoch_line(row: Mapping[str, Any], epochs: float, better: bool) -> str:
-    """Return what is printed after an epoch: a row of metrics.csv, the run's length, if it is the best."""
+    """Return what is printed after an epoch: a row of the metrics, the run's length, if it is the best."""
     text = f"epoch {row['epoch']:g}/{epochs:g}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"
     if row["top1"] is not None:
         text += f"  val loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}%"

@@ -43,7 +43,7 @@ class Run:
     Args:
         job: What is trained.
         folder: Where it goes.
-        contents: Of config.yaml.
+        contents: Of the settings file.
         started: When this session began, seconds since 1970.
         lock: Held on the folder; None in other processes than the first.
         on_epoch: See `run.train`.

@@ -1,4 +1,4 @@
-"""What single steps show: loss, rate and speed as rows of steps.csv, about 500 however long the run."""
+"""What single steps show: loss, rate and speed as rows of a table, about 500 however long the run."""
 
 import math
 import time

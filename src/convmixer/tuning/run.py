@@ -22,7 +22,7 @@ from convmixer.config import Config, difference, override, parse_seconds, to_dic
 from convmixer.errors import RequestError
 from convmixer.files import write_atomic
 from convmixer.processes import is_dead, sign
-from convmixer.run_folder import SEARCH, RunFolder, is_run
+from convmixer.run_folder import SEARCH, STUDY_QUEUE, RunFolder, is_run
 from convmixer.studies.queue import HEARTBEAT_SECONDS, open_storage
 from convmixer.train.folder import read_metrics
 from convmixer.train.run import resume, train
@@ -117,7 +117,7 @@ class Search:
         if not known.exists() and self.out.exists() and any(self.out.iterdir()):
             raise RequestError(f"{self.out} is not empty: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        store = open_storage(storage or f"sqlite:///{self.out.resolve()}/queue.db", heartbeat_seconds)
+        store = open_storage(storage or f"sqlite:///{self.out.resolve()}/{STUDY_QUEUE}", heartbeat_seconds)
         seed = int.from_bytes(hashlib.sha256(f"{self.base.seed} {sign()}".encode()).digest()[:4], "little")
         found = self.name in optuna.get_all_study_names(store)
         first = self.base.seed if not found else seed  # workers with one seed would propose the same
