@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from convmixer import cli
 from convmixer.errors import RequestError
 from convmixer.evaluation.data import find_data, match_classes
+from convmixer.evaluation.val import val
+from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import class_names
 from convmixer.run_folder import RunFolder
 
@@ -168,3 +171,30 @@ def test_folders_of_imagenet_meet_its_classes() -> None:
     assert "ImageNet" in lines[0]
     with pytest.raises(RequestError, match="does not know 1 of the 1"):
         match_classes(["n99999999"], class_names(1000))
+
+
+def test_folders_of_imagenet_with_words_meet_its_classes_under_any_usual_name() -> None:
+    info = ImageNetInfo()
+    folders = ["n02085620-Chihuahua", "n03126707", "n01440764_tench"]  # "crane" is a bird and a machine
+    for names in (class_names(1000), info.label_descriptions(), info.label_descriptions(detailed=True)):
+        assert match_classes(folders, names)[0].tolist() == [151, 517, 0]
+    assert match_classes(folders, info.label_names())[0].tolist() == [151, 517, 0]
+    with pytest.raises(RequestError, match="two classes of the data have the same name, 'n01440764'"):
+        match_classes(["n01440764", "n01440764-tench"], class_names(1000))
+    with pytest.raises(RequestError, match="does not know 3 of the 3"):  # 1000 classes of something else
+        match_classes(folders, [f"class {i}" for i in range(1000)])
+
+
+def test_a_few_of_imagenets_folders_measure_weights_of_its_1000_classes(tmp_path: Path) -> None:
+    torch.save(ConvMixer(4, 1, 3, 4).state_dict(), tmp_path / "w.pth")
+    for synset in ("n01443537", "n01440764"):  # goldfish and tench
+        (tmp_path / "data" / synset).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng([i, int(synset[1:])]).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / synset / f"{i}.png")
+    result = val(tmp_path / "w.pth", str(tmp_path / "data"))
+    assert {row["name"]: row["n"] for row in result["per_class"] if row["n"]} == {
+        "tench, Tinca tinca": 2,
+        "goldfish, Carassius auratus": 2,
+    }
+    assert any("ImageNet's folder names are matched" in line for line in result["warnings"])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,9 +17,10 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from convmixer import cli
 from convmixer.errors import RequestError
+from convmixer.estimator import ConvMixerClassifier
 from convmixer.inference import expand, load_classifier, predict_files, softmax
 from convmixer.models.convmixer import ConvMixer
-from convmixer.models.weights import load_model, save_model
+from convmixer.models.weights import load_model, save_changed, save_model
 from convmixer.preprocess import Preprocessing, load_image, preprocess
 
 
@@ -43,6 +45,35 @@ def test_a_trained_model_names_real_digits(digits_weights: Path, pngs: tuple[lis
         assert len(p["classes"]) == len(p["probabilities"]) == 3
         assert p["probabilities"] == sorted(p["probabilities"], reverse=True)
         assert 0 < sum(p["probabilities"]) <= 1 + 1e-9
+
+
+@pytest.fixture(scope="module")
+def enormous(digits_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that are finite, with outputs that are not."""
+    folder = tmp_path_factory.mktemp("enormous")
+    loaded = load_model(digits_weights)
+    with torch.no_grad():
+        cast(Any, loaded.model).head.weight.copy_(loaded.model.head.weight.sign() * 3e38)
+    save_changed(folder, loaded)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["predict", "val", "explain"])
+def test_outputs_that_are_no_numbers_are_an_error(
+    enormous: Path, pngs: tuple[list[Path], list[str]], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--limit", "8"] if command == "val" else [str(pngs[0][0])]
+    assert cli.main([command, str(enormous), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert "nan" not in out
+    assert err.strip().splitlines()[-1].endswith("its training diverged; use other weights")
+
+
+def test_an_estimator_refuses_outputs_that_are_no_numbers(enormous: Path) -> None:
+    estimator = ConvMixerClassifier()
+    estimator.classes_, estimator.classifier_ = np.arange(10), load_classifier(enormous)
+    with pytest.raises(RequestError, match="the model's outputs are NaN or infinite"):
+        estimator.predict(np.zeros((1, 8, 8), np.uint8))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

@@ -16,7 +16,7 @@ from convmixer.inference import load_classifier
 from convmixer.models import weights
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.create import create_model
-from convmixer.models.weights import load_model
+from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 from made_weights import State, authors, mmpretrain, settle
 
@@ -168,6 +168,27 @@ def test_what_weights_expect_can_be_given(tmp_path: Path) -> None:
     assert "relu as asked instead of gelu" in loaded.found
     with pytest.raises(RequestError, match="crop_pct"):
         load_model(tmp_path / "w.pth", crop_pct=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("resmlp", {"img_size": 16}), ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12})]
+)
+def test_a_model_of_one_image_size_refuses_another(tmp_path: Path, name: str, sizes: dict[str, int]) -> None:
+    given = {"dim": 8, "depth": 1, **sizes} if name == "resmlp" else {**sizes, "num_heads": 1}
+    side = sizes.get("img_size", 224)
+    model = create_model(name, num_classes=2, **given)
+    save_model(
+        tmp_path, model, architecture=name, model_args=given, classes=["a", "b"], preprocessing=Preprocessing(side)
+    )
+    with pytest.raises(RequestError, match=rf"was made for {side} px and does not take 32 px .*leave --img-size out"):
+        load_model(tmp_path, img_size=32)
+    assert load_model(tmp_path, img_size=side, crop_pct=1.0).preprocessing.crop_pct == 1
+
+
+def test_an_image_smaller_than_a_patch_is_refused(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "w.pth")
+    with pytest.raises(RequestError, match="does not take 1 px"):
+        load_model(tmp_path / "w.pth", img_size=1)
 
 
 def test_commands_take_what_weights_expect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

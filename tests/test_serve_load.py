@@ -15,11 +15,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bombs import text_pixels
 from convmixer.errors import RequestError
 from convmixer.inference import Classifier
+from convmixer.models.convmixer import ConvMixer
 from convmixer.serve.batching import Batcher
 from convmixer.serve.limits import Limits
 from convmixer.serve.server import serve
@@ -80,6 +82,18 @@ def test_sigterm_finishes_what_was_accepted_and_exits_0(serve_weights: Path) -> 
     assert "Traceback" not in out + err
 
 
+def test_what_was_loaded_and_assumed_is_printed(tmp_path: Path) -> None:
+    torch.save(ConvMixer(4, 1, 3, 4, num_classes=2).state_dict(), tmp_path / "w.pth")
+    process, server = start_process(tmp_path / "w.pth")
+    assert process.stdout
+    process.stdout.readline()  # about the pictures
+    line = process.stdout.readline()
+    os.kill(server.pid, signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert line.startswith("model: timm keys: dim 4, depth 1, kernel_size 3")
+    assert "assumed 32 px, mean (0.4914, 0.4822, 0.4465)" in line
+
+
 def test_a_taken_port_is_one_clear_error(serve_weights: Path, server: Server) -> None:
     command = [sys.executable, "-m", "convmixer", "serve", str(serve_weights), "--port", str(server.port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -135,6 +149,7 @@ def test_an_answer_that_is_not_a_number_is_500(serve_classifier: Classifier) -> 
     with Running(dataclasses.replace(serve_classifier, logits=logits, with_maps=None), Limits()) as server:
         answer = server.post(picture())
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "not_a_number")
+        assert "NaN or infinite" in answer.json()["error"]["message"]
 
 
 def test_limits_that_would_refuse_everything_are_refused() -> None:

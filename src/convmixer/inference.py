@@ -78,9 +78,27 @@ class Classifier:
         ]
 
 
+def finite(logits: np.ndarray) -> np.ndarray:
+    """Return logits that are numbers; all that computes with a model's outputs asks here first.
+
+    Raises:
+        RequestError: One is NaN or infinite.
+    """
+    if not np.isfinite(logits).all():
+        raise RequestError(
+            "the model's outputs are NaN or infinite: its weights are damaged, or its training diverged; "
+            "use other weights"
+        )
+    return logits
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities, float64 (B, classes)."""
-    logits = logits.astype(np.float64)
+    """Return probabilities, float64 (B, classes).
+
+    Raises:
+        RequestError: A logit is NaN or infinite.
+    """
+    logits = finite(logits).astype(np.float64)
     values: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
     return values / values.sum(axis=1, keepdims=True)
 

@@ -21,6 +21,7 @@ from convmixer.seal import is_sealed
 
 SPLITS = ("test", "val", "train")  # in the order in which one is chosen to measure on
 MAX_BAD_FRACTION = 0.01
+SYNSET = re.compile(r"n\d{8}([-_ .].*)?", re.DOTALL)  # a class folder of ImageNet, with or without words behind it
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tens
 
     Names meet by name, compared as Unicode's NFC, so that a name typed on a Mac is the same as elsewhere. A model
     without names (they are "0", "1", ...) is taken to have the order of the data if the numbers of classes agree.
-    ImageNet's folders (n01440764) meet the names of its 1000 classes.
+    ImageNet's folders (n01440764, n02085620-Chihuahua) meet the names of its 1000 classes.
 
     Args:
         data: Class names of the data, by label.
@@ -171,9 +172,11 @@ def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tens
     """
     wanted, known = [_plain(name) for name in data], [_plain(name) for name in model]
     _check_unambiguous(wanted, "the data")
-    synsets = _imagenet_synsets(wanted, known)
+    synsets = _imagenet_synsets(known) if all(SYNSET.fullmatch(name) for name in wanted) else []
     if synsets:
-        return _index(wanted, synsets, model), ["ImageNet's folder names are matched to its 1000 classes"]
+        short = [name[:9] for name in wanted]
+        _check_unambiguous(short, "the data")
+        return _index(short, synsets, model), ["ImageNet's folder names are matched to its 1000 classes"]
     if _is_nameless(known) and len(data) == len(model):
         line = "the weights carry no class names: taken to be in the order of the data"
         return torch.arange(len(data)), [] if wanted == known else [line]
@@ -198,13 +201,16 @@ def _check_unambiguous(names: Sequence[str], whose: str) -> None:
         raise RequestError(f"two classes of {whose} have the same name, {twice[0]!r}: rename one")
 
 
-def _imagenet_synsets(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the synsets of a 1000-class model if the data are named by synsets and the model by words, else []."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in wanted) or tuple(known) != class_names(1000):
+def _imagenet_synsets(known: Sequence[str]) -> list[str]:
+    """Return ImageNet's synsets if a model has its 1000 classes under a name that timm or we give them, else []."""
+    if len(known) != 1000:
         return []
     from timm.data import ImageNetInfo
 
-    return list(ImageNetInfo().label_names())
+    info = ImageNetInfo()
+    synsets = list(info.label_names())
+    words = [info.label_descriptions(detailed) for detailed in (False, True)]
+    return synsets if list(known) in [synsets, list(class_names(1000)), *words] else []
 
 
 def _is_nameless(classes: Sequence[str]) -> bool:

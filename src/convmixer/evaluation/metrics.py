@@ -10,7 +10,7 @@ import torch.nn as nn
 from torchmetrics.functional import classification as tm
 
 from convmixer.errors import RequestError
-from convmixer.inference import Logits, torch_logits
+from convmixer.inference import Logits, finite, torch_logits
 
 ECE_BINS = 15
 
@@ -40,13 +40,13 @@ def collect(
     """Return logits float32 (N, classes) and labels int64 (N,); arguments as in `evaluate`.
 
     Raises:
-        RequestError: There is not one image.
+        RequestError: There is not one image, or an output is NaN or infinite.
     """
     if isinstance(model, nn.Module):
         run = torch_logits(model, device or next(model.parameters()).device, precision)
     else:
         run = model
-    pairs = [(torch.from_numpy(run(images.numpy())), labels) for images, labels in batches]
+    pairs = [(torch.from_numpy(finite(run(images.numpy()))), labels) for images, labels in batches]
     if not pairs:
         raise RequestError("there are no images to evaluate on")
     logits, labels = zip(*pairs, strict=True)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 import torch.nn as nn
+from torch.func import functional_call
 
 from convmixer._version import __version__
 from convmixer.errors import RequestError, shown, unknown
@@ -377,7 +378,28 @@ def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -
         raise RequestError(str(error)) from error
     for key in changes:
         notes.append(f"{_MEANING[key].format(getattr(asked, key))} as asked instead of {getattr(known, key)}")
+    if asked.img_size != known.img_size:
+        _check_size(loaded, asked)
     return replace(loaded, preprocessing=asked, found="; ".join(notes))
+
+
+def _check_size(loaded: LoadedModel, asked: Preprocessing) -> None:
+    """Run the model on shapes alone: many of timm's, and those with attention, take images of one size only.
+
+    Raises:
+        RequestError: It does not take images of the size asked for.
+    """
+    side = asked.img_size
+    tensors = {**dict(loaded.model.named_parameters()), **dict(loaded.model.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    try:
+        with torch.no_grad():
+            functional_call(loaded.model, shapes, (torch.empty(1, asked.in_chans, side, side, device="meta"),))
+    except Exception as error:  # each family checks in its own way, or not at all
+        raise RequestError(
+            f"{loaded.source}: its {type(loaded.model).__name__} was made for {loaded.preprocessing.img_size} px and "
+            f"does not take {side} px ({shown(str(error), 120)}): leave --img-size out"
+        ) from error
 
 
 def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:

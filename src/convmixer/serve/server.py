@@ -139,7 +139,8 @@ def serve(
         raise RequestError(f"cannot listen on {host}:{port}: is the port taken?") from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
     print(
-        f"serving {terminal(weights)} on {address} (docs: {address}/docs); stop with Ctrl-C\n{terminal(said)}",
+        f"serving {terminal(weights)} on {address} (docs: {address}/docs); stop with Ctrl-C\n{terminal(said)}\n"
+        f"model: {terminal(classifier.describe.get('found') or 'exported')}",
         flush=True,
     )
     _give_memory_back()

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from convmixer.decode.errors import Apart
 from convmixer.decode.worker import stop_workers
+from convmixer.errors import RequestError
 from convmixer.exported.web import data_uri
 from convmixer.inference import Classifier, ranked, softmax
 from convmixer.preprocess import ImageError, load_image, normalise, read_header, resize_and_crop
@@ -155,9 +156,10 @@ class Service:
     def _prediction(
         self, logits: np.ndarray, maps: np.ndarray | None, seen: Image.Image, topk: int, explain: bool
     ) -> Prediction:
-        probabilities = softmax(logits[None])[0]
-        if not np.isfinite(probabilities).all():
-            raise Refusal(500, "not_a_number", "the model's answer is not a number: are its weights damaged?")
+        try:
+            probabilities = softmax(logits[None])[0]
+        except RequestError as error:
+            raise Refusal(500, "not_a_number", str(error)) from None
         order = ranked(probabilities, topk)
         evidence = None
         if explain:
