@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"data", "models", "fast", "results", "probe"},
     "inference": {"data", "models", "fast", "exported"},
     "evaluation": {"data", "models", "inference", "results"},
-    "estimator": {"train", "inference", "recipes"},
+    "estimator": {"data", "train", "inference", "recipes"},
     "exported": {"data", "models", "evaluation"},
     "serve": {"inference", "exported"},
     "explain": {"inference", "models", "results"},

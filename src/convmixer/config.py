@@ -27,7 +27,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("workers pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
-    ("val_fraction max_bad_fraction drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("val_fraction test_fraction max_bad_fraction", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
 )
@@ -53,6 +54,9 @@ class Config:
     img_size: int | None = setting(None, "side of the square input in pixels; none: that of the data set")
     val_fraction: float = setting(
         0.1, "share of train held out for validation if the data have no val split; 0: none"
+    )
+    test_fraction: float = setting(
+        0.2, "share held out for the test if the data have no test split, the same for every seed; 0: none"
     )
     path_column: str | None = setting(None, "column of a table that holds the images or their paths; none: found")
     label_column: str | None = setting(None, "column of the labels; none: found")

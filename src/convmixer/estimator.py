@@ -4,33 +4,45 @@
     model = ConvMixerClassifier(epochs=10).fit(images, labels)
     model.predict(new_images)
 
-It trains and predicts by the same code as the command line. The images are not flattened, so scikit-learn's checks
-for tables of numbers do not apply; `clone`, `get_params` and cross-validation over indices do.
+It trains and predicts by the same code as the command line. Rows of a table become images by a reshape, e.g.
+`FunctionTransformer(lambda X: X.reshape(-1, 8, 8))` before it in a pipeline.
 """
 
+import contextlib
 import csv
+import dataclasses
+import inspect
 import io
 import itertools
+import random
+import shutil
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d
 
-from convmixer.config import override
-from convmixer.errors import RequestError
-from convmixer.inference import Classifier, load_classifier
-from convmixer.preprocess import load_image, to_mode
+from convmixer.config import Config, override
+from convmixer.data.in_memory import Batch, as_images, is_file, opened
+from convmixer.data.labels import NO_LABEL, check_names, tidy_name
+from convmixer.errors import RequestError, unknown
+from convmixer.inference import Classifier, load_classifier, softmax
+from convmixer.preprocess import preprocess, to_mode
 from convmixer.recipes import load_recipe
 from convmixer.run_folder import is_run
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
+MOST_COPIES = 1000  # of one image, by its weight
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back as they are
+RECIPE = "recipe"
+SETTINGS = {field.name: RECIPE for field in dataclasses.fields(Config)} | {"val_fraction": 0.0, "test_fraction": 0.0}
 
 
 class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
@@ -38,47 +50,63 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         recipe: Name of the recipe whose settings are the start.
-        out: Folder for the run; if it holds one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ...
-            (out-2, out-3, ...); None: a temporary one, gone with the process.
-        **settings: Any setting of `Config`, over the recipe, e.g. epochs=10, weights="convmixer_256_8.cifar10".
+        out: Folder for the run; if there is one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ... The
+            images that are no files are kept beside it, in FOLDER-images. None: nothing is kept on disk.
+        verbose: 0: only warnings; 1: print settings, epochs and results.
+        **settings: Any setting of `Config`, e.g. epochs=10, weights="convmixer_256_8.cifar10". The word "recipe"
+            stands for the recipe's value and is the default, except that `val_fraction` and `test_fraction` are 0:
+            `fit` trains on all images it is given.
 
     Attributes:
         classes_: The labels seen in `fit`, sorted.
-        run_: The run folder of the last `fit` with weights, curves and record; None if it was temporary.
+        run_: The run folder of the last `fit` with weights, curves and record; None if none was kept.
         classifier_: The trained `inference.Classifier`.
+
+    Raises:
+        RequestError: A setting is not known.
     """
 
-    def __init__(self, recipe: str = "finetune", out: str | Path | None = None, **settings: Any) -> None:
-        self.recipe, self.out, self.settings = recipe, out, settings
+    def __init__(
+        self, recipe: str = "finetune", out: str | Path | None = None, verbose: int = 0, **settings: Any
+    ) -> None:
+        self.recipe, self.out, self.verbose = recipe, out, verbose
+        for name in settings:
+            if name not in SETTINGS:
+                raise unknown("setting", name, SETTINGS)
+        for name, default in SETTINGS.items():
+            setattr(self, name, settings.get(name, default))
 
-    def fit(self, X: Images, y: Sequence[Any] | np.ndarray) -> "ConvMixerClassifier":
-        """Train on labelled images, as `convmixer train` does with data that come without splits.
+    def fit(
+        self, X: Images, y: Sequence[Any] | np.ndarray, sample_weight: Sequence[float] | np.ndarray | None = None
+    ) -> "ConvMixerClassifier":
+        """Train on labelled images: on all of them, unless `val_fraction` or `test_fraction` hold some out.
 
-        A fifth is held out to test the run, and `val_fraction` (a tenth) of the rest to choose the best epoch.
+        The process's random generators are left as they were; `seed` decides everything.
 
         Args:
-            X: uint8 (N, H, W) grey or (N, H, W, 3) colour, or a sequence of PIL images, arrays or files.
-            y: N labels of any type that sorts; their texts must differ and have no spaces around them.
+            X: Grey (N, H, W) or colour (N, H, W, 3), uint8, or floats from 0 to 1, or uint16 if grey; (N, 3, H, W)
+                and torch tensors are taken too; or a sequence of PIL images, arrays or files.
+            y: N labels of any type that sorts, (N,) or (N, 1); their texts must differ and have no spaces around.
+            sample_weight: How often each image is there, (N,) whole numbers; weights that are all equal change
+                nothing. Other weights are refused, since training draws every image once per epoch.
 
         Raises:
-            RequestError: Images, labels and settings do not go together.
+            ValueError: Images, labels and settings do not go together; RequestError is one.
         """
-        from convmixer.train.run import train
-
-        labels = np.asarray(y)
-        if len(X) != len(labels):
-            raise RequestError(f"{len(X)} images but {len(labels)} labels")
-        self.classes_ = np.unique(labels)
-        names = [str(label) for label in self.classes_]
-        if len(set(names)) < len(names) or not all(name and name == name.strip() for name in names):
-            raise RequestError(f"labels must have different texts without spaces around them, not {names}")
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)  # a failed fit must not leave what an earlier one found
+        images, warned = as_images(X)
+        labels, classes = _labels(y, len(images))
+        copies = _copies(sample_weight, len(images))
         recipe = load_recipe(self.recipe)
-        config = override(recipe, self.settings)
-        with tempfile.TemporaryDirectory(prefix="convmixer-") as folder:
-            table = _write(X, labels, Path(folder))
-            out = _unused(Path(self.out)) if self.out is not None else Path(folder) / "run"
-            result = train(str(table), config, out=out, recipe=recipe, recipe_name=self.recipe)
-            self.classifier_: Classifier = load_classifier(result["run"])
+        config = override(recipe, self._settings())
+        for line in warned:
+            warnings.warn(line, stacklevel=2)
+        with _generators_kept(), self._folders() as (folder, out):
+            table = _write(images, labels, folder, copies)
+            classifier = self._train(str(table), config, recipe, out)
+        self.classifier_: Classifier = classifier if self.out is not None else _without_paths(classifier)
+        self.classes_ = classes
         self.run_ = out if self.out is not None else None
         return self
 
@@ -86,66 +114,196 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         """Return the probability of each class, (N, classes) in the order of `classes_`.
 
         Raises:
-            NotFittedError: `fit` has not been called.
+            NotFittedError: `fit` has not been called, or has failed.
+            ValueError: X is not what `fit` takes.
         """
-        check_is_fitted(self)
-        names = {str(label): i for i, label in enumerate(self.classes_)}
-        found = np.zeros((len(X), len(names)))
-        for start in range(0, len(X), BATCH):
-            images = [_image(image) for image in X[start : start + BATCH]]
-            for row, best in zip(found[start:], self.classifier_.predict(images, len(names)), strict=False):
-                for name, probability in best:
-                    row[names[name]] = probability
+        return softmax(self._logits(X))
+
+    def predict_log_proba(self, X: Images) -> np.ndarray:
+        """Return the logarithm of the probability of each class, as `predict_proba` does."""
+        logits = self._logits(X)
+        logits = logits - logits.max(axis=1, keepdims=True)
+        found: np.ndarray = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return found
 
     def predict(self, X: Images) -> np.ndarray:
         """Return the likeliest label of each image, (N,)."""
-        likeliest = self.predict_proba(X).argmax(axis=1)
+        likeliest = self._logits(X).argmax(axis=1)
         labels: np.ndarray = self.classes_[likeliest]
         return labels
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return what the estimator was made with."""
-        return {"recipe": self.recipe, "out": self.out, **self.settings}
+    def _logits(self, X: Images) -> np.ndarray:
+        """Return float64 (N, classes) in the order of `classes_`."""
+        check_is_fitted(self)
+        images, _ = as_images(X)  # said in `fit`, and of every batch it would be too much
+        p, known = self.classifier_.preprocessing, self.classifier_.classes
+        order = [known.index(tidy_name(str(label))) for label in self.classes_]
+        found = np.zeros((len(images), len(order)))
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            inputs = np.stack([preprocess(opened(image, p.in_chans, p.bits), p) for image in batch])
+            found[start : start + len(batch)] = self.classifier_.logits(inputs)[:, order]
+        return found
 
-    def set_params(self, **params: Any) -> "ConvMixerClassifier":
-        """Change the recipe, the folder or settings."""
-        self.recipe, self.out = params.pop("recipe", self.recipe), params.pop("out", self.out)
-        self.settings = self.settings | params
-        return self
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that are not left to the recipe."""
+        values = {name: getattr(self, name) for name in SETTINGS}
+        given = {name: value for name, value in values.items() if not (isinstance(value, str) and value == RECIPE)}
+        return given if self.out is not None else {"draw": False} | given
+
+    def _train(self, table: str, config: Config, recipe: Config, out: Path) -> Classifier:
+        from convmixer.train.run import train
+
+        try:
+            run = train(table, config, out=out, recipe=recipe, recipe_name=self.recipe, quiet=not self.verbose)
+            return load_classifier(run["run"], device=config.device)
+        except RequestError as error:  # the folder will be gone when somebody reads this
+            folder = str(Path(table).parent)
+            raise RequestError(str(error).replace(table, "X").replace(folder + "/", "")) from None
+
+    @contextlib.contextmanager
+    def _folders(self) -> Iterator[tuple[Path, Path]]:
+        """Give a folder for the images and one for the run; both are gone after it if nothing is to be kept."""
+        if self.out is None:
+            with tempfile.TemporaryDirectory(prefix="convmixer-") as name:
+                yield Path(name), Path(name) / "run"
+            return
+        out = _unused(Path(self.out))
+        folder = _images_of(out)
+        folder.mkdir(parents=True)
+        try:
+            yield folder, out
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False  # images, not rows of numbers
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+def _signature() -> inspect.Signature:
+    """Return the constructor's signature with every setting by name: scikit-learn reads the parameters from it."""
+    known = list(inspect.signature(ConvMixerClassifier.__init__).parameters.values())[:-1]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([*known, *(inspect.Parameter(n, kind, default=d) for n, d in SETTINGS.items())])
+
+
+ConvMixerClassifier.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leave Python's, numpy's and torch's random generators as they were."""
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _labels(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return N labels and the classes.
+
+    Raises:
+        ValueError: They are not one label per image, or their texts cannot be names of classes.
+    """
+    if y is None:
+        raise ValueError("ConvMixerClassifier requires y to be passed, but the target y is None")
+    y = y.detach().cpu().numpy() if hasattr(y, "detach") else y
+    if (shape := np.shape(y))[1:] and shape[1] != 1:
+        raise ValueError(
+            f"y should be a 1d array of {count} labels, got an array of shape {shape} instead: "
+            "of one-hot rows take y.argmax(axis=1)"
+        )
+    labels = column_or_1d(y, warn=True)
+    assert_all_finite(labels, input_name="y")
+    if len(labels) != count:
+        raise RequestError(f"{count} images but {len(labels)} labels")
+    check_classification_targets(labels)
+    classes = np.unique(labels)
+    names = [str(label) for label in classes]
+    if len(names) < 2:
+        raise RequestError(f"a classifier needs two classes or more, but y holds one class: {names[0]!r}")
+    if len(set(names)) < len(names) or not all(name and name == name.strip() for name in names):
+        raise RequestError(f"labels must have different texts without spaces around them, not {names}")
+    if missing := [name for name in names if name.lower() in NO_LABEL]:
+        raise RequestError(f"the label {missing[0]!r} says that a label is missing: leave those images out")
+    check_names(names)
+    return labels, classes
+
+
+def _copies(sample_weight: Any, count: int) -> np.ndarray:
+    """Return how often each image is there, (N,) int64.
+
+    Raises:
+        ValueError: The weights are no such numbers.
+    """
+    if sample_weight is None:
+        return np.ones(count, np.int64)
+    weights = np.asarray(sample_weight, float)
+    if weights.shape != (count,):
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(count,)}!")
+    if (weights == weights[0]).all() and weights[0] > 0:
+        return np.ones(count, np.int64)
+    if not ((weights >= 0) & (weights <= MOST_COPIES) & (weights == np.round(weights))).all():
+        raise RequestError(
+            f"sample_weight must be whole numbers from 0 to {MOST_COPIES}: how often each image is there; "
+            "training draws every image once per epoch and knows no other weights"
+        )
+    return weights.astype(np.int64)
+
+
+def _without_paths(classifier: Classifier) -> Classifier:
+    """Return a classifier that names no file of a folder that is gone."""
+    gone = {"source": "ConvMixerClassifier.fit", "found": "ConvMixerClassifier.fit"}
+    about = {name: value for name, value in classifier.describe.items() if name != "data"} | gone
+    loaded = classifier.loaded
+    if loaded is not None:
+        metadata = {name: value for name, value in loaded.metadata.items() if name != "data"}
+        loaded = dataclasses.replace(loaded, metadata=metadata, source=Path(), found=gone["found"])
+    return dataclasses.replace(classifier, describe=about, loaded=loaded)
+
+
+def _images_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}-images")
 
 
 def _unused(folder: Path) -> Path:
-    """Return the folder, or if it is a run, the first of folder-2, folder-3, ... that is none."""
+    """Return the folder, or if a run is there, the first of folder-2, folder-3, ... where none is."""
     names = (f"{folder}-{number}" for number in itertools.count(2))
     path = folder
-    while is_run(path):
+    while is_run(path) or _images_of(path).exists():
         path = Path(next(names))
     return path
 
 
-def _write(X: Images, labels: np.ndarray, folder: Path) -> Path:
-    """Write images as lossless files and a table of path and label; return the table."""
+def _write(images: Batch, labels: np.ndarray, folder: Path, copies: np.ndarray) -> Path:
+    """Write images that are no files as lossless ones, and a table of path and label; return the table."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["path", "label"])
-    for number, (image, label) in enumerate(zip(X, labels, strict=True)):
-        path = folder / f"{number:07d}.png"
-        decoded = _image(image)
-        if decoded.mode not in PNG_MODES:
-            decoded = to_mode(decoded, 1 if decoded.mode.startswith("I") else 3)
-        decoded.save(path, compress_level=1)
-        writer.writerow([path.name, str(label)])
+    for number, (image, label, times) in enumerate(zip(images, labels, copies, strict=True)):
+        if not times:
+            continue
+        path = str(Path(image).absolute()) if is_file(image) else _saved(opened(image), folder, number)
+        writer.writerows([[path, str(label)]] * times)
     table = folder / "images.csv"
     table.write_text(text.getvalue(), encoding="utf-8")
     return table
 
 
-def _image(image: Image.Image | np.ndarray | Path | str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (Path, str)):
-        return load_image(Path(image))
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise RequestError(f"images must be uint8 (H, W) or (H, W, 3), not {image.dtype} {image.shape}")
-    return Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
+def _saved(image: Image.Image, folder: Path, number: int) -> str:
+    if image.mode.startswith("I"):  # PNG holds 16 bits of them; the table finds out how many are used
+        image = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    elif image.mode not in PNG_MODES:
+        image = to_mode(image, 1 if image.mode == "F" else 3)
+    path = folder / f"image-{number:07d}.png"
+    image.save(path, compress_level=1)
+    return path.name

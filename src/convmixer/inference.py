@@ -155,8 +155,8 @@ def _from_exported(path: Path, precision: str) -> Classifier:
     if precision != "auto":
         raise RequestError(f"{path} has the precision it was exported with: leave --precision out")
     exported = load_exported(path)
-    logits, about = (lambda batch: exported.run(batch)[0]), exported.describe
-    return Classifier(logits, exported.classes, exported.preprocessing, about, exported.run)
+    logits = _LogitsOf(exported.run)
+    return Classifier(logits, exported.classes, exported.preprocessing, exported.describe, exported.run)
 
 
 def fastest(
@@ -182,8 +182,7 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
         device: Where to compute.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `device.choose_precision`.
     """
-    run = _torch_run(model, device, precision)
-    return lambda batch: run(batch)[0]
+    return _LogitsOf(_TorchRun(model, device, precision))
 
 
 def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> LogitsAndMaps | None:
@@ -192,34 +191,41 @@ def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> Lo
 
     if not has_maps(model):
         return None
-    run = _torch_run(WithMaps(model).eval(), device, precision)
-
-    def both(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        logits, maps = run(batch)
-        return logits, maps
-
-    return both
+    return _TorchRun(WithMaps(model).eval(), device, precision)
 
 
-def _torch_run(
-    model: "nn.Module", device: "torch.device", precision: str
-) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
-    import torch
+@dataclass(frozen=True)
+class _LogitsOf:
+    """The first output of a run; a class, since a fitted estimator is pickled with it."""
 
-    model.to(device)
-    kind = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    run: Callable[[np.ndarray], tuple[Any, ...]]
 
-    def run(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = self.run(batch)[0]
+        return logits
+
+
+class _TorchRun:
+    """Runs a model in eval mode on arrays: see `torch_logits` for the arguments."""
+
+    def __init__(self, model: "nn.Module", device: "torch.device", precision: str) -> None:
+        import torch
+
+        self.model, self.device = model.to(device), device
+        self.dtype = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def __call__(self, batch: np.ndarray) -> tuple[Any, ...]:
+        import torch
+
+        model, device, dtype = self.model, self.device, self.dtype
         modes = [(module, module.training) for module in model.modules()] if model.training else []
         model.eval()
-        with torch.inference_mode(), torch.autocast(device.type, kind, enabled=kind is not None):
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = model(torch.from_numpy(batch).to(device))
         for module, training in modes:  # a model that serves is in eval mode already, since other threads may run it
             module.training = training
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)
-
-    return run
 
 
 def predict_files(

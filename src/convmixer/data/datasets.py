@@ -97,12 +97,13 @@ def load_data(
     hold_out: bool = True,
     options: Options | None = None,
     bits: int | None = None,
+    test_fraction: float = TEST_FRACTION,
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
     Missing splits are made from train, stratified by class, and `notes` says so: val from `seed`, test always the
     same. With `val_fraction` 0 there is no val split, and data that come with train and val but no test use their val
-    as test. Images with equal contents are in one split.
+    as test. With `test_fraction` 0 no test split is made. Images with equal contents are in one split.
 
     Args:
         spec: See `argument.read_argument`.
@@ -114,6 +115,7 @@ def load_data(
         hold_out: Make missing splits from train. Without it the splits are those that the data come with.
         options: What the user said about columns, folders and groups; None: nothing.
         bits: How many bits the values of 16-bit images use; None: as many as those of this data set.
+        test_fraction: Share of train, 0 to 1, held out if there is no test split.
 
     Raises:
         RequestError: No such data, too many unusable images, or too few images to split.
@@ -138,7 +140,7 @@ def load_data(
     bits = bits or _bits(found, checked, notes)
     sets = _image_sets(found, checked, in_chans, bits, sizes, int(max_bad_fraction * total), notes)
     if hold_out:
-        train, val, test = _complete(sets, checked.together, val_fraction, seed, notes)
+        train, val, test = _complete(sets, checked.together, val_fraction, test_fraction, seed, notes)
     else:
         train, val, test = (sets.get(split) for split in ("train", "val", "test"))
     mean, std = _statistics(found, in_chans, train or test or val, notes)
@@ -280,22 +282,27 @@ def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
 
 
 def _complete(
-    sets: dict[str, ImageSet], together: dict[str, np.ndarray], val_fraction: float, seed: int, notes: list[str]
+    sets: dict[str, ImageSet],
+    together: dict[str, np.ndarray],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    notes: list[str],
 ) -> tuple[ImageSet | None, ImageSet | None, ImageSet | None]:
     """Return train, val and test, making from train what is missing."""
     train, val, test = (sets.get(split) for split in ("train", "val", "test"))
     if train is None:
         return None, val, test
-    if test is None and val is not None and val_fraction == 0:
+    if test is None and val is not None and val_fraction == 0 < test_fraction:
         notes.append(f"val ({len(val)} images) serves as test: there is no test split and val_fraction is 0")
         val, test = None, val
-    if test is None:
-        train, test = _hold_out(train, together["train"], TEST_FRACTION, TEST_SEED, "test")
+    if test is None and test_fraction > 0:
+        train, test = _hold_out(train, together["train"], test_fraction, TEST_SEED, "test")
         notes.append(f"no test split: {len(test)} images held out of train, the same for every seed")
     if val is None and val_fraction > 0:
         train, val = _hold_out(train, together["train"], val_fraction, seed, "val")
         notes.append(f"no val split: {len(val)} images held out of train, chosen by seed {seed}")
-    notes.append(f"train {len(train)}, val {len(val) if val else 0}, test {len(test)} images")
+    notes.append(f"train {len(train)}, val {len(val) if val else 0}, test {len(test) if test else 0} images")
     return train, val, test
 
 

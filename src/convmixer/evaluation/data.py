@@ -14,6 +14,7 @@ import torch
 from convmixer.data.argument import BUILT_IN, read_argument
 from convmixer.data.datasets import DataSplits, ImageSet, load_data
 from convmixer.data.options import Options
+from convmixer.data.splits import TEST_FRACTION
 from convmixer.errors import RequestError
 from convmixer.models.weights import class_names
 from convmixer.preprocess import BITS
@@ -120,6 +121,7 @@ def _load(
     return load_data(
         spec,
         val_fraction=_share(trained_on.get("val_fraction"), 0.1),
+        test_fraction=_share(trained_on.get("test_fraction"), TEST_FRACTION),
         seed=seed if isinstance(seed, int) and seed >= 0 else 0,
         max_bad_fraction=_share(trained_on.get("max_bad_fraction"), MAX_BAD_FRACTION),
         recorded=recorded,

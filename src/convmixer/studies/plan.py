@@ -107,6 +107,7 @@ def load_splits(study: Study, data: str) -> DataSplits:
     return load_data(
         data,
         val_fraction=c.val_fraction,
+        test_fraction=c.test_fraction,
         seed=0,
         max_bad_fraction=c.max_bad_fraction,
         img_size=c.img_size,

@@ -62,6 +62,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
     splits = load_data(
         data or record.data["spec"],
         val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
         seed=config.seed,
         max_bad_fraction=config.max_bad_fraction,
         img_size=config.img_size,

@@ -30,6 +30,7 @@ def train(
     recipe_name: str | None = None,
     build: Build | None = None,
     on_epoch: OnEpoch | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train a model and return the result; everything about it is in the run folder.
 
@@ -41,6 +42,7 @@ def train(
         recipe_name: Its name.
         build: Name and arguments for `create_model`, instead of `config.model`.
         on_epoch: Called with an epoch's row of metrics once it is on disk; what it raises ends the training.
+        quiet: Print no settings, epochs and results.
 
     Returns:
         `run` (the folder), `val_top1`, `test_top1` (percent, None without such a split), `epochs`, `seconds`,
@@ -66,7 +68,7 @@ def train(
         )
         with _alone(folder) as lock:
             on_first(lambda: check_empty(folder.path))  # another process may have trained there since
-            run = Run(job, folder, contents, started, lock, on_epoch)
+            run = Run(job, folder, contents, started, lock, on_epoch, quiet)
             run.begin()
             return run.to_the_end()
 

@@ -46,7 +46,7 @@ class Run:
         contents: Of the settings file.
         started: When this session began, seconds since 1970.
         lock: Held on the folder; None in other processes than the first.
-        on_epoch: See `run.train`.
+        on_epoch, quiet: See `run.train`.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class Run:
         started: float,
         lock: RunLock | None = None,
         on_epoch: OnEpoch | None = None,
+        quiet: bool = False,
     ) -> None:
         self.on_epoch = on_epoch
         self.job, self.folder, self.contents, self.started, self.lock = job, folder, contents, started, lock
         self.config, self.schedule = job.config, contents["schedule"]
         self.total_steps, self.steps_per_epoch = self.schedule["steps"], job.steps_per_epoch
         self.module: TrainingModule = job.module(self.schedule["epochs"])
-        self.console = Console(quiet=rank() != 0, soft_wrap=True, highlight=False, markup=False)
+        self.console = Console(quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
         self.rows: list[dict[str, Any]] = []
         self.steps = StepRows(self.total_steps, job.batch_size, job.device)
         self.best: dict[str, Any] = {}
@@ -291,6 +292,7 @@ class Run:
                 "seal": make_seal(self.job.spec),
                 "checksum": self.job.data.checksum,
                 "val_fraction": c.val_fraction,
+                "test_fraction": c.test_fraction,
                 "seed": c.seed,
                 "max_bad_fraction": c.max_bad_fraction,
                 "img_size": c.img_size,

@@ -133,6 +133,7 @@ def prepare(
     data = load_data(
         spec,
         val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
         seed=config.seed,
         max_bad_fraction=config.max_bad_fraction,
         img_size=side,
