@@ -76,7 +76,7 @@ FETCH = {"url": "http://127.0.0.1:9/usercustomize.py", "hf_hub_id": "someone/els
 )
 def test_no_argument_but_sizes_is_passed_on(resnet: Path, args: dict[str, Any], place: str) -> None:
     change(resnet, lambda c: c["model_args"].update(args))
-    with pytest.raises(RequestError, match=r"not one that a weights file may set|must be a short word"):
+    with pytest.raises(RequestError, match=r"a weights file may not set|must be a short word"):
         load_model(resnet if place == "folder" else resnet / "lone.safetensors")
 
 
@@ -174,8 +174,8 @@ def itself() -> dict[str, Any]:
         (lambda: small() | {"head.weight": torch.zeros(1, 1).expand(60_000, 60_000)}, "its tensors repeat"),
         (lambda: {f"k{i}": torch.zeros(1) for i in range(20_001)}, "more than the limit of 20,000"),
         (lambda: small() | {"stem.0.bias": torch.zeros(8).to_sparse()}, r"_rebuild_sparse_tensor"),
-        (lambda: small() | {"stem.0.bias": torch.zeros(8, device="meta")}, "which is not read|_rebuild_meta"),
-        (lambda: small() | {"stem.0.bias": torch.zeros(8, dtype=torch.complex64)}, "which is not read"),
+        (lambda: small() | {"stem.0.bias": torch.zeros(8, device="meta")}, "unsupported kind|_rebuild_meta"),
+        (lambda: small() | {"stem.0.bias": torch.zeros(8, dtype=torch.complex64)}, "unsupported kind"),
         (lambda: small() | {"blocks.9999999.0.fn.0.weight": torch.zeros(1)}, "names block 9999999"),
         (lambda: {"model": bytearray(10)}, r"bytearray"),
     ],

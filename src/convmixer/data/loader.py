@@ -1,4 +1,4 @@
-"""Loaders: batches of transformed images, for training (endless, keyed by the global step) and for evaluation."""
+"""Loaders: batches of transformed images, endless for training (chosen by the global step), and for evaluation."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ _END = object()
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that counts the time its user waits, and passes on a RequestError raised in a worker as it is.
+    """A DataLoader that counts the time its user waits, and raises a RequestError of a worker unchanged.
 
     Attributes:
         waited_seconds: Time spent inside next() since the counter was last set to 0.
@@ -59,7 +59,7 @@ def train_loader(
     world: int = 1,
     alternate_flip: bool = False,
 ) -> Loader:
-    """Return endless training batches, a function of (seed, global step) alone, whatever the number of workers.
+    """Return endless training batches that depend on seed and global step alone, not on the number of workers.
 
     Reading a batch with `workers=0` reseeds the global random generators of this process.
 
@@ -67,12 +67,11 @@ def train_loader(
         image_set: The images.
         transform: See `transforms.train_transform`.
         batch_size: Images per step in this process.
-        seed: Of order and augmentation.
+        seed: Seed of order and augmentation.
         start_step: Global step of the first batch; set `loader.batch_sampler.start_step` before iterating again.
         steps_per_epoch: Steps in an epoch; None: as many as the images fill.
-        workers: Worker processes, 0: none.
-        rank, world: Number of this process, and of all; together they read the batches of a single one.
-
+        workers: Worker processes; 0: none.
+        rank, world: Index of this process, and the number of processes; together they read the same batches as one.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
 
     Returns:
@@ -97,16 +96,16 @@ def train_loader(
 def eval_loader(
     image_set: ImageSet, transform: Transform, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
 ) -> Loader:
-    """Return all images once and in order, or every world-th of them; those that cannot be decoded are left out.
+    """Return a loader of all images once and in order, or of every world-th one.
 
-    A batch may therefore be smaller than `batch_size`; what was left out is in `image_set.failed`.
+    Images that cannot be decoded are left out and listed in `image_set.failed`; a batch may then be smaller.
 
     Args:
         image_set: The images.
         transform: See `transforms.eval_transform`.
         batch_size: Images per batch.
-        workers: Worker processes, 0: none.
-        rank, world: Number of this process, and of all; process r reads the images r, r + world, ...
+        workers: Worker processes; 0: none.
+        rank, world: Index of this process, and the number of processes; process r reads the images r, r + world, ...
 
     Returns:
         A loader of float32 (B, C, H, W) and int64 (B,).
@@ -131,10 +130,11 @@ def _workers(workers: int) -> dict[str, Any]:
 def _start_worker(worker: int, yields: bool) -> None:
     """Set up a worker process.
 
-    It leaves the process group: what stops the group (Ctrl-C, `timeout`) is for the process that trains, which still
-    needs its workers to end cleanly. On a CPU it gives way to that process: one of its threads interrupted is all of
-    them waiting. What it says goes through streams of its own: those it was forked with may hold a lock that a thread
-    of that process had at the time, such as the one that draws the progress, and would hold it for ever.
+    It leaves the process group: a signal to the group (Ctrl-C, `timeout`) must reach the training process alone,
+    which needs its workers to end cleanly. On a CPU it gets a lower priority than that process: if one thread of
+    training is interrupted, all of them wait. It opens new output streams: at the fork, a thread of the
+    training process (such as the one that draws the progress) may hold the lock of the old ones, and the copy of that
+    lock is never released.
     """
     sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, errors="replace", closefd=False) for file in (1, 2))
     if os.name == "posix":
@@ -163,7 +163,7 @@ class TrainImages(Dataset[Any]):
 
 
 class EvalImages(Dataset[Any]):
-    """Transformed images by index; None where one cannot be decoded."""
+    """Transformed images by index; None if one cannot be decoded."""
 
     def __init__(self, image_set: ImageSet, transform: Transform) -> None:
         self.image_set, self.transform = image_set, transform

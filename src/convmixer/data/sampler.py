@@ -1,6 +1,6 @@
-"""Which image at which step, and with which random numbers: pure functions of seed, epoch and position.
+"""Choose the images and random numbers of each step, by pure functions of seed, epoch and position.
 
-That is what makes resuming exact for any number of workers and processes: no generator state has to be saved.
+So resuming is exact for any number of workers and processes, and no generator state has to be saved.
 """
 
 import hashlib
@@ -13,24 +13,25 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-_FLIPS = -(2**40)  # in place of an epoch: epochs are 0 and more, steps of training a little below
+_FLIPS = -(2**40)  # used instead of an epoch: images use 0 and above, steps of training small negative numbers
 
 Key = tuple[int, int]  # (epoch, index of the image)
 
 
 class KeyedBatchSampler(Sampler[list[Key]]):
-    """Endless batches of (epoch, index), the one at a global step being a function of that step alone.
+    """Endless batches of (epoch, index); each depends on its global step alone.
 
-    An epoch is `steps_per_epoch` steps over a fresh permutation of the images; what does not fill the last step is
-    left out of that epoch. At each step the processes take consecutive parts of the same global batch.
+    An epoch is `steps_per_epoch` steps over a fresh permutation of the images; images that do
+    not fill a last step are left out of that epoch. At each step the processes take consecutive parts of one global
+    batch.
 
     Args:
         size: Images in the set.
         batch_size: Images per step and process.
-        seed: Of the permutations.
-        start_step: Global step to begin at; may be set later, for the next iteration.
+        seed: Seed of the permutations.
+        start_step: Global step to begin at; a later change applies to the next iteration.
         steps_per_epoch: Steps in an epoch.
-        rank, world: Number of this process, and of all.
+        rank, world: Index of this process, and the number of processes.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def is_flipped(seed: int, epoch: int, index: int) -> bool:
-    """Return whether alternating flips mirror an image in an epoch: by chance in the first, then in every other.
+    """Return whether alternating flips mirror an image in an epoch: at random in the first, then in every second one.
 
     Source: arXiv 2404.00498, Sec. 3.6.
     """

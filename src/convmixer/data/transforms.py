@@ -1,7 +1,7 @@
-"""Per-image transforms for training and evaluation, and what is done to a whole batch: mixing and erasing.
+"""Transforms of single images for training and evaluation, and of whole batches: mixing and erasing.
 
 Random numbers of the transforms come from the global generators of Python, numpy and torch, which the loader seeds
-for every image (see `sampler`). `mix` and `erase` are given a generator.
+for every image (see `sampler`). `mix` and `erase` take a generator.
 """
 
 import functools
@@ -29,7 +29,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocessing_of(data: DataSplits, config: Config) -> Preprocessing:
-    """Return the preprocessing of a run: the data set's, where the settings leave it open.
+    """Return the preprocessing of a run: what the settings say, else what the data set says.
 
     Raises:
         RequestError: The settings do not fit, e.g. three means for grey images.
@@ -68,7 +68,7 @@ def train_transform(config: Config, p: Preprocessing) -> Transform:
         p: Size, mean and standard deviation.
 
     Raises:
-        RequestError: The policy of `auto_augment` is not known, `scale` or `ratio` is no range, or `pad_crop` is
+        RequestError: The policy of `auto_augment` is not known, `scale` or `ratio` is not a range, or `pad_crop` is
             too large.
     """
     for name, (low, high) in (("scale", config.scale), ("ratio", config.ratio)):
@@ -79,7 +79,7 @@ def train_transform(config: Config, p: Preprocessing) -> Transform:
         if config.pad_crop >= p.img_size:
             raise RequestError(f"pad_crop must be below the image size {p.img_size}, not {config.pad_crop}")
         steps.append(transforms.RandomCrop(p.img_size, config.pad_crop, padding_mode="reflect"))
-    if config.hflip and config.hflip_mode == "random":  # the loader does the other, which goes by the epoch
+    if config.hflip and config.hflip_mode == "random":  # the loader alternates flips by epoch
         steps.append(functools.partial(_flip, probability=config.hflip, how=Image.Transpose.FLIP_LEFT_RIGHT))
     if config.vflip:
         steps.append(functools.partial(_flip, probability=config.vflip, how=Image.Transpose.FLIP_TOP_BOTTOM))
@@ -112,7 +112,7 @@ def _crop(config: Config, p: Preprocessing) -> Callable[[Image.Image], Image.Ima
 
 
 def _crop_unless_whole(image: Image.Image, crop: Any, size: tuple[int, int] | None) -> Image.Image:
-    return image if image.size == size else crop(image)  # the whole image at its own size is itself
+    return image if image.size == size else crop(image)  # it has the size already: nothing to crop
 
 
 def _flip(image: Image.Image, probability: float, how: Image.Transpose) -> Image.Image:
@@ -130,7 +130,7 @@ def auto_augment(policy: str, interpolation: str, p: Preprocessing) -> Callable[
         p: Size and mean.
 
     Raises:
-        RequestError: No such policy.
+        RequestError: The policy is not known.
     """
     if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
         return _TorchvisionRandAugment(int(match[1]), int(match[2]))
@@ -152,7 +152,7 @@ def auto_augment(policy: str, interpolation: str, p: Preprocessing) -> Callable[
 
 
 class _TorchvisionRandAugment(transforms.RandAugment):
-    """torchvision's RandAugment with its table of magnitudes, 14 tensors built anew for each image, kept."""
+    """torchvision's RandAugment that builds its table of magnitudes, 14 tensors, once and not for each image."""
 
     def __init__(self, num_ops: int, magnitude: int) -> None:
         super().__init__(num_ops, magnitude)
@@ -168,23 +168,23 @@ class _TorchvisionRandAugment(transforms.RandAugment):
 def mix(
     images: Tensor, labels: Tensor, num_classes: int, config: Config, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return a batch after mixup or cutmix, each image mixed with its mirror in the batch, and soft targets.
+    """Return a batch after mixup or cutmix and its soft targets; image i is mixed with image B - 1 - i.
 
     Args:
         images: (B, C, H, W); not changed.
         labels: int64 (B,).
         num_classes: Width of the targets.
         config: `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob`, `smoothing`.
-        generator: The only source of randomness; one draw is taken from it.
+        generator: The only source of randomness; one number is drawn from it.
 
     Returns:
-        Images like the input, and targets float32 (B, num_classes) whose rows sum to one.
+        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1.
 
-    Source: timm's Mixup in batch mode, with its label smoothing; with the same random numbers the same result.
+    Source: timm's Mixup in batch mode, with its label smoothing; the same random numbers give the same result.
     """
     lam = 1.0
     if config.mixup or config.cutmix:
-        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's functions draw from
+        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # timm's functions draw from it
         images, lam = _mix_images(images, config)
     return images, mixup_target(labels, num_classes, lam, config.smoothing)
 
@@ -204,17 +204,17 @@ def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
 
 
 def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return a batch after random erasing, each image by its own chance; it comes after mixing, as in timm.
+    """Return a batch after random erasing, decided for each image; as in timm, it follows mixing.
 
     Args:
-        images: Normalised, (B, C, H, W); changed in place, since `mix` has copied most batches already.
+        images: Normalised, (B, C, H, W); changed in place: `mix` has copied most batches already.
         config: `random_erasing`, `erasing_mode`.
-        generator: Decides which boxes; one draw is taken from it. What fills them comes from torch's own generator.
+        generator: Decides the boxes; one number is drawn from it. Torch's global generator fills the boxes.
 
     Returns:
         The same images.
     """
     if config.random_erasing:
-        random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # what timm's class draws from
+        random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # timm's class draws from it
         RandomErasing(config.random_erasing, mode=config.erasing_mode, device=images.device)(images)
     return images

@@ -22,7 +22,7 @@ _MANY = 16  # numbers in a list, one for each stage
 
 @dataclass(frozen=True)
 class _Rule:
-    """A test for one argument and the words for what passes it."""
+    """A test for one argument, and a description of the values that pass."""
 
     words: str
     passes: Callable[[Any], bool]
@@ -63,7 +63,7 @@ _RATIO = _Rule(
     ),
 )
 
-# by what they mean; the same name means the same in every family
+# grouped by meaning; a name means the same in every family
 _RULES: dict[str, _Rule] = (
     dict.fromkeys(("depth", "depths", "layers", "num_blocks"), _COUNT)
     | dict.fromkeys(
@@ -87,7 +87,7 @@ _GIVEN = ("num_classes", "in_chans")  # timm's files repeat them in model_args
 
 
 def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: int) -> tuple[str, dict[str, Any]]:
-    """Return the registry name and the arguments of a model that a weights file asks for, if it may have them.
+    """Return the registry name and the arguments of the model that a weights file asks for, if both are allowed.
 
     Args:
         name: The architecture in the file.
@@ -97,10 +97,10 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
         tensors: Number of tensors in the file; no model has more layers than that.
 
     Returns:
-        "convmixer" and all of its sizes, one of `registry.SKELETONS`, or a name that timm builds.
+        "convmixer", a name in `registry.SKELETONS` or one that timm builds; and the arguments, with all sizes.
 
     Raises:
-        RequestError: The model is not known, an argument is not on the list, or of a wrong type or size.
+        RequestError: The model is not known, or an argument is not on the list, of the wrong type or out of range.
     """
     if not isinstance(name, str) or not isinstance(args, Mapping):
         raise RequestError("architecture must be a name and model_args a table")
@@ -109,7 +109,7 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
     given = {"num_classes": num_classes, "in_chans": in_chans}
     for key in _GIVEN:
         if key in args and args[key] != given[key]:
-            raise RequestError(f"model_args says {key} {shown(args[key])}, the rest of the file {given[key]}")
+            raise RequestError(f"model_args says {key} {shown(args[key])}, but the rest of the file {given[key]}")
     name, args = _named(name, {key: value for key, value in args.items() if key not in _GIVEN})
     known = _arguments(name)
     for key, value in args.items():
@@ -121,7 +121,7 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
 
 
 def _named(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return a name that says only which model it is; the sizes in a ConvMixer's name move to its arguments."""
+    """Return a model's plain name and its arguments; the sizes in a ConvMixer's name become arguments."""
     if name == "convmixer" or name in SKELETONS:
         return name, args
     if not re.fullmatch(r"[\w.-]{1,100}", name):
@@ -132,7 +132,7 @@ def _named(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "convmixer", sizes | args
     import timm
 
-    plain = name.partition(".")[0]  # what follows names weights, and they are here
+    plain = name.partition(".")[0]  # the rest names released weights, but the weights are in the file
     if not timm.is_model(plain):
         raise RequestError(f"{shown(name)} is not a model that this version of timm knows")
     return plain, args
@@ -149,7 +149,7 @@ def _arguments(name: str) -> Mapping[str, _Rule]:
 def _check(name: str, key: Any, value: Any, known: Mapping[str, _Rule]) -> None:
     if key not in known:
         raise RequestError(
-            f"the argument {shown(key)} is not one that a weights file may set for {name}: remove it from model_args"
+            f"a weights file may not set the argument {shown(key)} of {name}: remove it from model_args"
         )
     if not known[key].passes(value):
         raise RequestError(f"{key} must be {known[key].words}, not {shown(value)}")

@@ -23,12 +23,12 @@ class ConvMixer(nn.Module):
         kernel_size: Depthwise kernel, the paper's k; odd or even.
         patch_size: Side of a patch in pixels and stride of the patch embedding, the paper's p.
         in_chans: Channels of the image.
-        num_classes: Outputs; 0 leaves the pooled features.
+        num_classes: Outputs; 0: the model returns the pooled features.
         act: "gelu" as in the paper, or "relu" as in the authors' 768/32 weights.
         drop_rate: Dropout before the classifier, 0 to 1; the paper has none.
-        global_pool: "avg" as in the paper, "max", or "" for none: (B, dim, h, w), which no classifier takes.
-        act_layer: timm's way to say `act`: `nn.GELU`, `nn.ReLU` or a name.
-        device, dtype: Where and in which type to make the parameters.
+        global_pool: "avg" as in the paper, "max", or "" for features (B, dim, h, w); num_classes is then 0.
+        act_layer: timm's spelling of `act`: `nn.GELU`, `nn.ReLU` or a name.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
         RequestError: A size is out of range or the activation is not known.
@@ -85,7 +85,7 @@ class ConvMixer(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
         x = self.stem(x)
         for block in self.blocks:
-            if torch.jit.is_scripting():  # noqa: SIM108  as a statement, the other branch is not compiled
+            if torch.jit.is_scripting():  # noqa: SIM108  torch.jit skips the other branch of a statement only
                 x = block(x)
             else:
                 x = self._run(block, x)
@@ -118,14 +118,15 @@ class ConvMixer(nn.Module):
 
         Args:
             x: Images, (B, in_chans, H, W).
-            indices: The last n blocks for an int, those blocks for a sequence (negative from the end), all for None.
+            indices: An int n: the last n blocks. A sequence: the blocks of these numbers, negative ones counted from
+                the end. None: all.
             norm: Accepted for timm's interface; there is no final norm to apply.
             stop_early: Do not run the blocks after the last one asked for.
             output_fmt: Only "NCHW".
             intermediates_only: Return the list alone, without the final features.
 
         Returns:
-            Final features and a list of (B, dim, h, w), one for each index in rising order, or the list alone.
+            Final features and a list of (B, dim, h, w), one for each block asked for, in order, or the list alone.
 
         Raises:
             RequestError: An index is out of range or the format is not NCHW.
@@ -150,14 +151,14 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
+        """Replace the classifier with a new one.
 
         Args:
-            num_classes: Outputs; 0 leaves the pooled features.
-            global_pool: See the class; None: as it is.
+            num_classes: Outputs; 0: the model returns the pooled features.
+            global_pool: See the class; None: unchanged.
 
         Raises:
-            RequestError: The pooling is not known, or a classifier is to follow no pooling.
+            RequestError: The pooling is not known, or there is a classifier but no pooling.
         """
         weight = next(self.parameters())
         self.global_pool = _pool(self.global_pool if global_pool is None else global_pool, num_classes)
@@ -188,7 +189,7 @@ class ConvMixer(nn.Module):
         return take
 
     def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Return the blocks that `forward_intermediates` is asked for, from 0."""
+        """Return the numbers of the blocks asked for, counted from 0."""
         last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
         wanted = list(range(self.depth) if last_n is None else last_n)
         if any(not -self.depth <= i < self.depth for i in wanted):

@@ -1,4 +1,4 @@
-"""New models by name, with or without released weights. Above both `registry` and `weights`."""
+"""New models by name, with or without released weights; built on `registry` and `weights`."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def create_model(
     Args:
         name: A ConvMixer (see `list_models`), any `convmixer_<dim>_<depth>_p<p>_k<k>`, or a name that timm knows.
         pretrained: Load the released weights (from the package or timm's hub).
-        num_classes: Outputs; None means the variant's own (1000, or 10 for the CIFAR sizes).
+        num_classes: Outputs; None: the variant's default (1000, or 10 for the CIFAR sizes).
         in_chans: Channels of the image.
         **kwargs: Passed to the model, e.g. act="relu", or img_size=32 for timm's ViT.
 
     Raises:
-        RequestError: The name is not known, an argument is not the model's, or no weights of that name are released.
+        RequestError: The name is not known, the model does not take an argument, or it has no released weights.
     """
     if pretrained and name in SKELETONS:
         raise RequestError(f"{name} has no released weights")
@@ -38,7 +38,8 @@ def create_model(
 def load_pretrained(model: nn.Module, name: str) -> None:
     """Fill a ConvMixer with the released weights of that name, from the package or timm's hub.
 
-    A classifier of another number of classes keeps its new weights; a stem of other channels gets adapted ones.
+    If the number of classes differs, the classifier keeps its random weights. If the number of channels differs, the
+    weights of the stem are adapted.
 
     Raises:
         RequestError: No weights of that name are released, the hub cannot be reached, or the sizes differ.

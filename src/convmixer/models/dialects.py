@@ -1,7 +1,7 @@
-"""Checkpoints written by others: renamed to timm's keys, their sizes found from the tensors.
+"""Read checkpoints of other programs: rename their keys to timm's and find the sizes from the tensors.
 
-Understood are the authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's, plain or inside a training
-checkpoint, under any prefix. Our own format is in weights.py.
+The authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's are read, plain or inside a training
+checkpoint, under any prefix. weights.py reads our format.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One ConvMixer inside a checkpoint: its tensors under timm's keys, and the keys beside it."""
+    """One ConvMixer inside a checkpoint: its tensors under timm's keys, and the keys that are not part of it."""
 
     place: str
     dialect: str
@@ -61,11 +61,11 @@ class _Candidate:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return the ConvMixer in a checkpoint of any dialect, under any prefix, in any container.
 
-    If there are several, an average of the weights comes first (EMA or SWA, told by its name), then the largest.
+    If there are several, an average of the weights comes first (EMA or SWA, known by its name), then the largest.
 
     Raises:
-        RequestError: The file is unreadable, holds code, no ConvMixer or several alike, or has tensors missing or
-            misshapen.
+        RequestError: The file cannot be read or holds code, it holds no ConvMixer or several that cannot be told
+            apart, or tensors are missing or of the wrong shape.
     """
     content = read_file(path)
     chosen, others = _choose(list(_candidates(content, path)), content, path)
@@ -88,7 +88,7 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
     """Return the candidate to take and the others.
 
     Raises:
-        RequestError: There is none, or two differ in nothing that tells which to take.
+        RequestError: There is none, or nothing tells which of two to take.
     """
     if not candidates:
         raise _nothing(content, path)
@@ -97,7 +97,7 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
         if other.rank == first.rank and not _same(first.state, other.state):
             raise RequestError(
                 f"{path} holds several models, {shown(first.place) or 'one outside'!r} and {shown(other.place)!r}: "
-                "save the one you mean alone"
+                "save the one you want in a file by itself"
             )
     return first, others
 
@@ -117,7 +117,7 @@ def _nothing(content: Any, path: Path) -> RequestError:
 
 
 def _containers(content: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the dicts inside a checkpoint with the names that lead to each; each once, as one may hold itself."""
+    """Yield each dict inside a checkpoint once, with the keys that lead to it; a dict may contain itself."""
     waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
     seen: set[int] = set()
     while waiting and len(seen) < MAX_CONTAINERS:
@@ -184,7 +184,7 @@ def _preprocessing_said(content: Any, in_chans: int) -> dict[str, Any]:
         if isinstance(said.get(key), (list, tuple)) and len(said[key]) == 1:
             said[key] = tuple(said[key]) * in_chans
     if not isinstance(said.get("interpolation"), str) or said["interpolation"] not in FILTERS:
-        said.pop("interpolation", None)  # "" and "random" are for training
+        said.pop("interpolation", None)  # only training uses "" and "random"
     return said
 
 
@@ -212,7 +212,7 @@ def find_args(state: State, path: Path) -> dict[str, Any]:
     The activation leaves no tensor: it is ReLU for the 768/32 sizes of the released weights, else GELU.
 
     Raises:
-        RequestError: The tensors that tell are missing or misshapen.
+        RequestError: The tensors that show the sizes are missing or of the wrong shape.
     """
     stem, kernel = state.get("stem.0.weight"), state.get("blocks.0.0.fn.0.weight")
     if stem is None or kernel is None or stem.ndim != 4 or kernel.ndim != 4:

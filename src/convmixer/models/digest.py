@@ -1,4 +1,4 @@
-"""Digests in weights, so that one wrong bit is noticed. Weights from elsewhere have none and are read unchecked."""
+"""Digests in weights files, to notice one wrong bit. Files of other programs have none and are not checked."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""Makes timm know our ConvMixer, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load what we save.
+"""Register our ConvMixer with timm, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load what we save.
 
-The three ImageNet sizes that timm has itself need nothing; for every other size import this module first.
+timm has three of the ImageNet sizes already; for every other size, import this module first.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def convmixer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained: Load the weights that the `pretrained_cfg` names.
         **kwargs: Arguments of `ConvMixer`, and those that timm passes to every model.
     """
-    if "dim" not in kwargs:  # a registered name must create
+    if "dim" not in kwargs:  # timm builds every registered name without arguments
         kwargs = {"dim": 256, "depth": 8, "patch_size": 2, "kernel_size": 5} | kwargs
     model: nn.Module = build_model_with_cfg(
         ConvMixer, "convmixer", pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs

@@ -10,7 +10,7 @@ from convmixer.models.convmixer import ConvMixer
 
 
 def patch_filters(model: nn.Module) -> np.ndarray | None:
-    """Return the weights of the first convolution, (dim, channels, p, p), or None without one."""
+    """Return the weights of the first convolution, (dim, channels, p, p), or None if there is none."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return None if first is None else _array(first)
 
@@ -28,11 +28,11 @@ def depthwise_kernels(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def kernel_growth(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return, for each depthwise layer, how large its kernels are by now.
+    """Return, for each depthwise layer, how large its kernels are.
 
     Returns:
         Layer -> "norm", the root mean square over channels of a kernel's Euclidean norm, and "radius", in patches:
-        the root mean square distance of the weights, squared, from the kernel's centre.
+        the root mean square distance from the kernel's centre, each weight counted by its square.
     """
     growth = {}
     for name, kernels in depthwise_kernels(model).items():
@@ -47,12 +47,12 @@ def kernel_growth(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def receptive_field(model: ConvMixer, images: torch.Tensor, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return how strongly each pixel acts on the features in the middle of the image, after some of the blocks.
+    """Return how strongly each pixel affects the features in the middle of the image, after some of the blocks.
 
     Args:
         model: In eval mode.
         images: Preprocessed, (B, C, H, W).
-        seed: Of the random directions in feature space.
+        seed: Seed of the random directions in feature space.
 
     Returns:
         Name -> (H, W), the mean absolute gradient over images and channels, scaled to a maximum of 1.

@@ -18,8 +18,8 @@ from convmixer.models.layers import DepthwiseConv2d, Residual, activation
 class Attention(nn.Module):
     """Multi-head self-attention over positions with a learned relative position bias: keeps (B, dim, H, W).
 
-    A convolution knows where a neighbour lies; the bias gives attention the same, inside the mixer, so that the rest
-    of the skeleton stays equal.
+    A convolution knows the relative position of each neighbour. The bias gives attention the same knowledge inside
+    the mixer, so the rest of the model stays as it is.
 
     Args:
         dim: Channels, a multiple of `heads`.
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias[:, cast(torch.Tensor, self.offset)].to(q.dtype)  # (heads, N, N)
-        # written out: on a CPU, torch's own trains a bias by these steps and two more passes, for masked rows
+        # written out: to train a bias on a CPU, torch's attention takes these steps and two more, for masked rows
         scores = q * (C // self.heads) ** -0.5 @ k.transpose(2, 3) + bias  # (B, heads, N, N)
         out = scores.softmax(3) @ v  # (B, heads, N, C // heads)
         out = self.proj(out.transpose(1, 2).reshape(B, H * W, C))
@@ -82,13 +82,13 @@ class TokenMixing(nn.Module):
 
 
 def _over_positions(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(M, N), (B, N, C), (M) -> (B, M, C): no copy of x, whichever of N and C is the inner one in memory."""
+    """(M, N), (B, N, C), (M) -> (B, M, C): without a copy of x in either memory layout."""
     matrices = matrix.expand(x.shape[0], -1, -1)
     return torch.bmm(matrices, x) if bias is None else torch.baddbmm(bias[:, None], matrices, x)
 
 
 class AveragePooling(nn.Module):
-    """Average over a window around every position, without what lies outside: keeps (B, dim, H, W).
+    """Average over a window around every position, its part outside the image left out: keeps (B, dim, H, W).
 
     Computed as one product with a fixed matrix, which trains about three times as fast on a CPU as torch's pooling.
 
@@ -130,7 +130,7 @@ RESIDUALS = ("depthwise", "both", "none")
 
 
 class Isotropic(ConvMixer):
-    """ConvMixer in which the spatial mixer, the stem, the norm or the placement of residuals is another one.
+    """ConvMixer with another spatial mixer, stem, norm or placement of the residuals.
 
     With every option at its default it is the ConvMixer of the paper, parameter for parameter.
 
@@ -144,8 +144,7 @@ class Isotropic(ConvMixer):
             resolution, then average pooling to the same grid), "stride1" (3x3 and no reduction: p is ignored).
         residual: "depthwise" as in the paper, "both" (around the pointwise part too), "none".
         norm: "batch" as in the paper, or "layer".
-        img_size: Side of the image; attention, token MLP, linear mixing and pooling accept no
-            other.
+        img_size: Side of the image; attention, token MLP, linear mixing and pooling accept only this size.
         heads: Heads of attention.
         kernel_size: Window of the depthwise convolution and of the pooling.
         patch_size: Stride of the stem.
@@ -155,7 +154,7 @@ class Isotropic(ConvMixer):
         drop_rate: Dropout before the classifier.
 
     Raises:
-        RequestError: An option is not known or the sizes do not go together.
+        RequestError: An option is not known or the sizes do not fit together.
 
     Source: arXiv 2201.09792, Sec. 2 and the ablations of its appendix; mixers and stems ours.
     """
@@ -192,7 +191,7 @@ class Isotropic(ConvMixer):
             _replace_norms(self, NORMS[norm])
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the attention's position biases: the optimiser decays no bias."""
+        """Return the names of all biases; by shape alone, attention's position biases would be decayed."""
         return {name for name, _ in self.named_parameters() if name.endswith(".bias")}
 
 

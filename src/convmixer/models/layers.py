@@ -1,4 +1,4 @@
-"""The few pieces that two or more models share, each written once."""
+"""Layers that two or more models share."""
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ def activation(name: str) -> nn.Module:
 
 
 def activation_name(layer: str | type[nn.Module]) -> str:
-    """Return the name of an activation given as timm gives it, by class or name.
+    """Return the name of an activation that is given as in timm, by class or by name.
 
     Raises:
         RequestError: It is neither GELU nor ReLU.
@@ -42,7 +42,7 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         dim: Channels.
         kernel_size: Height and width of the kernel, at least 1.
-        device, dtype: Where and in which type to make the parameters.
+        device, dtype: Device and dtype of the parameters.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if k % 2 == 0:
             before, after = k // 2 - 1, k // 2
             x = F.pad(x, (before, after, before, after))
-        return self._conv_forward(x, self.weight, self.bias)  # torch.jit.script knows no super()
+        return self._conv_forward(x, self.weight, self.bias)  # torch.jit.script does not support super()
 
 
 class Residual(nn.Module):

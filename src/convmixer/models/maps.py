@@ -1,4 +1,4 @@
-"""Class-activation maps of a ConvMixer: exact, as only a mean and a linear layer follow the features."""
+"""Class-activation maps of a ConvMixer: exact, because only a mean and a linear layer follow the features."""
 
 import contextlib
 from typing import cast
@@ -12,12 +12,12 @@ TOP = 5
 
 
 def has_maps(model: nn.Module) -> bool:
-    """Return whether class-activation maps are exact: of a ConvMixer that classifies the mean of its features."""
+    """Return whether a model has exact maps: it is a ConvMixer that classifies the mean of its features."""
     return isinstance(model, ConvMixer) and isinstance(model.head, nn.Linear) and model.global_pool == "avg"
 
 
 class WithMaps(nn.Module):
-    """A ConvMixer that returns class-activation maps beside the logits: images (B, C, H, W) -> (logits, maps).
+    """A ConvMixer that also returns class-activation maps: images (B, C, H, W) -> (logits, maps).
 
     maps is (B, k, h, w) for the k = min(5, classes) likeliest classes in falling order. The mean of a map plus the
     class's bias is the class's logit, so a map says how much each patch adds to it.
@@ -36,7 +36,7 @@ class WithMaps(nn.Module):
         model = cast(ConvMixer, self.model)
         features = model.forward_features(images)  # (B, D, h, w)
         kind = images.device.type
-        # bf16 logits have steps of 1/16: with them an image's answer would depend on whether a map is asked for
+        # bf16 logits have steps of 1/16: an image's answer would change if a map is asked for
         plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with plain:
             features = features.float()

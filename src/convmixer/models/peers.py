@@ -1,4 +1,4 @@
-"""timm's ResNet, ResMLP and MLP-Mixer at any size, to compare ConvMixer with; timm's own names have fixed sizes."""
+"""timm's ResNet, ResMLP and MLP-Mixer at any size, to compare with ConvMixer; timm's own have fixed sizes."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,7 +11,7 @@ from convmixer.errors import unknown
 def mlp_mixer(
     dim: int, depth: int, img_size: int = 32, patch_size: int = 4, in_chans: int = 3, num_classes: int = 10
 ) -> nn.Module:
-    """Return timm's MLP-Mixer at any size; its registered names have the patch size fixed.
+    """Return timm's MLP-Mixer at any size; timm's names fix the patch size.
 
     Source: arXiv 2105.01601.
     """
@@ -24,7 +24,7 @@ def mlp_mixer(
 def resmlp(
     dim: int, depth: int, img_size: int = 32, patch_size: int = 4, in_chans: int = 3, num_classes: int = 10
 ) -> nn.Module:
-    """Return timm's ResMLP at any size; its registered names have the patch size fixed.
+    """Return timm's ResMLP at any size; timm's names fix the patch size.
 
     Source: arXiv 2105.03404.
     """
@@ -47,8 +47,8 @@ def resnet(
     Args:
         dim: Channels of the first stage; the stem has as many, rounded up to an even number.
         layers: Blocks of each of the four stages.
-        stem: "conv7x7" (the ImageNet one: stride 2, then max-pooling of stride 2), "conv3x3" (stride 1, no pooling:
-            the usual one for small images), or "patch" (patch embedding of stride `patch_size`, no pooling).
+        stem: "conv7x7" (for ImageNet: stride 2, then max-pooling of stride 2), "conv3x3" (stride 1, no pooling:
+            usual for small images), or "patch" (patch embedding of stride `patch_size`, no pooling).
         patch_size: Stride of the patch stem.
         in_chans: Channels of the image.
         num_classes: Outputs.
@@ -64,7 +64,7 @@ def resnet(
     if stem not in stems:
         raise unknown("ResNet stem", stem, stems)
     channels = (dim, 2 * dim, 4 * dim, 8 * dim)
-    # the deep stem is the one whose width timm lets us choose; its convolution is replaced next
+    # timm lets us choose the width of the deep stem only; its convolution is replaced below
     block: Any = BasicBlock
     model: Any = ResNet(
         block, tuple(layers), num_classes, in_chans, channels=channels, stem_type="deep", stem_width=(dim + 1) // 2

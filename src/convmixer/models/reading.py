@@ -1,6 +1,6 @@
-"""Reading weights files from strangers: no code is run, and work and memory are bounded by the size of the file.
+"""Read weights files from strangers: no code is run, and work and memory are bounded by the size of the file.
 
-What the tensors mean is not decided here: see `dialects` and `weights`.
+`dialects` and `weights` decide what the tensors mean.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MAX_PICKLE_STEPS = 2_000_000
 SPARE_BYTES = 256 * 2**20  # tensors may share memory in the file (tied weights), and buffers need not be in it
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-# PyTorch's own list of what a checkpoint may hold is longer, and has objects that allocate as much as they are told
+# PyTorch allows more, also objects that allocate as much memory as the file asks for
 _GLOBALS = (
     r"collections\.(OrderedDict|Counter)|argparse\.Namespace|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
     r"|torch\.(\w+Storage|storage\.\w+Storage|Size|device|serialization\._get_layout)"
@@ -42,11 +42,11 @@ def read_file(path: Path) -> Any:
     """Return the contents of a .safetensors file, or of a pickle written by torch, without running any code in it.
 
     Besides tensors and plain types only `argparse.Namespace` is allowed: timm's training checkpoints (and so the
-    authors') hold one, and it is a bare bag of attributes.
+    authors') hold one, and it holds attributes only.
 
     Raises:
-        RequestError: The file is missing, truncated, of another kind, holds other objects, or would take more memory
-            than it has bytes.
+        RequestError: The file is missing, truncated or not a checkpoint, holds other objects, or would need more
+            memory than it has bytes.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
@@ -58,7 +58,7 @@ def read_file(path: Path) -> Any:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # the readers raise a dozen types on damaged bytes
+    except Exception as error:  # damaged bytes raise a dozen types
         raise RequestError(f"{path} is truncated, damaged or not a checkpoint: download it again") from error
 
 
@@ -66,7 +66,7 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     """Return the tensors and the text metadata of a .safetensors file.
 
     Raises:
-        RequestError: The file is missing, truncated, of another kind or has too many tensors.
+        RequestError: The file is missing, truncated, not a .safetensors file or has too many tensors.
     """
     try:
         with path.open("rb") as file:
@@ -79,7 +79,13 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             state, metadata = {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, struct.error, OSError, AttributeError, TypeError) as error:  # unknown types of numbers
+    except (
+        SafetensorError,
+        struct.error,
+        OSError,
+        AttributeError,
+        TypeError,
+    ) as error:  # the last two: unknown dtypes
         raise RequestError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
     check_weights(state, metadata, path)
     return state, metadata
@@ -135,17 +141,17 @@ def check_count(tensors: int, path: Path) -> None:
 
 
 def check_tensors(state: Mapping[str, Any], path: Path) -> State:
-    """Return plain tensors, once none is of an odd kind and all fit in what the file's size can hold.
+    """Return plain tensors, checked to be dense and to need no more memory than the file's size allows.
 
     Raises:
-        RequestError: A tensor is sparse, quantised or without data, or they take more memory than the file has bytes.
+        RequestError: A tensor is sparse, quantised or without data, or they need more memory than the file has bytes.
     """
     check_count(len(state), path)
     plain = {key: torch.Tensor.detach(value) for key, value in state.items()}  # without attributes from the file
     for key, value in plain.items():
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _DTYPES:
             raise RequestError(
-                f"{path}: {_key(key)} is a tensor of kind {value.dtype}, {value.layout}, which is not read"
+                f"{path}: {_key(key)} is a tensor of an unsupported kind, {value.dtype}, {value.layout}"
             )
     needed, size = sum(value.numel() * value.element_size() for value in plain.values()), path.stat().st_size
     if needed > size + SPARE_BYTES:
@@ -172,7 +178,7 @@ def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def fit(state: State, model: nn.Module, path: Path) -> State:
-    """Return copies of a file's tensors in the types that a model has, checked against it.
+    """Return copies of a file's tensors in the model's dtypes, checked against the model.
 
     Args:
         state: Tensors by the model's keys.
@@ -180,8 +186,8 @@ def fit(state: State, model: nn.Module, path: Path) -> State:
         path: The file, for errors.
 
     Raises:
-        RequestError: A tensor is missing, not expected, of the wrong shape or not finite, or the model needs more
-            memory for what the file does not hold than it may.
+        RequestError: A tensor is missing, not expected, of the wrong shape or not finite, or the model needs too
+            much memory for buffers that the file does not hold.
     """
     wanted = model.state_dict()
     check_shapes(state, wanted, path)
@@ -194,7 +200,7 @@ def fit(state: State, model: nn.Module, path: Path) -> State:
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Hold a state dict against the one a model wants.
+    """Compare a state dict with the one that a model expects.
 
     Raises:
         RequestError: A tensor is missing, not expected, or of the wrong shape; the first few are named.
@@ -217,7 +223,7 @@ def _key(text: str) -> str:
 
 
 def _check_pickles(path: Path) -> None:
-    """Refuse a file of torch.save that names other objects than tensors, or unpacks to more than its size."""
+    """Refuse a file of torch.save that names other objects than tensors, or unpacks to more bytes than it has."""
     size = path.stat().st_size
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
@@ -258,7 +264,7 @@ def _check_pickle(file: BinaryIO, path: Path) -> None:
                 _check_global(str(argument).replace(" ", "."), path)
     except RequestError:
         raise
-    except Exception as error:  # not only ValueError, on damaged bytes
+    except Exception as error:  # damaged bytes raise more than ValueError
         raise RequestError(f"{path} is not a checkpoint, or a damaged one: download it again") from error
 
 

@@ -1,7 +1,7 @@
 """Model names and what they build: one explicit table for the paper's variants; every other name goes to timm.
 
-A name is `convmixer_<dim>_<depth>`, then optionally `_p<patch>` and `_k<kernel>`; without them the paper's ImageNet
-setting of that size is meant. timm's spellings of the released weights (`convmixer_1024_20_ks9_p14`) work too.
+A name is `convmixer_<dim>_<depth>`, then optionally `_p<patch>` and `_k<kernel>`; without them it means the paper's
+setting of that size. timm's spellings of the released weights (`convmixer_1024_20_ks9_p14`) work too.
 """
 
 import fnmatch
@@ -77,20 +77,20 @@ def shipped() -> list[str]:
 
 
 def list_models(pattern: str = "convmixer*") -> list[str]:
-    """Return the names that match a shell pattern, ours first; timm's are searched where ours do not match."""
+    """Return the names that match a shell pattern, of ours, or of timm's if none of ours match."""
     ours = [name for name in (*VARIANTS, *shipped()) if fnmatch.fnmatch(name, pattern)]
     if ours:
         return ours
-    import timm  # seconds to import, and most callers want ours
+    import timm  # takes seconds to import, and most callers want our names
 
     return list(timm.list_models(pattern))
 
 
 def model_args(name: str) -> dict[str, Any] | None:
-    """Return the ConvMixer arguments behind a name, or None where the name is not a ConvMixer.
+    """Return the ConvMixer arguments behind a name, or None if the name is not a ConvMixer's.
 
     Raises:
-        RequestError: The name starts like a ConvMixer but is none.
+        RequestError: The name starts with convmixer but is not known.
     """
     name = ALIASES.get(name, name)
     if name in VARIANTS:
@@ -114,7 +114,7 @@ def args_of(model: ConvMixer) -> dict[str, Any]:
 
 
 def free_name(args: Mapping[str, Any]) -> str:
-    """Return the name that tells a ConvMixer's sizes, from its arguments; only the activation is not in it."""
+    """Return a ConvMixer's name with all of its sizes in it, from its arguments; the activation is left out."""
     return "convmixer_{dim}_{depth}_p{patch_size}_k{kernel_size}".format(**args)
 
 
@@ -123,12 +123,12 @@ def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **
 
     Args:
         name: See `create.create_model`.
-        num_classes: Outputs; None means the variant's own (1000, or 10 for the CIFAR sizes).
+        num_classes: Outputs; None: the variant's default (1000, or 10 for the CIFAR sizes).
         in_chans: Channels of the image.
         **kwargs: Passed to the model.
 
     Raises:
-        RequestError: The name is not known, or an argument is not the model's.
+        RequestError: The name is not known, or the model does not take an argument.
     """
     args = model_args(name)
     if name in SKELETONS:
@@ -146,7 +146,7 @@ def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **
 
 
 def skeleton(name: str) -> Callable[..., nn.Module]:
-    """Return what builds one of SKELETONS."""
+    """Return the function that builds one of SKELETONS."""
     from convmixer.models import isotropic, peers
 
     return isotropic.Isotropic if name == "isotropic" else cast(Callable[..., nn.Module], getattr(peers, name))

@@ -1,6 +1,7 @@
 """Model surgery: another patch size, kernel size, set of classes or number of channels for trained ConvMixer weights.
 
-What can be kept is kept, so that fine-tuning starts near the old model. Also the way from any dialect to our format.
+What can be kept is kept, so that fine-tuning starts near the old model. `convert` also writes weights of any dialect
+in our format.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def convert(
     img_size: int | None = None,
     act: str | None = None,
 ) -> dict[str, Any]:
-    """Write weights of any dialect in our format, resized where asked, and print what was changed.
+    """Write weights of any dialect in our format, resized if asked, and print what was changed.
 
     Args:
         source: See `weights.load_model`.
@@ -44,10 +45,10 @@ def convert(
         "weights" (the folder), "found" (what the source was), "changes" (one line each), "parameters".
 
     Raises:
-        RequestError: The source cannot be loaded or not be changed this way, or `out` is a run.
+        RequestError: The source cannot be loaded or changed this way, or `out` is a run.
     """
     if is_run(out):
-        raise RequestError(f"{out} is a run, which keeps weights of its own: choose another --out")
+        raise RequestError(f"{out} is a run, which has its own weights: choose another --out")
     loaded = load_model(source, act)
     new, changes = resize(loaded, patch_size, kernel_size, num_classes, classes, in_chans, img_size)
     made = {"converted": {"source": str(source), "changes": changes}} if changes else {}
@@ -71,11 +72,11 @@ def resize(
     in_chans: int | None = None,
     img_size: int | None = None,
 ) -> tuple[LoadedModel, list[str]]:
-    """Return a model of other sizes with the weights carried over, and a line for each change.
+    """Return a model with other sizes that keeps what it can of the weights, and a line for each change.
 
     Args:
         loaded: The model; it is not changed. Only a ConvMixer can be resized.
-        patch_size: See `resize_patches`. None, here and below: as it is.
+        patch_size: See `resize_patches`. None, here and below: unchanged.
         kernel_size: See `resize_kernels`.
         num_classes: Outputs; the classes are then called "0", "1", ... unless `classes` names them.
         classes: Names of the outputs. Classifier rows of names that the model knows are kept, the others are new.
@@ -131,7 +132,7 @@ def resize_patches(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
 def resize_kernels(weight: torch.Tensor, kernel_size: int, same_grid: bool = True) -> torch.Tensor:
     """Return depthwise kernels (dim, 1, k, k) of another size.
 
-    Larger kernels on the same grid of patches get zeros around, which leaves the model's outputs as they were.
+    If the kernels grow and the grid of patches stays, zeros are added around them: the model's outputs do not change.
     Otherwise the kernel is stretched or shrunk by bicubic interpolation and multiplied by (k / new k)², which keeps
     its sum, and so the response to a constant image, as nearly as interpolation does.
 
@@ -184,7 +185,7 @@ def _names(old: Sequence[str], num_classes: int | None, classes: Sequence[str] |
 
 def _preprocessing(old: Preprocessing, in_chans: int, img_size: int | None) -> Preprocessing:
     mean, std = old.mean, old.std
-    if in_chans != old.in_chans:  # one channel: the colours' mean; three: the grey value thrice
+    if in_chans != old.in_chans:  # one channel: the colours' mean; three: the grey value three times
         mean = (sum(mean) / len(mean),) * in_chans
         std = (sum(std) / len(std),) * in_chans
     side = old.img_size if img_size is None else img_size

@@ -1,7 +1,7 @@
-"""Weights in and out: one format of our own, every known checkpoint dialect read, names found in package and hub.
+"""Save weights in our format; load ours, those of every known dialect, and by name from the package or the hub.
 
 Our format is timm's hub layout: a folder with tensors and a config. The config also holds, under the
-key "convmixer", what timm does not ask for: the model's full arguments, the recipe, the data. The same JSON is kept
+key "convmixer", what timm does not need: the model's full arguments, the recipe, the data. The same JSON is kept
 inside the .safetensors file, so that the file alone still knows its classes and preprocessing.
 """
 
@@ -30,7 +30,7 @@ from convmixer.models.registry import SHIPPED, VARIANTS, args_of, build_model, f
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folders
 
-# the variants that timm builds itself, by our name, so that its stock version loads what we save
+# variants that timm has too, by our name; a plain timm loads what we save of them
 TIMM_NAMES = {
     "convmixer_1536_20": "convmixer_1536_20",
     "convmixer_768_32": "convmixer_768_32",
@@ -39,7 +39,7 @@ TIMM_NAMES = {
 WRAPPED = "timm_model."  # what transformers' TimmWrapper puts before every key
 OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of MODEL
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
-# the fields of Preprocessing that --img-size and the others set, with the words for each
+# the fields of Preprocessing that --img-size and the others set, as messages word them
 _MEANING = {
     "img_size": "{} px",
     "mean": "mean {}",
@@ -58,7 +58,7 @@ class LoadedModel:
         model: In eval mode, on the CPU, fp32.
         classes: Class names in the order of the outputs.
         preprocessing: What the model expects of its input.
-        metadata: What was saved beside: "name", "model_args", "version", and what `save_model` was given.
+        metadata: What was saved with it: "name", "model_args", "version", and what `save_model` was given.
         source: The folder or file the weights came from.
         found: What was found there, in words.
     """
@@ -81,16 +81,16 @@ def save_model(
     preprocessing: Preprocessing,
     **metadata: Any,
 ) -> None:
-    """Write tensors and config so that we and timm can load them. Each file appears whole or not.
+    """Write tensors and config so that we and timm can load them; an interrupted write leaves no partial file.
 
-    `val` and `recalibrate` find a run's own data by metadata["data"]: a dict with "spec" (as `train` was given it)
+    `val` and `recalibrate` find the data of a run by metadata["data"]: a dict with "spec" (as `train` was given it)
     and the keyword arguments "val_fraction", "seed", "max_bad_fraction", "img_size" of `load_data`.
 
     Args:
-        folder: Where to write; made if it is missing.
+        folder: Where to write; created if it is missing.
         model: The model; its device and memory format do not matter.
-        architecture: The name that `create_model` knows it by.
-        model_args: What `create_model` was given besides num_classes and in_chans; ConvMixers tell by themselves.
+        architecture: Its name for `create_model`.
+        model_args: The arguments of `create_model` besides num_classes and in_chans; a ConvMixer knows its own.
         classes: Class names in the order of the outputs.
         preprocessing: What the model expects of its input.
         **metadata: Plain JSON values to keep: recipe, data, results.
@@ -118,7 +118,7 @@ def hub_config(
     outputs = getattr(model, "num_classes", len(classes))
     if outputs and outputs != len(classes):
         raise ValueError(f"{len(classes)} class names for {outputs} outputs")
-    # `isotropic` makes subclasses that differ in ways the sizes do not tell; `fast` makes ones that do not
+    # subclasses from `isotropic` differ in more than their sizes; those from `fast` do not
     plain = isinstance(model, ConvMixer) and (type(model) is ConvMixer or architecture.startswith("convmixer"))
     args = args_of(cast(ConvMixer, model)) if plain else dict(model_args)
     stock = _timm_name(args) if plain else None
@@ -153,7 +153,7 @@ def _timm_name(args: Mapping[str, Any]) -> str | None:
 
 
 def save_changed(folder: Path, loaded: LoadedModel, **metadata: Any) -> None:
-    """Write a loaded model that was changed since, as `save_model` does, keeping what is known about it.
+    """Save a loaded model after a change, as `save_model` does, with its metadata.
 
     Args:
         folder: Where to write.
@@ -173,17 +173,17 @@ def save_changed(folder: Path, loaded: LoadedModel, **metadata: Any) -> None:
 
 
 def load_model(source: str | Path, act: str | None = None, **preprocessing: Any) -> LoadedModel:
-    """Return a model ready to use from wherever its weights are.
+    """Return a model that is ready to use, from a path or a name.
 
     Args:
         source: A run folder (its best weights), a weights folder, a file of any known dialect, the name of shipped
             weights such as `convmixer_256_8.cifar10`, or of weights on timm's hub: `convmixer_768_32`,
             `hf-hub:OWNER/NAME`, `OWNER/NAME`.
         act: Activation to use instead of the one that the weights say or their sizes suggest.
-        **preprocessing: Fields of `Preprocessing` to use instead of what the weights say, for those that lack it.
+        **preprocessing: Fields of `Preprocessing` to use instead of what the weights say or lack.
 
     Raises:
-        RequestError: There is no such thing, or it cannot be used; the message says why.
+        RequestError: There are no such weights, or they cannot be used; the message says why.
     """
     loaded = _load(source)
     return _overridden(loaded, act, preprocessing) if act or preprocessing else loaded
@@ -202,7 +202,7 @@ def _load(source: str | Path) -> LoadedModel:
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return patch-embedding weights (dim, C, p, p) for another number of image channels, scaled to equal response.
+    """Return patch-embedding weights (dim, C, p, p) for another number of image channels, scaled to respond alike.
 
     Source: timm's `adapt_input_conv`: summed over colours for one channel, else repeated.
     """
@@ -213,9 +213,9 @@ def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def _load_newest(path: Path) -> LoadedModel:
-    """Return the first weights of a folder that are intact: the best ones, the last ones, those in the folder itself.
+    """Return the first intact weights of a folder: the best, the last, then those in the folder itself.
 
-    Damaged ones are named.
+    A line is printed for damaged ones.
     """
     folders = weights_folders(path)
     if not folders and (path / OLD_MODEL).is_file():
@@ -278,7 +278,7 @@ def _from_config(config: dict[str, Any], path: Path) -> LoadedModel:
     except RequestError as error:
         raise RequestError(f"the config of {path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RequestError(f"the config of {path} is not one of timm's hub layout: {shown(error, 200)}") from error
+        raise RequestError(f"the config of {path} does not have timm's hub layout: {shown(error, 200)}") from error
     model = _build(name, classes, chans, args, state, path)
     metadata = _metadata(config.get("convmixer"), model, name, args)
     found = f"{metadata['name']} with {classes} classes, {size} px"
@@ -291,7 +291,7 @@ def _bits(config: dict[str, Any]) -> Any:
 
 
 def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:
-    """Return the class names in a config, checked against the number of outputs; without any, see `class_names`."""
+    """Return the class names in a config, checked against the number of outputs, or those of `class_names`."""
     if names is None or (not names and isinstance(names, list)):
         return class_names(num_classes)
     if isinstance(names, dict) and names.keys() == {str(i) for i in range(len(names))}:
@@ -304,7 +304,7 @@ def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any], state: State, path: Path) -> nn.Module:
-    """Return the model with its weights; memory is taken only once the shapes are known to be those of the file."""
+    """Return the model with its weights; it takes memory only after the shapes have been checked against the file."""
     try:
         with torch.device("meta"):
             model = _new(name, num_classes, in_chans, args)
@@ -316,7 +316,7 @@ def _build(name: str, num_classes: int, in_chans: int, args: dict[str, Any], sta
         model.load_state_dict(state)
     except (RequestError, MemoryError):
         raise
-    except Exception as error:  # whatever a library says about sizes that do not go together
+    except Exception as error:  # libraries raise many types if sizes do not fit together
         raise RequestError(f"{path}: {name} cannot be built with {shown(args)}: {shown(str(error), 200)}") from error
     return model
 
@@ -328,7 +328,7 @@ def _new(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn
 
 
 def _metadata(ours: Any, model: nn.Module, name: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Return what a file says about its model; "name" and "model_args" are those that built it, whatever it says."""
+    """Return what a file says about its model; "name" and "model_args" are those that built it."""
     metadata = dict(ours) if isinstance(ours, dict) else {}
     if type(model) is ConvMixer:
         args = args_of(model)
@@ -366,7 +366,7 @@ def _in_words(p: Preprocessing, keys: Iterable[str]) -> str:
 
 
 def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -> LoadedModel:
-    """Return a model that is used in another way than its weights say, with a note on each change."""
+    """Return a model with another activation or preprocessing than its weights say, and a note on each change."""
     notes = [loaded.found]
     if act is not None:
         loaded, old = _with_act(loaded, act)
@@ -415,7 +415,7 @@ def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:
 
 
 def guess_preprocessing(args: Mapping[str, Any]) -> Preprocessing:
-    """Return the preprocessing that weights without any most likely had.
+    """Return the most likely preprocessing of weights that do not say theirs.
 
     Args:
         args: Arguments of `ConvMixer`. Patches of up to 4 px mean CIFAR's images, larger ones ImageNet's.
@@ -476,7 +476,7 @@ def _is_path(name: str) -> bool:
 
 
 def _download(hub_id: str) -> Path:
-    """Return the folder in the hub's cache that holds a repository's config and weights, downloaded where missing."""
+    """Return the folder in the hub's cache with a repository's config and weights, downloaded if they are missing."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils import LocalEntryNotFoundError, get_session
 
@@ -493,7 +493,7 @@ def _download(hub_id: str) -> Path:
     try:
         get_session().head(constants.ENDPOINT, timeout=10)  # without it the client retries for half a minute
         return fetch(offline=False)
-    except Exception as error:  # the hub's client and its transport raise many types
+    except Exception as error:  # the hub's client raises many types
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RequestError(
             f"cannot get {hub_id} from the Hugging Face hub ({reason}). Go online, check the name, or give a local "
