@@ -28,7 +28,7 @@ EVERYWHERE = {
     "seal",
     "text",
 }
-# part -> the parts it may import besides EVERYWHERE; data flows one way and so do imports
+# part -> the parts it may import besides EVERYWHERE
 ALLOWED: dict[str, set[str]] = {
     **{part: set() for part in EVERYWHERE},
     "data": {"results"},

@@ -26,7 +26,7 @@ TINY = [*SMALL, "--model", "convmixer_8_1_p4_k3"]
 # a pattern of commands -> what makes them cheap; a later value of a flag wins
 RUN = {
     r"convmixer (plan|train) flowers( --(out|epochs|lr|workers) \S+| --config settings.yaml)*": TINY,
-    r"convmixer train flowers .*--model convmixer_64_4_p4_k5.*": SMALL,
+    r"convmixer (plan|train) flowers .*--model convmixer_64_\d_p\d_k5.*": SMALL,
     r"convmixer train flowers --weights .*": SMALL,
     r"convmixer train --resume runs/flowers": [],
     r"convmixer (val runs|predict|plot|explain|models|info)\b.*": [],
@@ -53,7 +53,7 @@ PARSED = {
 }
 OTHER = {
     r"make \S+( OPTIONS=.*)?": "its target exists",
-    r"torchrun --nproc-per-node \d+ -m convmixer .*": "parsed; test_distributed.py",
+    r"torchrun --nproc-per-node \d+ -m convmixer .*": "parsed; test_train_processes.py",
     r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve_api.py sends the same form",
     r"docker (build|run) .*": "test_serve_docker.py",
     r"source .venv/bin/activate|pip install .*": "the installation",

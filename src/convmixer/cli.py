@@ -118,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
     """Add a flag for every setting; flags left out stay out of the namespace."""
-    sub.add_argument("--recipe", help="a recipe's name, see the README; default: digits for digits, else finetune")
+    sub.add_argument(
+        "--recipe", help="a recipe's name, see docs/recipes.md; default: digits for digits, else finetune"
+    )
     sub.add_argument("--config", type=Path, help="YAML file of settings, applied over the recipe")
     group = sub.add_argument_group("settings (defaults < recipe < --config < these flags)")
     _add_fields(group, [field.name for field in dataclasses.fields(Config)])
@@ -157,7 +159,7 @@ def _settings(args: argparse.Namespace) -> tuple[str, Config, Config]:
 
 
 def _add_train(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data", nargs="?", help="data set, see the README (default: digits)")
+    sub.add_argument("data", nargs="?", help="data set, see docs/data.md (default: digits)")
     sub.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<number>)")
     sub.add_argument(
         "--resume", type=Path, metavar="RUN", help="continue the run in this folder, with DATA where its data are now"
@@ -486,7 +488,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data", help="data set, see the README")
+    sub.add_argument("data", help="data set, see docs/data.md")
     sub.add_argument("--out", type=Path, help="folder of the search (default: tune/<recipe>)")
     sub.add_argument("--space", type=Path, metavar="FILE", help="YAML file of settings to search (default: shipped)")
     sub.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 20 without --budget)")

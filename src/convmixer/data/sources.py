@@ -1,6 +1,7 @@
 """Where the bytes of an image set lie: arrays, files, parquet columns, tar shards. All with random access by index.
 
-A source knows nothing of labels or splits, and decodes nothing but on request. `datasets` finds sources and splits.
+A source knows nothing of labels or splits, and decodes nothing but on request. `find.py` finds the
+sources, `splits.py` makes the splits.
 """
 
 import hashlib

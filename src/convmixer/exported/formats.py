@@ -1,4 +1,4 @@
-"""The table of export formats. Light: neither `--help` nor running an ONNX file imports torch.
+"""The table of export formats. Imports nothing heavy, so that `--help` and running ONNX files need no torch.
 
 To add a format, add a row here and a module beside this one with `write`, `check` and `read`; if it needs a package,
 add an extra to pyproject.toml.
@@ -21,9 +21,9 @@ class Format:
         module: The file beside this one that writes and reads it.
         suffix: How the name of the file (or folder) ends.
         precisions: What `--precision` takes for it.
-        extra: The extra of this package that brings what it needs.
+        extra: The extra of this package that brings what it needs; "" if torch is enough.
         summary: What it is for, in a few words.
-        beside: How the names of further files end that belong to it.
+        beside: Suffixes of the export's further files.
         folder: If the export is a folder, the file that marks it.
     """
 
@@ -51,7 +51,7 @@ FORMATS = {
     for row in (
         Format("onnx", "onnx", ".onnx", PRECISIONS, "export", "a file for ONNX Runtime"),
         Format("openvino", "openvino", ".xml", PRECISIONS, "openvino", "two files for OpenVINO", beside=(".bin",)),
-        Format("torch", "pt2", ".pt2", ("fp32",), "export", "a torch.export program"),
+        Format("torch", "pt2", ".pt2", ("fp32",), "", "a torch.export program"),
         Format("web", "web", "-web", PRECISIONS, "export", "a page that classifies images", folder="model.js"),
     )
 }

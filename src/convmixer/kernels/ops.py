@@ -1,6 +1,7 @@
 """The kernels as torch ops: schema, fake kernel, autograd. The CPU code behind them is built on first use.
 
-Activations are (N, H, W, C), contiguous, fp32 or bf16; weights are fp32. Sums are fp32 or wider.
+Activations are (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16. The pointwise matrix has their type; all other
+parameters are fp32. Sums are fp32 or wider.
 Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
 """
 

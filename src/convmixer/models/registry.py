@@ -1,11 +1,13 @@
-"""Model names and what they build: one explicit table for the paper's variants; every other name goes to timm.
+"""Model names and what they build: the paper's variants, SKELETONS, and timm for every other name.
 
-A name is `convmixer_<dim>_<depth>`, then optionally `_p<patch>` and `_k<kernel>`; without them it means the paper's
-setting of that size. timm's spellings of the released weights (`convmixer_1024_20_ks9_p14`) work too.
+A name is `convmixer_<dim>_<depth>_p<patch>_k<kernel>`. The paper's sizes also have a name without `_p` and `_k`: it
+means the ImageNet setting, or p1 k9 for a CIFAR-10 size. timm's spellings of the released weights work too
+(`convmixer_1024_20_ks9_p14`).
 """
 
 import fnmatch
 import functools
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -34,12 +36,13 @@ IMAGENET_MORE: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {(1536, 20):
 CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (128, 8), (128, 12))
 CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
 ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
-SKELETONS = (
-    "isotropic",
-    "mlp_mixer",
-    "resmlp",
-    "resnet",
-)  # any size, see isotropic.py and peers.py
+# models of any size: name -> (file beside this one, what builds it)
+SKELETONS = {
+    "isotropic": ("isotropic", "Isotropic"),
+    "mlp_mixer": ("peers", "mlp_mixer"),
+    "resmlp": ("peers", "resmlp"),
+    "resnet": ("peers", "resnet"),
+}
 SHIPPED = Path(__file__).parent.parent / "pretrained"  # weights inside the package, one folder per name
 
 
@@ -146,10 +149,9 @@ def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **
 
 
 def skeleton(name: str) -> Callable[..., nn.Module]:
-    """Return the function that builds one of SKELETONS."""
-    from convmixer.models import isotropic, peers
-
-    return isotropic.Isotropic if name == "isotropic" else cast(Callable[..., nn.Module], getattr(peers, name))
+    """Return the class or function that builds one of SKELETONS."""
+    file, builder = SKELETONS[name]
+    return cast(Callable[..., nn.Module], getattr(importlib.import_module(f"convmixer.models.{file}"), builder))
 
 
 def _timm_maker(name: str) -> Callable[..., nn.Module]:
