@@ -112,10 +112,10 @@ def test_workers_give_way_to_the_training(digits: DataSplits) -> None:
 class Damaged(Arrays):
     """Images of which the first cannot be decoded."""
 
-    def image(self, index: int, in_chans: int) -> Image.Image:
+    def image(self, index: int, *how: int) -> Image.Image:
         if index == 0:
             raise ImageError("damaged")
-        return super().image(index, in_chans)
+        return super().image(index, *how)
 
 
 @pytest.mark.timeout(60)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from convmixer.train.evaluate import val
 
 from convmixer import records
+from convmixer.evaluation.val import val
 from convmixer.models.registry import SHIPPED, shipped
 from convmixer.models.weights import load_model
 from convmixer.studies.verify import verify

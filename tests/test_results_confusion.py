@@ -28,7 +28,7 @@ def drawn(counts: np.ndarray, names: list[str], path: Path, monkeypatch: pytest.
         figure.canvas.draw()
         kept.append(figure)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     plots.confusion_matrix(counts, names, path)
     plt.close(kept[0])
     return kept[0]
