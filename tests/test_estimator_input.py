@@ -136,3 +136,9 @@ def test_errors_name_no_folder_that_is_gone() -> None:
     with pytest.raises(ValueError, match=r"image-0000000\.png") as caught:  # equal images with two labels
         ConvMixerClassifier(**QUICK).fit(same, LABELS)
     assert "/" not in str(caught.value)
+
+
+def test_images_that_are_left_out_are_said() -> None:
+    images = np.concatenate([COLOUR, COLOUR[:1]])  # a copy with another label: neither can be trusted
+    with pytest.warns(UserWarning, match=r"2 of 21 images cannot be used and are left out: image-0000000\.png"):
+        ConvMixerClassifier(**QUICK, max_bad_fraction=0.1).fit(images, [*LABELS, 1])

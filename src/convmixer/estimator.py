@@ -42,6 +42,7 @@ BATCH = 64
 MOST_COPIES = 1000  # of one image, by its weight
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back as they are
 RECIPE = "recipe"
+FITTED = ("classes_", "run_", "classifier_")
 SETTINGS = {field.name: RECIPE for field in dataclasses.fields(Config)} | {"val_fraction": 0.0, "test_fraction": 0.0}
 
 
@@ -93,11 +94,11 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: Images, labels and settings do not go together; RequestError is one.
         """
-        for name in [name for name in vars(self) if name.endswith("_")]:
-            delattr(self, name)  # a failed fit must not leave what an earlier one found
+        for name in FITTED:
+            self.__dict__.pop(name, None)  # a failed fit must not leave what an earlier one found
         images, warned = as_images(X)
-        labels, classes = _labels(y, len(images))
         copies = _copies(sample_weight, len(images))
+        labels, classes = _labels(y, copies)
         recipe = load_recipe(self.recipe)
         config = override(recipe, self._settings())
         for line in warned:
@@ -152,14 +153,17 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         return given if self.out is not None else {"draw": False} | given
 
     def _train(self, table: str, config: Config, recipe: Config, out: Path) -> Classifier:
+        from convmixer.train.folder import RunFiles
         from convmixer.train.run import train
 
         try:
             run = train(table, config, out=out, recipe=recipe, recipe_name=self.recipe, quiet=not self.verbose)
+            for note in RunFiles(out).read_config()["data"]["notes"] if not self.verbose else ():
+                if "left out" in note:
+                    warnings.warn(_without_folder(note, table), stacklevel=3)
             return load_classifier(run["run"], device=config.device)
-        except RequestError as error:  # the folder will be gone when somebody reads this
-            folder = str(Path(table).parent)
-            raise RequestError(str(error).replace(table, "X").replace(folder + "/", "")) from None
+        except RequestError as error:
+            raise RequestError(_without_folder(str(error), table)) from None
 
     @contextlib.contextmanager
     def _folders(self) -> Iterator[tuple[Path, Path]]:
@@ -208,26 +212,26 @@ def _generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _labels(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return N labels and the classes.
+def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return N labels and the classes of the images that are there at least once.
 
     Raises:
         ValueError: They are not one label per image, or their texts cannot be names of classes.
     """
     if y is None:
         raise ValueError("ConvMixerClassifier requires y to be passed, but the target y is None")
-    y = y.detach().cpu().numpy() if hasattr(y, "detach") else y
-    if (shape := np.shape(y))[1:] and shape[1] != 1:
+    y = np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
+    if y.ndim > 1 and y.shape[1] != 1:
         raise ValueError(
-            f"y should be a 1d array of {count} labels, got an array of shape {shape} instead: "
+            f"y should be a 1d array of {len(copies)} labels, got an array of shape {y.shape} instead: "
             "of one-hot rows take y.argmax(axis=1)"
         )
-    labels = column_or_1d(y, warn=True)
+    labels: np.ndarray = column_or_1d(y, warn=True)
     assert_all_finite(labels, input_name="y")
-    if len(labels) != count:
-        raise RequestError(f"{count} images but {len(labels)} labels")
+    if len(labels) != len(copies):
+        raise RequestError(f"{len(copies)} images but {len(labels)} labels")
     check_classification_targets(labels)
-    classes = np.unique(labels)
+    classes = np.unique(labels[copies > 0])
     names = [str(label) for label in classes]
     if len(names) < 2:
         raise RequestError(f"a classifier needs two classes or more, but y holds one class: {names[0]!r}")
@@ -250,6 +254,8 @@ def _copies(sample_weight: Any, count: int) -> np.ndarray:
     weights = np.asarray(sample_weight, float)
     if weights.shape != (count,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(count,)}!")
+    if not weights.any():
+        raise RequestError("every weight of sample_weight is zero: no image is left")
     if (weights == weights[0]).all() and weights[0] > 0:
         return np.ones(count, np.int64)
     if not ((weights >= 0) & (weights <= MOST_COPIES) & (weights == np.round(weights))).all():
@@ -269,6 +275,11 @@ def _without_paths(classifier: Classifier) -> Classifier:
         metadata = {name: value for name, value in loaded.metadata.items() if name != "data"}
         loaded = dataclasses.replace(loaded, metadata=metadata, source=Path(), found=gone["found"])
     return dataclasses.replace(classifier, describe=about, loaded=loaded)
+
+
+def _without_folder(text: str, table: str) -> str:
+    """Return a message without the folder of the table, which is gone when somebody reads it."""
+    return text.replace(table, "X").replace(f"{Path(table).parent}/", "")
 
 
 def _images_of(out: Path) -> Path:
