@@ -1,6 +1,6 @@
 """The run folder, the contract between training and everything after it: its names, and how to recognise one.
 
-Also recognises the other folders that convmixer writes. Reads names and first lines only. Standard library only.
+Also recognises the other folders that convmixer writes. Reads only file names and first bytes. Standard library only.
 """
 
 from pathlib import Path
@@ -87,7 +87,7 @@ def is_run(path: Path | str) -> bool:
 
 
 def is_study(path: Path | str) -> bool:
-    """Return whether a folder is a study: it holds the plan and an own list of records or runs."""
+    """Return whether a folder is a study: it holds the plan and its own list of records, queue or runs."""
     path = Path(path)
     return _is_file(path / STUDY) and any(_exists(path / name) for name in (STUDY_RECORDS, STUDY_QUEUE, "runs"))
 
@@ -108,7 +108,7 @@ def is_weights(path: Path | str) -> bool:
 
 
 def is_own_output(path: Path | str) -> bool:
-    """Return whether convmixer wrote this folder, so that its pictures are no data.
+    """Return whether convmixer wrote this folder, so that its pictures are not data.
 
     It is a run, study, search, export or weights. A folder with nothing but such folders, as `runs` is, counts too.
     """
@@ -123,7 +123,7 @@ def weights_folders(path: Path) -> list[Path]:
 
 
 def run_of(path: Path | str) -> Path | None:
-    """Return the run that a file or folder belongs to: itself, or the nearest of three folders around it."""
+    """Return the run that a file or folder belongs to: itself or the nearest of its three parents."""
     path = Path(path)
     around = path.resolve().parents[:3] if path.exists() else ()
     return next((folder for folder in (path, *around) if is_run(folder)), None)
@@ -141,7 +141,7 @@ def sample_files(source: Path | str, most: int = 12) -> list[Path]:
         path = _SHIPPED / path.name
     path = path.resolve()
     for home in (path, *path.parents[:3]):
-        if is_run(home) or is_weights(home):  # no other folder's samples
+        if is_run(home) or is_weights(home):  # only a run's or weights folder's samples
             inside = (file for file in (home / "samples").glob("*") if file.resolve().is_relative_to(home))
             files = sorted(file for file in inside if file.suffix in _PICTURES)
             if files:

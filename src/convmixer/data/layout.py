@@ -1,6 +1,7 @@
 """Which folders of an image folder are splits and which are classes: decided by names and structure alone.
 
-A folder is a split if a word of its name says so (`training_set`). What could be either is asked about, not guessed.
+A folder is a split if a word of its name says so (`training_set`). Folders that could be either are refused by name,
+not guessed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ Folder = tuple[str, ...]  # the parts of a path relative to the data's root
 GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # a folder that names no class
 NO_CLASS = "not in a class folder"
 NO_CLASS_FOLDERS = "a split without class folders"
-NO_SPLIT = "beside the splits, its name is none of train, val and test"
+NO_SPLIT = "beside the splits, but not named train, val or test"
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Tree:
         return self.images + sum(tree.total() for tree in self.below.values())
 
     def is_wrapper(self) -> bool:
-        """Return whether it holds one folder and nothing else, and that folder holds folders alone."""
+        """Return whether it holds only one folder, which holds only folders."""
         only = next(iter(self.below.values()), None)
         return len(self.below) == 1 and not self.images and bool(only and only.below) and not (only and only.images)
 
@@ -44,10 +45,10 @@ class Layout:
     """Where the class folders are.
 
     Args:
-        splits: "train", "val" or "test" to the folder that holds its class folders; one may be "" with `inside`.
-        inside: Split folders lie in the class folders, not around them.
+        splits: "train", "val" or "test" to the folder that holds its class folders; the key is "" if `inside`.
+        inside: Split folders are in the class folders, not around them.
         skipped: Folders that are not used, and why.
-        notes: What was understood, if it is not plain.
+        notes: How it was read, if not obvious.
     """
 
     splits: dict[str, Folder]
@@ -110,7 +111,7 @@ def _tree(folders: Mapping[Folder, int]) -> Tree:
 
 
 def _split_folders(tree: Tree) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the folders that are splits, split to name, and the other folders of such names with a reason.
+    """Return split -> folder, and split-named folders that are not used -> reason.
 
     Raises:
         RequestError: Two folders mean the same split, or a folder may be a split or a class.
@@ -136,7 +137,7 @@ def _split_folders(tree: Tree) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _ask_about_one_split(tree: Tree, splits: Mapping[str, str]) -> None:
-    """Raise RequestError if what seems to be the only split is less than what lies beside it: it may be a class."""
+    """Refuse if the only split holds fewer images than the folders beside it: it may be a class."""
     others = [name for name in tree.below if name not in splits.values()]
     if len(splits) > 1 or len(others) < 2:
         return
@@ -162,7 +163,7 @@ def _inner(tree: Tree, splits: Mapping[str, str], name: str) -> Folder:
 
 
 def _without_classes(tree: Tree, splits: Mapping[str, str]) -> dict[str, str]:
-    """Return the splits whose only folder names no class, as in val/images, while those of train name some."""
+    """Return splits whose only folder is generic (val/images) although train's has class names."""
     train = tree.below[splits["train"]].below.keys() if "train" in splits else set()
     found = {}
     for split, name in splits.items():

@@ -42,7 +42,7 @@ def val(
     Args:
         weights: See `inference.load_classifier`.
         data: See `data.load_data`; None: the data that the weights were trained on.
-        split: "train", "val" or "test"; None: test, or of other data than the training's without one, all images.
+        split: "train", "val" or "test"; None: test; for other data than the training's without a test split, all images.
         limit: Evaluate on a seeded sample of this many images; None: on all.
         batch_size: Images at once, at least 1.
         precision: See `inference.load_classifier`.
@@ -102,7 +102,7 @@ def _calibration(data: EvaluationData, loaded: LoadedModel) -> torch.Tensor:
 
 
 def _changed(data: EvaluationData, split: str) -> list[str]:
-    """Return a line if the data of the weights have changed: then their splits differ from those of the training."""
+    """Warn if the training data changed: its splits no longer match."""
     if split == "train" or not data.changed:
         return []
     return [

@@ -1,4 +1,4 @@
-"""The one question whether kernels may serve: a device and a type, a model, a single pass."""
+"""Says whether the kernels can be used: on a device in a type, for a model, for a single pass."""
 
 import functools
 import sys
@@ -47,7 +47,7 @@ def has_kernels(device: torch.device, precision: str) -> bool:
 
 @functools.cache
 def say_once(reason: str) -> None:
-    """Print once in a process why plain PyTorch runs; `QUIETLY` is not said."""
+    """Print once in a process why plain PyTorch runs; `QUIETLY` prints nothing."""
     if reason != QUIETLY:
         print(f"convmixer: plain PyTorch instead of the kernels: {reason}", file=sys.stderr, flush=True)
 
@@ -55,12 +55,12 @@ def say_once(reason: str) -> None:
 def unfit(model: Any, x: Tensor) -> str | None:
     """Return why the kernels must not run this pass, or None.
 
-    They run it only if plain PyTorch would give the same: no other tool changes or watches what the modules do, the
-    model has nothing but what the kernels know, and the images are what its first convolution takes.
+    Kernels run only if plain PyTorch would give the same result: no other tool changes or watches what the modules
+    do, the kernels know everything in the model, and its first convolution takes the images.
     """
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
-        return QUIETLY  # fx gives proxies; others give tensors of their own
-    if torch.compiler.is_compiling():  # guards watch what is read here
+        return QUIETLY  # fx passes proxies, other tools tensor subclasses
+    if torch.compiler.is_compiling():  # torch.compile guards on each value read here
         known = unusual(model) or (None if all_depthwise(model.blocks) else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x)
     if tools_at_work():
@@ -89,7 +89,7 @@ def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
 
 
 def tools_at_work() -> bool:
-    """Return whether a transform, a tracer, a mode or a hook on all modules must see each module compute."""
+    """Return whether a transform, a tracer, a mode or a hook on all modules must see each module run."""
     return bool(
         forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None

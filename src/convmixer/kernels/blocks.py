@@ -1,8 +1,8 @@
 """All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
 
-Between the kernels a tensor is kept before its activation and norm, with the scale and shift that are still to be
-applied: v stands for norm(act(v)). Only these are saved for the backward pass, two for each block; without gradients
-they go as soon as they are used. The statistics are kept too, as float64 (norms, 2, C): mean and biased variance.
+Tensors are stored before activation and norm, with the norm's scale and shift; v means norm(act(v)). The backward
+pass keeps two of them per block; without gradients each is freed once it is used. The statistics are kept too, as float64
+(norms, 2, C): mean and biased variance.
 """
 
 import math
@@ -25,8 +25,8 @@ def features(
     """Run the stem's activation and norm, then all blocks.
 
     Args:
-        v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32 or bf16: the dtype of everything between.
-            Or `wide(C)` channels, the last ones zero.
+        v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16: the dtype of
+            everything between. Or padded to `wide(C)` channels with zeros.
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
         running: Running mean and variance of each norm, read when not `training`.
         eps: BatchNorm's.
@@ -48,9 +48,9 @@ def features(
 
 
 def wide(channels: int) -> int:
-    """Return how many channels the blocks compute for so many: a multiple of 8, the vector of AVX2.
+    """Return `channels` rounded up to a multiple of 8, the vector of AVX2.
 
-    Rows that begin in the middle of a vector cost a sixth of a step there. Other processors were not measured.
+    On AVX2, unaligned rows make a step a sixth slower. Other processors were not measured.
     """
     return channels + -channels % 8
 
@@ -71,7 +71,7 @@ def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) ->
 
 
 def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Tensor:
-    """Sums and squares of a batch, float64 (2, C), or None and the running ones -> mean and biased variance."""
+    """Batch sums, float64 (2, C) -> mean and biased variance; if None, the running statistics."""
     if sums is None:
         return torch.stack(running).double()
     mean, square = sums / count
@@ -81,13 +81,13 @@ def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Ten
 def norm_gradients(
     weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients (3, C) of the CPU's NormBackward, and the gradients of the norm's weight and bias.
+    """Return the coefficients a, b, c (3, C) that `NormBackward` uses, and the gradients of weight and bias.
 
     Args:
         weight: (C,).
         statistics: Mean and biased variance, float64 (2, C).
         sums: Of the gradient, and of the gradient times the activation, float64 (2, C).
-        count: Values behind each sum.
+        count: Number of values in each sum.
         eps: BatchNorm's.
         training: Whether the statistics depend on the input.
 

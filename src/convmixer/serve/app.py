@@ -47,7 +47,7 @@ def create_app(
     access: Access | None = None,
     samples: Sequence[bytes] = (),
 ) -> FastAPI:
-    """Return the application. The model is run once: what does not work fails here, before anything listens.
+    """Return the application. The model runs once first, so a broken one fails before listening.
 
     Args:
         classifier: The model to serve.
@@ -103,7 +103,7 @@ def _refuse_in_json(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        # starlette sends this one outside of Guard
+        # starlette sends 500s outside Guard
         return JSONResponse(reason("internal", "the request failed; the server's log says why"), 500, HEADERS)
 
 
@@ -157,7 +157,7 @@ def _add_api(app: FastAPI, service: Service, access: Access) -> None:
             bool | None, Query(description="add what the network saw, and class-activation maps")
         ] = None,
     ) -> Response:
-        # written straight to JSON: checking our own answer against its model costs as much as decoding the image
+        # straight to JSON: validating our own answer costs as much as decoding the image
         answer = await service.predict(request, topk, explain)
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
@@ -187,6 +187,6 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
 
 
 def _warm(classifier: Classifier) -> None:
-    """Run the model once: it works, and the first request does not wait for what happens only once."""
+    """Run the model once, to see that it works and so the first request does not pay for one-time setup."""
     p = classifier.preprocessing
     classifier.explained(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32), True)

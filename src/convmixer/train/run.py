@@ -57,7 +57,7 @@ def train(
     started = time.time()
     with _processes(config):
         if out is not None and rank() == 0:
-            check_empty(out)  # at once, and again below: what is refused leaves no folder
+            check_empty(out)  # checked now and below; a refusal leaves no folder
         job = prepare(data, config, build)
         epochs, steps = length_of(job, started)
         name = recipe_name or data.rstrip("/").rpartition("/")[2]
@@ -124,7 +124,7 @@ def _processes(config: Config) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _alone(folder: RunFiles) -> Iterator[RunLock | None]:
-    """Hold the run folder's lock in the first process; the others get None, and the refusal too."""
+    """Hold the run folder's lock in the first process; others get None, or the same error."""
     lock = RunLock(folder.lock) if rank() == 0 else None
 
     def enter() -> None:
@@ -141,5 +141,5 @@ def _alone(folder: RunFiles) -> Iterator[RunLock | None]:
 
 
 def _restarted_by_torchrun() -> bool:
-    """Return whether torchrun started these processes again after one of them died: the command is the same then."""
+    """Return whether torchrun restarted these processes after one died, with the same command line."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -34,7 +34,7 @@ from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
 ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
-SIGNAL_SECONDS = 2.0  # a signal to the whole group may reach the loader's workers first
+SIGNAL_SECONDS = 2.0  # seconds to wait: a group signal may hit loader workers first
 
 
 class Run:
@@ -43,9 +43,9 @@ class Run:
     Args:
         job: What is trained.
         folder: Where it goes.
-        contents: Of the settings file.
+        contents: Contents of the settings file.
         started: When this session began, seconds since 1970.
-        lock: Held on the folder; None in other processes than the first.
+        lock: Held on the folder; None except in the first process.
         on_epoch, quiet: See `run.train`.
     """
 
@@ -129,13 +129,13 @@ class Run:
                     # systemd and SLURM signal the loader's workers too, and they end in mid-step
                     if not self._signalled_soon(error):
                         raise
-                    self._exit("stopped; from the last checkpoint")
+                    self._exit("stopped; the last checkpoint is kept;")
             if self._told_to_stop and self.module.steps_done < self.total_steps:
                 self._exit("stopped and saved;")
         return self._finish()
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
-        """Return whether this process was told to stop, now or in a moment, as a worker that ended was."""
+        """Return whether the signal that killed a worker reaches this process too, now or within SIGNAL_SECONDS."""
         deadline = time.monotonic() + SIGNAL_SECONDS
         while self.signals.received is None and "killed by signal" in str(error) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -176,7 +176,9 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         if self.writes:
-            self._check_finite(float(self.module.loss_sum))  # what cannot go on must not replace what can
+            self._check_finite(
+                float(self.module.loss_sum)
+            )  # never replace a good checkpoint by one with a non-finite loss
             state = {
                 "module": self.module.state(),
                 "rows": self.rows,
@@ -191,7 +193,7 @@ class Run:
             self._saved_at = time.monotonic()
 
     def _check_finite(self, loss: float) -> None:
-        """Raise if the loss is not finite, or the weights: the last update comes after the last loss."""
+        """Raise if the loss is not finite, or the weights, because the last update follows the last loss."""
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.module.steps_done}"
         elif not all(torch.isfinite(p).all() for p in self.module.model.parameters()):
@@ -205,7 +207,7 @@ class Run:
         )
 
     def _exit(self, how: str) -> NoReturn:
-        number = self.signals.received or signal.SIGTERM  # the signal may have been another process's
+        number = self.signals.received or signal.SIGTERM  # another process may have got the signal
         if self.writes:
             self.folder.log("stopped", self.module.steps_done, {"signal": number})
         self.console.print(f"{how} continue with: convmixer train --resume {terminal(self.folder.path)}")
@@ -245,7 +247,7 @@ class Run:
             self.folder.log("data_changed", self.module.steps_done, {"epoch": row["epoch"], "what": change})
             self.console.print(
                 f"data     {self.job.data.name} changed while this run trains: {change}; "
-                "the run goes on with what it finds, and cannot be resumed on other data"
+                "the run continues with the changed data; it cannot be resumed on them"
             )
 
     def _measure_epoch(self) -> dict[str, Any]:
@@ -348,7 +350,7 @@ class Run:
             drawn, classes = self.folder.pictures, self.job.data.classes
             gallery.results(drawn, self.rows, self.steps.rows, self.module.evaluated, found, classes)
         card = model_card(self.contents, results)
-        write_atomic(self.folder.card, card.encode(errors="replace"))  # names of classes
+        write_atomic(self.folder.card, card.encode(errors="replace"))  # class names may not be valid text
         results["seconds"] = self._seconds()
         record = records.RunRecord(
             name=self.folder.path.name,
