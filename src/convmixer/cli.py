@@ -1,4 +1,4 @@
-"""The command line: parsing, and calls into the modules that do the work. No logic of its own.
+"""The command line: parses, calls the modules that do the work, and reports errors.
 
 Every command returns a dict of plain JSON types. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
 Heavy imports happen inside the command that needs them, so that `--help` answers at once.
@@ -162,7 +162,7 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", nargs="?", help="data set, see docs/data.md (default: digits)")
     sub.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<number>)")
     sub.add_argument(
-        "--resume", type=Path, metavar="RUN", help="continue the run in this folder, with DATA where its data are now"
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder; DATA: where its data are now"
     )
     _add_settings(sub)
 
@@ -176,7 +176,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         given += [f"--{key}" for key in ("recipe", "config", "out") if getattr(args, key) is not None]
         if given:
             raise RequestError(
-                f"--resume goes on with the settings of {args.resume}: leave out {' and '.join(given)}"
+                f"--resume continues with the settings of {args.resume}: leave out {' and '.join(given)}"
             )
         allowed = getattr(args, "set_max_bad_fraction", None)
         if allowed is not None:

@@ -1,4 +1,4 @@
-"""Text of strangers (class names, file names, errors that quote them), made harmless where it is shown.
+"""Untrusted text (class names, file names, errors that quote them), escaped before it is shown.
 
 One function for each place: terminal, rich, CSV, HTML, Markdown. Apply it once, where text goes out;
 names are kept as they are inside the program and in JSON.

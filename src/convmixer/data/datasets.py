@@ -1,4 +1,4 @@
-"""Data sets with their splits: what a run trains on, selects on, is tested on. Nothing is random but by seed.
+"""Data sets with their splits: what a run trains on, selects on, is tested on. All randomness comes from seeds.
 
 Unreadable images, in two steps. `load_data` reads the header of every image: what is no image, empty, too large, or
 there twice with two labels is named in `bad_files`, left out, and counted against `max_bad_fraction`. Damage behind a
@@ -272,7 +272,7 @@ def _bits(found: Found, checked: Checked, notes: list[str]) -> int:
 
 
 def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
-    """Return the side to train at: that of the images where they are square, alike and not large."""
+    """Return the side to train at: that of the images if they are square, of one size and not large."""
     width, height = next(iter(sizes))
     if len(sizes) == 1 and width == height <= DEFAULT_SIDE:
         return width
@@ -316,7 +316,7 @@ def _hold_out(
 
 
 def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: int) -> Source:
-    """Return the source with a cache where its images are small, of one size and together not above `limit` bytes."""
+    """Return the source, with a cache if its images are small, of one size and together at most `limit` bytes."""
     if isinstance(source, Arrays) or len(sizes) != 1:
         return source
     width, height = next(iter(sizes))

@@ -1,4 +1,4 @@
-"""What every kind of data set is read into: images and labels as they lie there, not yet split or checked."""
+"""What every kind of data set is read into: images and labels as found, not yet split or checked."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead
 
 @dataclass(frozen=True)
 class Found:
-    """Images and labels as they lie there.
+    """Images and labels as found.
 
     Args:
         name: What to call the data.

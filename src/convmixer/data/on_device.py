@@ -1,4 +1,4 @@
-"""Training images that lie on the device as uint8 and are augmented there, a whole batch at once.
+"""Training images kept on the device as uint8 and augmented there, a whole batch at once.
 
 Each image has its own random numbers, keyed by (seed, epoch, index), so a batch depends on nothing else. Images are
 distributed as `transforms.train_transform` makes them; `mix` and `erase` follow in the step, as for every loader.

@@ -1,6 +1,6 @@
-"""Where the bytes of an image set lie: arrays, files, parquet columns, tar shards. All with random access by index.
+"""Where the bytes of an image set are: arrays, files, parquet columns, tar shards. All with random access by index.
 
-A source knows nothing of labels or splits, and decodes nothing but on request. `find.py` finds the
+A source knows nothing of labels or splits, and decodes only on request. `find.py` finds the
 sources, `splits.py` makes the splits.
 """
 
@@ -164,7 +164,7 @@ class Column(Encoded):
 
 
 def binary_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column's encoded bytes, taken out of Hugging Face's struct<bytes, path> where it is one."""
+    """Return a column's encoded bytes, taken out of Hugging Face's struct<bytes, path> if it is one."""
     return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
 
 

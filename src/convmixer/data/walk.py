@@ -1,4 +1,4 @@
-"""The one way to find files below a folder, for every command: training, prediction and shards see the same ones.
+"""Finds the files below a folder, for every command: training, prediction and shards see the same ones.
 
 Links are followed, each real folder is read once, and hidden files and what convmixer itself wrote are passed over.
 Standard library only: `predict` uses it without torch.
@@ -26,7 +26,7 @@ NOT_ORDINARY = "not an ordinary file"
 
 @dataclass(frozen=True)
 class Walk:
-    """What lies below a folder.
+    """The files and folders below a folder.
 
     Args:
         root: The folder.

@@ -42,7 +42,7 @@ def val(
     Args:
         weights: See `inference.load_classifier`.
         data: See `data.load_data`; None: the data that the weights were trained on.
-        split: "train", "val" or "test"; None: test; for other data than the training's without a test split, all images.
+        split: "train", "val" or "test"; None: test; if other data than the training's have none, all images.
         limit: Evaluate on a seeded sample of this many images; None: on all.
         batch_size: Images at once, at least 1.
         precision: See `inference.load_classifier`.

@@ -1,4 +1,4 @@
-"""Loads exported files, which may be a stranger's: read, checked and run in a process with limits (`process.py`).
+"""Loads exported files, which are not trusted: read, checked and run in a process with limits (`process.py`).
 
 An exported file carries its class names and preprocessing, so it is used like weights. ONNX files and web folders run
 without torch. Neither ONNX Runtime nor OpenVINO may call home: telemetry is off before the import.
@@ -48,7 +48,7 @@ def is_exported(path: str | Path) -> bool:
 
 
 def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported:
-    """Return the model in an exported file, which runs in a process of its own.
+    """Return the model in an exported file, which runs in a separate process.
 
     Args:
         path: A .onnx, .xml (OpenVINO) or .pt2 (torch.export) file, or a web folder.
@@ -69,7 +69,7 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 
 
 def open_exported(path: str | Path, threads: int = 0) -> Exported:
-    """Return what `load_exported` does, without a process around it: for files of this package's own making.
+    """Return what `load_exported` does, in this process: only for files that this package just wrote.
 
     Raises:
         RequestError: As for `load_exported`.

@@ -1,4 +1,4 @@
-"""Runs an exported file in a process of its own that is ended if it takes too long or too much memory.
+"""Runs an exported file in a separate process that is ended if it takes too long or too much memory.
 
 A graph from a stranger can ask for endless work or memory in more ways than a reader of it can foresee: when it is
 parsed, when its constants are folded, or only at one batch size. The process bounds them all. Its other half is

@@ -1,4 +1,4 @@
-"""torch.export programs (.pt2). A file that could run code of its own when it is loaded is refused."""
+"""torch.export programs (.pt2). A file that could run code when it is loaded is refused."""
 
 import io
 import json

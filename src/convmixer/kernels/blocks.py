@@ -1,8 +1,8 @@
 """All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
 
 Tensors are stored before activation and norm, with the norm's scale and shift; v means norm(act(v)). The backward
-pass keeps two of them per block; without gradients each is freed once it is used. The statistics are kept too, as float64
-(norms, 2, C): mean and biased variance.
+pass keeps two of them per block; without gradients each is freed once it is used. The statistics are kept too, as
+float64 (norms, 2, C): mean and biased variance.
 """
 
 import math

@@ -176,9 +176,8 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         if self.writes:
-            self._check_finite(
-                float(self.module.loss_sum)
-            )  # never replace a good checkpoint by one with a non-finite loss
+            # never replace a good checkpoint by one with a non-finite loss
+            self._check_finite(float(self.module.loss_sum))
             state = {
                 "module": self.module.state(),
                 "rows": self.rows,

@@ -205,7 +205,7 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     else:
         name, args = config.model, {}
         if loaded and isinstance(loaded.model, ConvMixer) and model_args(name):
-            args["act"] = loaded.model.act  # no tensor tells that the variant's own is another
+            args["act"] = loaded.model.act  # the variant's own may differ, and no tensor tells it
     if config.act:
         args["act"] = config.act
     if config.drop_rate:
