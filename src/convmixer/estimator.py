@@ -32,7 +32,7 @@ from convmixer.config import Config, override
 from convmixer.data.in_memory import Batch, as_images, is_file, opened
 from convmixer.data.labels import NO_LABEL, check_names, tidy_name
 from convmixer.errors import RequestError, unknown
-from convmixer.inference import Classifier, load_classifier, softmax
+from convmixer.inference import Classifier, finite, load_classifier, softmax
 from convmixer.preprocess import preprocess, to_mode
 from convmixer.recipes import load_recipe
 from convmixer.run_folder import is_run
@@ -143,7 +143,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
             inputs = np.stack([preprocess(opened(image, p.in_chans, p.bits), p) for image in batch])
-            found[start : start + len(batch)] = self.classifier_.logits(inputs)[:, order]
+            found[start : start + len(batch)] = finite(self.classifier_.logits(inputs))[:, order]
         return found
 
     def _settings(self) -> dict[str, Any]:

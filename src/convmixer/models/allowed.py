@@ -116,7 +116,7 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
         _check(name, key, value, known)
     layers = sum(sum(v) if isinstance(v, (list, tuple)) else v for k, v in args.items() if k in _COUNTS)
     if layers > tensors:
-        raise RequestError(f"{name} with {layers:,} layers cannot be in {tensors:,} tensors")
+        raise RequestError(f"{tensors:,} tensors cannot hold {name} with {layers:,} layers")
     return name, args
 
 

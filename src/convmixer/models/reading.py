@@ -155,7 +155,7 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
             )
     needed, size = sum(value.numel() * value.element_size() for value in plain.values()), path.stat().st_size
     if needed > size + SPARE_BYTES:
-        raise RequestError(f"{path} has {size:,} bytes and asks for {needed:,}: its tensors repeat their memory")
+        raise RequestError(f"{path} has {size:,} bytes, but its tensors need {needed:,}: they share memory")
     return plain
 
 

@@ -384,22 +384,30 @@ def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -
 
 
 def _check_size(loaded: LoadedModel, asked: Preprocessing) -> None:
-    """Run the model on shapes alone: many of timm's, and those with attention, take images of one size only.
+    """Refuse another image size for a model of one size: many of timm's, and those with attention.
 
     Raises:
-        RequestError: It does not take images of the size asked for.
+        RequestError: The model takes images of the size in its weights, but not of the size asked for.
     """
-    side = asked.img_size
-    tensors = {**dict(loaded.model.named_parameters()), **dict(loaded.model.named_buffers())}
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    try:
-        with torch.no_grad():
-            functional_call(loaded.model, shapes, (torch.empty(1, asked.in_chans, side, side, device="meta"),))
-    except Exception as error:  # each family checks in its own way, or not at all
+    problem = _size_problem(loaded.model, asked)
+    if problem and not _size_problem(loaded.model, loaded.preprocessing):
         raise RequestError(
             f"{loaded.source}: its {type(loaded.model).__name__} was made for {loaded.preprocessing.img_size} px and "
-            f"does not take {side} px ({shown(str(error), 120)}): leave --img-size out"
-        ) from error
+            f"does not take {asked.img_size} px ({shown(problem, 120)}): leave --img-size out"
+        )
+
+
+def _size_problem(model: nn.Module, p: Preprocessing) -> str:
+    """Return why a model cannot run on images of a size, or "" if it can; it is run on shapes alone."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    image = torch.empty(1, p.in_chans, p.img_size, p.img_size, device="meta")
+    try:
+        with torch.no_grad():
+            functional_call(model, shapes, (image,))
+    except Exception as error:  # each family checks in its own way, or not at all
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:
