@@ -1,4 +1,4 @@
-"""Where to compute, in which precision, and what memory that takes. torch is imported when asked."""
+"""Where to compute, in which precision, and what memory that takes. torch is imported when needed."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Which weights this user trained: what weights say of their data is believed only if it carries this user's seal.
+"""Marks the weights that this user trained: a data path in weights is used only if it carries this user's seal.
 
 The seal is a keyed hash of the data's path. Its key stays in this user's state folder, so nobody else can make one.
 Standard library only.

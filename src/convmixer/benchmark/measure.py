@@ -1,4 +1,4 @@
-"""How it is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
+"""How speed is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
 
 import math
 import time

@@ -1,9 +1,9 @@
 """Data sets with their splits: what a run trains on, selects on, is tested on. All randomness comes from seeds.
 
-Unreadable images, in two steps. `load_data` reads the header of every image: what is no image, empty, too large, or
-there twice with two labels is named in `bad_files`, left out, and counted against `max_bad_fraction`. Damage behind a
-good header shows only on decoding: then training takes the next readable image instead, evaluation leaves the image
-out, and both mark it in `ImageSet.failed`, over all worker processes, against the same limit.
+Unreadable images are found in two steps. `load_data` reads the header of every image: a file that is empty, too large
+or no image, or an image with two labels, is named in `bad_files`, left out, and counted against `max_bad_fraction`.
+Damage behind a good header shows only on decoding: then training takes the next readable image, evaluation leaves the
+image out, and both mark it in `ImageSet.failed`, over all worker processes, against the same limit.
 """
 
 import math
@@ -52,7 +52,7 @@ class DataSplits:
 
     Args:
         name: What to call it.
-        train, val, test: The splits; None where there is none.
+        train, val, test: The splits; None if there is none.
         classes: Class names by label.
         img_size: Side to train at, pixels.
         in_chans: 1 or 3.
@@ -60,11 +60,11 @@ class DataSplits:
         checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
-        spec: The data argument so written that it means the same from every folder.
+        spec: The data argument, written so that it means the same in every folder.
         options: What the user said about columns, folders and groups.
         bits: How many bits the values of 16-bit images use.
-        found: What is there, before it is split.
-        checked: What was found out about the images.
+        found: Its images and labels, before they are split.
+        checked: What the check of the images found.
     """
 
     name: str
@@ -169,13 +169,13 @@ def load_data(
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found out about the images before any is decoded.
+    """What the check of the images found, before any is decoded.
 
     Args:
         scans: Split -> headers and digests.
         usable: Split -> bool (N,): readable, one label, and not kept in another split.
         rejected: Split -> bool (N,): unreadable, or with two labels.
-        together: Split -> int64 (N,): a number that images share which are not to be parted.
+        together: Split -> int64 (N,): a group number; images of one group stay in one split.
         bad: "name: reason" of each image that cannot be read or has two labels.
         copies: How many images are copies of others.
         notes: What the user should know.

@@ -26,7 +26,7 @@ class Found:
         in_chans: Channels, if known without looking.
         notes: What the user should know.
         unused: What is there and not used, by reason.
-        spec: The data argument so written that it means the same from every folder.
+        spec: The data argument, written so that it means the same in every folder.
         groups: Split -> the name of each image's group, whose images stay in one split; empty: no groups.
     """
 

@@ -1,4 +1,4 @@
-"""What callers pass as images (arrays, tensors, PIL images, files) to what `preprocess` and the data table take."""
+"""Converts the images that callers pass (arrays, tensors, PIL images, files) for `preprocess` and the data table."""
 
 from collections.abc import Sequence
 from pathlib import Path

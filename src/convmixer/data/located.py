@@ -1,4 +1,4 @@
-"""Where the images are that a column of texts names: paths, names or ids, with or without folder and extension.
+"""Finds the images that a text column names: paths, names or ids, with or without folder and extension.
 
 A location is found by what is on the disk. If two folders would do, none is taken: the error asks for --image-root.
 """

@@ -1,4 +1,4 @@
-"""What the user says about a data set whose columns, folders or groups cannot be found without being told."""
+"""The options for data sets whose columns, folders or groups cannot be found automatically."""
 
 import os
 from collections.abc import Mapping

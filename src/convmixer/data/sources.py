@@ -1,4 +1,4 @@
-"""Where the bytes of an image set are: arrays, files, parquet columns, tar shards. All with random access by index.
+"""The sources of an image set's bytes: arrays, files, parquet columns, tar shards. All have random access by index.
 
 A source knows nothing of labels or splits, and decodes only on request. `find.py` finds the
 sources, `splits.py` makes the splits.

@@ -1,4 +1,4 @@
-"""What a data set holds and is not used: counted by reason, so that nothing is left out without a word."""
+"""The parts of a data set that are not used: counted by reason, so that nothing is left out silently."""
 
 from collections import Counter
 from typing import Any

@@ -1,1 +1,1 @@
-"""Image files of strangers to pixels, with bounds on time and memory."""
+"""Decodes untrusted image files, with bounds on time and memory."""

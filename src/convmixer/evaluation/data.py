@@ -1,4 +1,4 @@
-"""Which images a model is measured on, and how the classes of data and model meet."""
+"""Which images a model is measured on, and how the classes of data and model are matched."""
 
 import re
 import unicodedata

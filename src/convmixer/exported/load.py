@@ -69,7 +69,7 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 
 
 def open_exported(path: str | Path, threads: int = 0) -> Exported:
-    """Return what `load_exported` does, in this process: only for files that this package just wrote.
+    """Return what `load_exported` does, but in this process: for the limited process, and for files just written.
 
     Raises:
         RequestError: As for `load_exported`.

@@ -1,4 +1,4 @@
-"""Make a model fast where it stands: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
+"""Make a model fast in place: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
 
 Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. If the kernels cannot
 serve, the plain model runs and the reason is said once.

@@ -1,4 +1,4 @@
-"""Read weights files from strangers: no code is run, and work and memory are bounded by the size of the file.
+"""Read untrusted weights files: no code is run, and work and memory are bounded by the size of the file.
 
 `dialects` and `weights` decide what the tensors mean.
 """

@@ -1,4 +1,4 @@
-"""Fonts for names in any script: what matplotlib's own font cannot draw is looked for among the installed ones."""
+"""Fonts for names in any script: characters that matplotlib's font lacks are looked up in the installed fonts."""
 
 import contextlib
 import functools

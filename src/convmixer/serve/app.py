@@ -7,8 +7,8 @@
 
 A request holds one image as its body, or up to 32 as files of a multipart form. `Limits` bounds what it may ask for,
 `Access` says who may ask. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get a plain 400.
-Requests that arrive together are computed together. File names and paths in a request are never used, and logs hold
-nothing of an image.
+Requests that arrive together are computed together. File names and paths in a request are never used, and nothing
+of an image is logged.
 """
 
 from collections.abc import AsyncIterator, Sequence

@@ -36,7 +36,7 @@ class Job:
     """A run, resolved: nothing in it is "auto" any more.
 
     Args:
-        spec: The data argument so written that it means the same from every folder.
+        spec: The data argument, written so that it means the same in every folder.
         config: The settings.
         data: The splits.
         preprocessing: Of the images in evaluation and, but for what is random, in training.

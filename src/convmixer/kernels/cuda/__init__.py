@@ -1,4 +1,4 @@
-"""The block's kernels for CUDA, in Triton, which comes with PyTorch: nothing is installed or built by hand.
+"""The block's kernels for CUDA, in Triton, which comes with PyTorch: users install and build nothing.
 
 Like the C++ ones they are loaded on first use, and `why_not` says why they cannot be used.
 """
