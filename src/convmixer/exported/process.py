@@ -73,7 +73,7 @@ class Confined:
 
     def _start(self) -> dict[str, Any]:
         arguments = [str(self.path), str(self.threads), str(self.memory_bytes)]
-        # -P and the absolute entries alone: a module that lies in the current folder must not be imported
+        # -P and the absolute entries alone: a module in the current folder must not be imported
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "convmixer.exported.worker", *arguments],
             stdin=subprocess.PIPE,

@@ -28,7 +28,7 @@ _SIZES = r"(Symbol\('\w+'(, \w+=True)*\)|(Integer|Rational|Add|Mul|Pow|FloorDiv|
 
 
 def write(path: Path, source: "Source") -> None:
-    """Write a model as a torch.export program, without the notes on where its code lies on this machine."""
+    """Write a model as a torch.export program, without the notes that hold paths of this machine."""
     import torch
 
     with torch.no_grad():

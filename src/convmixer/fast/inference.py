@@ -35,7 +35,7 @@ def optimize_for_inference(
     the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
     int8`. The weights are copied: train the model, then optimise it. Where the kernels cannot serve (see
     `support.why_not`, or a model that is no plain ConvMixer) the model itself computes, in eval mode and the
-    precision asked for; of a ConvMixer the reason is said once. On a GPU each batch shape becomes a CUDA graph.
+    precision asked for; for a ConvMixer the reason is printed once. On a GPU each batch shape becomes a CUDA graph.
 
     Args:
         model: Left untouched, but that it is put into eval mode.

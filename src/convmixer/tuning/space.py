@@ -1,4 +1,4 @@
-"""The space of settings to search: read from a YAML file, checked against the settings, asked of Optuna."""
+"""The space of settings to search: read from a YAML file, checked against the settings, sampled by Optuna."""
 
 from collections.abc import Mapping
 from pathlib import Path
