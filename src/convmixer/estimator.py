@@ -52,7 +52,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     Args:
         recipe: Name of the recipe whose settings are the start.
         out: Folder for the run; if there is one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ... The
-            images that are no files are kept beside it, in FOLDER-images. None: nothing is kept on disk.
+            images that are not files are kept beside it, in FOLDER-images. None: nothing is kept on disk.
         verbose: 0: only warnings; 1: print settings, epochs and results.
         **settings: Any setting of `Config`, e.g. epochs=10, weights="convmixer_256_8.cifar10". The word "recipe"
             stands for the recipe's value and is the default, except that `val_fraction` and `test_fraction` are 0:
@@ -296,7 +296,7 @@ def _unused(folder: Path) -> Path:
 
 
 def _write(images: Batch, labels: np.ndarray, folder: Path, copies: np.ndarray) -> Path:
-    """Write images that are no files as lossless ones, and a table of path and label; return the table."""
+    """Write images that are not files as lossless files, and a table of path and label; return the table."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["path", "label"])

@@ -162,7 +162,7 @@ def _from_exported(path: Path, precision: str) -> Classifier:
 def fastest(
     model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None" = None
 ) -> Logits:
-    """Return the function that runs a model on the device's kernels if they serve, else as it is.
+    """Return the function that runs a model on the device's kernels if they can be used, else on plain PyTorch.
 
     The model is moved to the device and accelerated in place, so other users of the same model are fast too.
     """

@@ -49,7 +49,7 @@ def _devices() -> list[str]:
 
 
 def _gpu_kernels() -> dict[str, Any]:
-    """Say whether the CUDA kernels serve, and which Triton they are in."""
+    """Say whether the CUDA kernels can be used, and with which Triton."""
     reason = "there is no CUDA device"
     if torch.cuda.is_available():
         reason = kernels.cuda.why_not(torch.device("cuda"), torch.bfloat16) or ""

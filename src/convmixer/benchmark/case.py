@@ -81,7 +81,7 @@ def case_of(
         threads: Of every contender; None: torch's own number, which heeds the cores that this process may use.
 
     Raises:
-        RequestError: The name is no ConvMixer's, or a size is missing.
+        RequestError: The name is not a ConvMixer's, or a size is missing.
     """
     args: dict[str, Any] | None = model_args(model) if model else {"patch_size": 7, "kernel_size": 9}
     if args is None:

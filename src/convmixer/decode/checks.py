@@ -67,7 +67,7 @@ def check_file(file: BinaryIO, small: bool = False) -> None:
 
 
 def check_opened(image: Image.Image) -> None:
-    """Look at an image that PIL has opened, and that is no JPEG, before its pixels are decoded.
+    """Look at an image that PIL has opened, and that is not a JPEG, before its pixels are decoded.
 
     Raises:
         Apart: It should be decoded in a process that can be killed.

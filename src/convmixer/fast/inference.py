@@ -33,8 +33,8 @@ def optimize_for_inference(
 
     fp32 and bf16 are exact but for rounding, and safe as a default. int8 has its weights rounded for each output and
     the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
-    int8`. The weights are copied: train the model, then optimise it. Where the kernels cannot serve (see
-    `support.why_not`, or a model that is no plain ConvMixer) the model itself computes, in eval mode and the
+    int8`. The weights are copied: train the model, then optimise it. If the kernels cannot be used (see
+    `support.why_not`, or a model that is not a plain ConvMixer) the model itself computes, in eval mode and the
     precision asked for; for a ConvMixer the reason is printed once. On a GPU each batch shape becomes a CUDA graph.
 
     Args:

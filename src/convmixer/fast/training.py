@@ -1,7 +1,7 @@
 """Make a model fast in place: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
 
-Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. If the kernels cannot
-serve, the plain model runs and the reason is printed once.
+Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. If the kernels
+cannot be used, the plain model runs and the reason is printed once.
 """
 
 from typing import Any, cast

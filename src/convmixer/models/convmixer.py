@@ -85,7 +85,7 @@ class ConvMixer(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
         x = self.stem(x)
         for block in self.blocks:
-            if torch.jit.is_scripting():  # noqa: SIM108  torch.jit skips the other branch of a statement only
+            if torch.jit.is_scripting():  # noqa: SIM108  an if statement: TorchScript then skips the other branch
                 x = block(x)
             else:
                 x = self._run(block, x)

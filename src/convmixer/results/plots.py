@@ -377,7 +377,7 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, c
 
 def _short(text: str, most: int = 14) -> str:
     """Return a name as it is drawn, with `parse_math=False`: a $ in it is a $."""
-    text = text.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
+    text = text.encode(errors="replace").decode()  # a file's name may hold bytes that are not valid text
     return text if len(text) <= most else f"{text[: most - 5]}…{text[-4:]}"  # numbers stand at the end
 
 
