@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from convmixer import kernels
+from convmixer.device import native_bf16
 from convmixer.fast.structure import QUIETLY, all_depthwise, found, unusual
 
 DTYPES = {
@@ -21,6 +22,7 @@ DTYPES = {
     "fp16": torch.float16,
     "int8": torch.int8,
 }
+_NATIVE_BF16 = native_bf16()
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
@@ -38,6 +40,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return f"on a CPU they compute in fp32 and bf16, not in {dtype}"
     return kernels.why_not()
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Return whether torch's own bf16 products on a device are emulated, a hundred times slower than in fp32."""
+    return device.type == "cpu" and not _NATIVE_BF16
 
 
 def has_kernels(device: torch.device, precision: str) -> bool:

@@ -10,13 +10,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from convmixer.device import native_bf16
 from convmixer.fast.structure import ACTS, all_depthwise, is_patches, norms_of, plain_blocks, unusual
-from convmixer.fast.support import dtype_of, say_once, unfit, why_not
+from convmixer.fast.support import dtype_of, emulates_bf16, say_once, unfit, why_not
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
-
-_NATIVE_BF16 = native_bf16()  # elsewhere torch emulates bf16 products, a hundred times slower than fp32
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -176,8 +173,7 @@ def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor
     """
     from convmixer.kernels.blocks import wide
 
-    emulated = rows.device.type == "cpu" and dtype is torch.bfloat16 and not _NATIVE_BF16
-    product = torch.float32 if emulated else dtype
+    product = torch.float32 if dtype is torch.bfloat16 and emulates_bf16(rows.device) else dtype
     with torch.autocast(rows.device.type, enabled=False):
         weight, bias = conv.weight.flatten(1).to(product), conv.bias
         bias = None if bias is None else bias.to(product)

@@ -158,9 +158,7 @@ def prepare(
     _check_side(model, name, preprocessing)
     parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
     model, kernels = _fast(model, config, device)
-    if (
-        asked == "auto" and type(model) is FastConvMixer and device.type == "cpu"
-    ):  # products stay fp32; bf16 halves the memory traffic
+    if asked == "auto" and type(model) is FastConvMixer:  # bf16 halves the memory traffic even if products are fp32
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
