@@ -1,18 +1,22 @@
 """The network as one op: equal to the plain model within rounding, on every kind of build, shape and precision."""
 
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from sklearn.datasets import load_digits
 
-from convmixer import kernels, optimize_for_inference
+from convmixer import create_model, kernels, optimize_for_inference
 from convmixer.errors import RequestError
+from convmixer.fast import support
 from convmixer.fast.inference import FastInference, PlainInference
+from convmixer.inference import fastest
 from convmixer.kernels.cpu import build
 from convmixer.models.convmixer import ConvMixer
 
@@ -211,3 +215,16 @@ def test_int8_wants_images_and_the_model_stays_as_it_is() -> None:
     assert isinstance(optimize_for_inference(model, "int8", calibration=[torch.randn(2, 3, 8, 8)] * 2), FastInference)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(block[1]._forward_pre_hooks for block in model.blocks)
+
+
+def test_wide_models_on_amx_take_the_librarys_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "_HAS_AMX", True)
+    cpu = torch.device("cpu")
+    wide, narrow = (create_model(f"convmixer_{dim}_1_p4_k3", num_classes=3).eval() for dim in (512, 256))
+    assert support.prefers_library(wide, cpu, "bf16")
+    assert not support.prefers_library(wide, cpu, "fp32")
+    assert not support.prefers_library(narrow, cpu, "bf16")
+    images = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
+    expected = wide(torch.from_numpy(images)).detach().numpy()
+    found = fastest(copy.deepcopy(wide), cpu, "bf16")(images)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())

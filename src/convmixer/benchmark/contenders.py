@@ -37,7 +37,7 @@ class Contender:
 
 
 def ours(task: str) -> Contender:
-    """Return this package's way: `accelerate` for training, `optimize_for_inference` for inference."""
+    """Return this package's way: `accelerate` for training, what `predict` uses for inference."""
     return Contender("ours", _ours_train if task == "train" else _ours_infer)
 
 
@@ -81,10 +81,18 @@ def _ours_train(case: Case) -> Step:
 
 
 def _ours_infer(case: Case) -> Step:
-    from convmixer.fast import optimize_for_inference
+    from convmixer.fast import accelerate, optimize_for_inference, prefers_library
 
-    images = batch(case)[0]
-    model = optimize_for_inference(build(case).eval(), case.precision, calibration=images)
+    images, plain = batch(case)[0], build(case).eval()
+    if prefers_library(plain, images.device, case.precision):
+        library = accelerate(plain)
+
+        def step() -> Any:
+            with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16):
+                return library(images)
+
+        return step
+    model = optimize_for_inference(plain, case.precision, calibration=images)
     return lambda: model(images)
 
 
