@@ -1,7 +1,8 @@
-// GELU (exact, erf) and ReLU with their slopes, for vectors. NaN passes through, and gelu(-inf) is NaN, as in torch.
+// GELU (exact, erf) and ReLU with their derivatives (slopes), for vectors. NaN stays NaN, and gelu(-inf) is NaN, as
+// in torch.
 //
 // For float storage GELU is exact to a few float roundings. For bf16 storage the polynomials below stay within 2e-4
-// (value) and 3e-4 (slope) of the exact function everywhere: a tenth of the rounding of a bf16 near 1.
+// (value) and 3e-4 (slope) of the exact function everywhere: a tenth of the rounding error of a bf16 near 1.
 #pragma once
 #include <type_traits>
 
@@ -16,10 +17,10 @@ template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   return sum;
 }
 
-// e^x for x <= 0; from -87 down the result is 0.
+// e^x for x <= 0; the result is 0 for x <= -87.
 INLINE vf exp_negative(vf x) {
   x = larger(x, splat(-88.0f));
-  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf whole = (x * 1.44269504f + shifter) - shifter;
   const vf rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   const float c[] = {1.0f, 1.0f, 0.5f, 1.6666667e-1f, 4.1666489e-2f, 8.3334519e-3f, 1.3974467e-3f, 1.9e-4f};
@@ -27,8 +28,9 @@ INLINE vf exp_negative(vf x) {
   return polynomial(rest, c) * (vf)((exponent > 0 ? exponent : vi{}) << 23);
 }
 
-// The normal distribution function: 0.5 + x P(x^2) / Q(x^2), minimax on [-5.6, 5.6] within 1e-8. From there to 5.9 the
-// quotient passes 0.5 by more than its rounding errors, so that far out the result is 0 or 1 exactly.
+// The normal distribution function: 0.5 + x P(x^2) / Q(x^2), a minimax fit on [-5.6, 5.6] with an error below 1e-8.
+// At |x| = 5.9 the quotient exceeds 0.5 by more than its rounding error, so the result is exactly 0 or 1 from there
+// on.
 INLINE vf normal_cdf(vf x) {
   const float p[] = {3.989422216e-01f, 3.437612115e-02f, 4.707259467e-03f,
                      1.738507407e-04f, 6.356520539e-06f, 2.214524040e-08f};
@@ -63,7 +65,7 @@ template <class T, int ACT, int N> INLINE vg<N> activate(vg<N> x) {
   if constexpr (!BY_POLYNOMIAL<T, ACT>) return each<N>([&](int j) { return activate_exactly<ACT>(x.v[j]); });
   const float c[] = {3.98085604e-01f,  -6.48694147e-02f, 8.91375299e-03f, -8.44504774e-04f,
                      5.12365445e-05f, -1.77045968e-06f, 2.62708145e-08f};
-  const vg<N> cdf = x * polynomial(x * x, c) + splat(0.5f);  // leaves [0, 1] for |x| > 3.9 and stays outside
+  const vg<N> cdf = x * polynomial(x * x, c) + splat(0.5f);  // outside [0, 1] for all |x| > 3.9, so clamping is right
   return x * smaller(larger(cdf, vf{}), splat(1.0f));
 }
 
@@ -75,5 +77,5 @@ template <class T, int ACT, int N> INLINE vg<N> slope(vg<N> x) {
   return near * polynomial(near * near, c) + splat(0.5f);
 }
 
-// One vector alone.
+// The same for a single vector.
 template <class T, int ACT> INLINE vf activate(vf x) { return activate<T, ACT>(vg<1>{{x}}).v[0]; }

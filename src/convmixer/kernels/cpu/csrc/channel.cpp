@@ -1,4 +1,4 @@
-// The pointwise half of a block: both norms, the residual sum, the product and statistics.
+// The pointwise half of a block: both norms, the residual sum, the matrix product and the statistics.
 #include "channel_library.h"
 #include "channel_own.h"
 
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
   return {v, sums.total()};
 }
 
-// `grad` comes in as the gradient of y and leaves as that of h. Gradients of the weights (C, C) and bias (1, C), and
-// the sums for the first norm (2, C).
+// Overwrites `grad`, the gradient of y, with the gradient of h. Returns the gradients of the weights (C, C) and of
+// the bias (1, C), and the sums for the first norm (2, C).
 std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Tensor& v, const Tensor& norm_v,
                                                     const Tensor& u, const Tensor& norm, const Tensor& before,
                                                     const Tensor& norm_before, const Tensor& weight, int64_t act) {

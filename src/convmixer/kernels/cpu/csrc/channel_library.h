@@ -1,4 +1,4 @@
-// The pointwise half with the products of torch's library, in chunks of rows that fit the shared cache.
+// The pointwise half with torch's own matrix product (aten::mm), in chunks of rows that fit into the shared cache.
 #pragma once
 #include <array>
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// v += bias, which the library's product does not add as cheaply; then the statistics of act(v).
+// v += bias, then the statistics of act(v). Adding the bias here is cheaper than in the library's product.
 template <class T, int ACT>
 void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sums) {
   over_rows<2>(rows, C, sums, [=, &bias](auto count, int64_t i, int64_t c, int lanes, float* sum) INLINED {

@@ -1,21 +1,21 @@
-// The pointwise half with our own products: a block of rows goes through all steps while it is in a cache.
+// The pointwise half with our own matrix products: a block of rows goes through all steps while it is in a cache.
 #pragma once
 #include "channels.h"
 #include "pointwise.h"
 
 namespace {
 
-// The first row of a slot: shares in whole tiles, since a row alone takes as long as several.
+// The first row of a slot. Slots hold whole tiles, because a single row takes as long as a tile.
 inline int64_t first_row(int64_t slot, int64_t rows) {
   return std::min(rows, (rows + TALL - 1) / TALL * slot / SLOTS * TALL);
 }
 
-// body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
+// Calls body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
 template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
   for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
     const int64_t begin = first_row(slot, rows), last = first_row(slot + 1, rows);
     const int64_t blocks = (last - begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    for (int64_t first = begin, left = blocks; left > 0; left--) {  // of nearly one size, in whole tiles
+    for (int64_t first = begin, left = blocks; left > 0; left--) {  // whole tiles, of nearly equal size
       const int64_t count = std::min(((last - first + left - 1) / left + TALL - 1) / TALL * TALL, last - first);
       body(slot, first, count);
       first += count;
@@ -23,14 +23,14 @@ template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t grou
   }
 }
 
-// element(row, count, values) for every vector of channels c .. c + lanes of a panel: few rows at a time.
+// Calls element(row, count, values) for one vector of channels of a panel, down its rows, a few rows at a time.
 template <class Element> INLINE void down(int64_t rows, const float* panel, const Element& element) {
   int64_t r = 0;
   for (; r + MANY <= rows; r += MANY) element(r, many, read<MANY>(panel + r * PANEL, PANEL, L));
   for (; r < rows; r++) element(r, one, read<1>(panel + r * PANEL, PANEL, L));
 }
 
-// v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
+// Computes v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
 template <class T, int ACT>
 void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, const Coefficients& bias, T* v,
                          int64_t rows, int64_t C, Sums* sums) {
@@ -40,7 +40,7 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
     float *h = scratch(BLOCK_ROWS * (step + PANEL)), *out = h + BLOCK_ROWS * step;
     for (int64_t slot = begin; slot < end; slot++)
       over_blocks(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
-        const Residual here = residual.from(first * C);  // by value: else it is read again after every store
+        const Residual here = residual.from(first * C);  // a copy: otherwise it would be read again after every store
         for (int64_t r = 0; r < count; r++)
           along(C, [=](auto n, int64_t c, int lanes) INLINED {
             write(values_at<K>(h + r * step, c), L, here(n, r * C + c, c, lanes), L);
@@ -67,15 +67,16 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
   });
 }
 
-// The gradient of y becomes that of h; the gradients of the weights, one (C, whole panels) matrix for each group.
+// Overwrites the gradient of y with the gradient of h. Gathers the gradient of the weights in one (C, whole panels)
+// matrix for each group.
 template <class T, int ACT>
 void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const Residual<T, ACT>& residual,
                           const float* panels, float* weight_sums, int64_t groups, int64_t rows, int64_t C, Sums& sums,
                           Sums& bias_sums) {
   using K = Operand<T>;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    // dv is read along its rows for the gradient of h. For that of the weights dv and h are read down their columns,
-    // where a word holds values of neighbouring rows.
+    // The gradient of h reads dv along its rows. The gradient of the weights reads dv and h down their columns; there
+    // a word holds values of neighbouring rows.
     const int64_t depth = words_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
     const int64_t held_words = words_of<K>(BLOCK_ROWS) * step, own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0;
     float *all_h = scratch(2 * held_words + own_words + BLOCK_ROWS * PANEL + columns), *all_dv = all_h + held_words;
@@ -83,7 +84,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * C * columns;
       std::memset(weight_sum, 0, C * columns * sizeof(float));
-      int64_t held = 0;  // words of rows that the weights' gradient still lacks: it is added to for many at once
+      int64_t held = 0;  // words of rows not yet added to the weights' gradient; many are added at once
       const auto add_to_weights = [&] {
         for (int64_t r = 0; r < C; r += SUM_ROWS)
           for (int64_t c = 0; c < C; c += PANEL)

@@ -1,23 +1,23 @@
-// What the halves of a ConvMixer block share: coefficients and sums for each channel, norms, passes over rows.
+// What both halves of a ConvMixer block share: coefficients and sums for each channel, norms, passes over rows.
 //
 // A block is  u = depthwise(x) + b,  h = norm(act(u)) + x,  v = pointwise(h) + b,  y = norm(act(v)),  and y is the x
-// of the next one. Activations are (N, H, W, C). Only u and v are kept; x, h and every normalised value are computed
-// again where they are read: norm(act(v)) is act(v) * scale + shift once the statistics are known, which is cheaper
-// than a trip to memory.
+// of the next block. Activations are (N, H, W, C). Only u and v are kept. x, h and all normalised values are
+// recomputed each time they are read: once the statistics are known, norm(act(v)) is act(v) * scale + shift, which
+// costs less than reading it from memory.
 //
-// A training step reads and writes each tensor as few times as the statistics allow, because all of u or v must be
-// known before its statistics are:
-// spatial_forward    reads v of the block before, writes u, gathers the statistics of act(u)        spatial.cpp
-// channel_forward    reads u and v before, writes v, gathers the statistics of act(v)               channel.cpp
+// The statistics of u or v are known only after all of it has been computed. Within that limit a training step reads
+// and writes each tensor as few times as possible:
+// spatial_forward    reads v of the previous block, writes u, gathers the statistics of act(u)      spatial.cpp
+// channel_forward    reads u and the previous v, writes v, gathers the statistics of act(v)         channel.cpp
 // channel_backward   turns the gradient of y into that of h, gathers the sums for the first norm    channel.cpp
-// spatial_backward   turns the gradient of h into that of x, gathers the sums for the norm before   spatial.cpp
+// spatial_backward   turns the gradient of h into that of x, gathers the previous norm's sums       spatial.cpp
 // act_...            the passes after the stem's convolution and after the last block               ends.cpp
 #pragma once
 #include "activation.h"
 #include "depthwise.h"
 #include "tensors.h"
 
-// Internal linkage, so that GCC inlines what a file calls once.
+// Internal linkage, so that GCC inlines functions that a file calls only once.
 namespace {
 
 // Rows of per-channel coefficients, (count, C) fp32, padded to whole vectors.
@@ -37,7 +37,7 @@ class Coefficients {
   const float* data_ = values_.data();
 };
 
-// Per-channel sums in double, gathered in slots that one thread at a time writes, then added in order.
+// Per-channel sums in double. Each slot is written by one thread at a time; `total` adds the slots in order.
 class Sums {
  public:
   Sums(int slots, int count, int64_t C) : slots_(slots), count_(count), C_(C), padded_(whole_vectors(C)) {
@@ -66,7 +66,7 @@ class Sums {
   std::vector<double> values_;
 };
 
-// act(v) * scale + shift. V is a vector for one set of channels, or a group of them for neighbouring sets.
+// act(v) * scale + shift. V is one vector of channels, or a group of neighbouring vectors.
 template <class T, int ACT, class V> struct Norm {
   V scale, shift;
   template <int N> INLINE vg<N> operator()(vg<N> v) const { return activate<T, ACT>(v) * scale + shift; }
@@ -78,8 +78,8 @@ template <class T, int ACT, int N> INLINE Norm<T, ACT, vg<N>> norms_of(Size<N>, 
   return {k.some<N>(0, c), k.some<N>(1, c)};
 }
 
-// The gradient before act, from the gradient g after norm: (a * g + b * act(v) + c) * act'(v). The coefficients hold
-// the batch's sums; Source: arXiv 1502.03167, Sec. 3.
+// The gradient before the activation, from the gradient g after the norm: (a * g + b * act(v) + c) * act'(v). The
+// coefficients a, b and c contain the batch's sums. Source: arXiv 1502.03167, Sec. 3.
 template <class T, int ACT, class V> struct NormBackward {
   V a, b, c;
   template <int N> INLINE vg<N> operator()(vg<N> g, vg<N> v) const {
@@ -87,10 +87,10 @@ template <class T, int ACT, class V> struct NormBackward {
   }
 };
 
-constexpr int SLOTS = 32;     // shares of the rows, whatever the number of threads, so that sums do not depend on it
-constexpr int64_t ROWS = 32;  // rows whose sums are added in float before they go to double
+constexpr int SLOTS = 32;     // parts of the rows, fixed so that sums do not depend on the number of threads
+constexpr int64_t ROWS = 32;  // rows that are summed in float before the sum is added in double
 
-// element(count, c, lanes) for every vector or few vectors of a row of C channels.
+// Calls element(count, c, lanes) for every vector, or group of vectors, of a row of C channels.
 template <class Element> INLINE void along(int64_t C, const Element& element) {
   int64_t c = 0;
   for (; c + MANY * L <= C; c += MANY * L) element(many, c, L);
@@ -98,8 +98,9 @@ template <class Element> INLINE void along(int64_t C, const Element& element) {
   if (c < C) element(one, c, (int)(C - c));
 }
 
-// element(count, i, c, lanes, sums) for every vector or few vectors, i their offset and c their channel, in parallel
-// and in the order of the memory. sums points at their `Sums` running sums, side by side, which end in `gathered`.
+// Calls element(count, i, c, lanes, sums) for every vector or group of vectors: in parallel, each part in memory
+// order. i is their offset, c their channel. sums points at their `Count` running sums, side by side; these are added
+// to `gathered`.
 template <int Count, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);
@@ -121,7 +122,7 @@ void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) 
   });
 }
 
-// Add to sum number `which` of `Count`.
+// Adds x to sum number `which` of `Count`.
 template <int Count, int N> INLINE void add_to(float* sums, int which, vg<N> x) {
 #pragma GCC unroll 8
   for (int j = 0; j < N; j++) put(sums + (j * Count + which) * L, aligned(sums + (j * Count + which) * L) + x.v[j]);
@@ -135,7 +136,7 @@ template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int
   });
 }
 
-// Sums of g and of g * act(v).
+// Gathers the sums of g and of g * act(v).
 template <class T, int ACT> void gather_products(const T* g, const T* v, int64_t rows, int64_t C, Sums& sums) {
   over_rows<2>(rows, C, &sums, [=](auto count, int64_t i, int64_t, int lanes, float* sum) INLINED {
     const auto gradient = read<count.value>(g + i, L, lanes);
@@ -151,7 +152,7 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
   });
 }
 
-// h = norm(act(u)) + norm(act(v before)), of vectors at offset i and channel c.
+// h = norm(act(u)) + norm(act(v before)), for the vectors at offset i and channel c.
 template <class T, int ACT> struct Residual {
   const T *u, *before;
   const Coefficients &norm, &norm_before;
@@ -167,7 +168,7 @@ template <class T, int ACT> void apply_residual(const Residual<T, ACT>& residual
   });
 }
 
-// The gradient before the activation, and its sum. `out` may be `g`.
+// Computes the gradient before the activation, and its sum. `out` may be `g`.
 template <class T, int ACT>
 void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
                          Sums& sums) {

@@ -1,11 +1,12 @@
-// Depthwise convolution of one image and one vector of channels at a time, and its weight gradient.
+// Depthwise convolution, one image and one vector of channels at a time, and its weight gradient.
 //
-// Activations lie in memory as (N, H, W, C). A "plane" is one vector of L channels of one image. It is copied into a
-// zero-bordered scratch tile, (rows, columns, L), small enough for the core's own caches whatever C is: the rows of a
-// channel block lie C*W apart in memory and would alias there. From the tile everything is whole aligned vectors.
+// Activations are stored as (N, H, W, C). A "plane" is one vector of L channels of one image. It is copied into a
+// scratch tile with a border of zeros, (rows, columns, L). The tile fits into the core's own caches for any C. Read
+// in place, the rows of a plane are C*W values apart and would alias in the cache. All reads of the tile are whole
+// aligned vectors.
 //
-// Where bf16 are multiplied in pairs, a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits. One
-// dot-product instruction then does two taps. It multiplies exactly and adds in float, as the plain tile does.
+// If bf16 values are multiplied in pairs, a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits.
+// One dot-product instruction then does two taps. It multiplies exactly and adds in float, like the plain tile.
 #pragma once
 #include <algorithm>
 
@@ -17,12 +18,13 @@ struct Image {
   int64_t pixels() const { return H * W; }
 };
 
-// A tile for one plane of H x W with `top` and `left` zero rows and columns before it, k - 1 in all.
+// A tile for one plane of H x W, with `top` zero rows above and `left` zero columns before it. The border has k - 1
+// rows and k - 1 columns in all.
 struct Tile {
   int64_t H, W, K, top, left;
-  static constexpr int64_t STEP = 8;  // columns are computed in steps, so rows are padded to whole steps
+  static constexpr int64_t STEP = 8;  // columns computed at once; rows are padded to whole steps
   int64_t columns() const { return (W + STEP - 1) / STEP * STEP + K - 1; }
-  int64_t rows() const { return H + K; }  // one more than needed: a pair reads the row below
+  int64_t rows() const { return H + K; }  // one row more, because a pair reads the row below
   int64_t row_floats() const { return columns() * L; }
   size_t floats() const { return rows() * row_floats(); }
 };
@@ -30,8 +32,8 @@ struct Tile {
 INLINE vf aligned(const float* p) { return *(const vf*)p; }
 INLINE void put(float* p, vf x) { *(vf*)p = x; }
 
-// Fill the inside of a tile whose border is already zero. read(row, column, count) gives the values of some columns;
-// pairs are rounded to bf16 here.
+// Fills the inside of a tile whose border is already zero. read(row, column, count) gives the values of `count`
+// columns. Pairs are rounded to bf16 here.
 template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, const Read& read) {
   for (int64_t r = 0; r < t.H; r++) {
     float* row = tile + (t.top + r) * t.row_floats() + t.left * L;
@@ -44,7 +46,7 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
         float* to = row + (c + j) * L;
         if constexpr (!Pairs) {
           put(to, value);
-        } else {  // every row writes itself, and itself as the partner of the row above
+        } else {  // every row is written twice: as itself, and as the partner of the row above
           const vu bits = (vu)rounded(value, (const bf16*)nullptr);
           put(to, (vf)(bits >> 16));
           if (above) put(to - t.row_floats(), (vf)((vu)aligned(to - t.row_floats()) | bits));
@@ -58,8 +60,8 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
   }
 }
 
-// Weights of one plane in the order the kernels read them: [k][k][L] floats; for pairs [k/2][k][L] pairs of rows,
-// then, for odd k, the last row as floats. Rounded to the storage type, as autocast does.
+// Packs the weights in the order in which the kernels read them. For each plane: [k][k][L] floats; or for pairs,
+// [k/2][k][L] pairs of rows and, if k is odd, the last row as floats. Rounded to the storage type, as autocast does.
 template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool flip, float* out) {
   const int taps = K * K;
   for (int64_t c0 = 0; c0 < C; c0 += L)
@@ -72,7 +74,7 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
   if constexpr (!PAIRS<T>) return;
   for (int64_t c0 = 0; c0 < C; c0 += L) {
     float* plane = out + c0 * taps;
-    for (int ky = 0; ky + 1 < K; ky += 2)  // a pair takes the place of its first row, so rows 1, 3, ... fall free
+    for (int ky = 0; ky + 1 < K; ky += 2)  // a pair is stored in place of its first row; rows 1, 3, ... stay unused
       for (int kx = 0; kx < K; kx++) {
         float *first = plane + (ky * K + kx) * L, *second = first + K * L;
         store(first, pair_of(narrow(load(first)), narrow(load(second))));
@@ -80,7 +82,7 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
   }
 }
 
-// Columns column .. column + Columns of one output row; `tile` points at the row and column of the first tap.
+// Computes `Columns` neighbouring columns of one output row. `tile` points at the row and column of the first tap.
 template <bool Pairs, int Columns>
 INLINE void convolve_row(const Tile& t, const float* tile, const float* weights, vf (&sum)[Columns]) {
   const int K = t.K;
@@ -109,7 +111,7 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
                              const Write& write) {
   vf sum[Columns] = {};
   convolve_row<Pairs, Columns>(t, tile + row * t.row_floats() + column * L, weights, sum);
-  vf copy[Columns];  // only this copy is indexed by a variable, so that the sums themselves stay in registers
+  vf copy[Columns];  // variables index only this copy, so the sums themselves stay in registers
 #pragma GCC unroll 16
   for (int j = 0; j < Columns; j++) copy[j] = sum[j];
   const int64_t valid = std::min<int64_t>(Columns, t.W - column);
@@ -120,10 +122,10 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
   for (; j < valid; j++) write(row, column + j, one, vg<1>{{copy[j]}});
 }
 
-// write(row, column, count, sums) gets the sums over the k x k taps for every pixel of the plane, some at a time.
+// Calls write(row, column, count, sums) with the sums over the k x k taps, `count` pixels of the plane at a time.
 template <bool Pairs, class Write>
 INLINE void convolve(const Tile& t, const float* tile, const float* weights, const Write& write) {
-  constexpr int WIDE = L == 16 ? 16 : 8;  // as many sums as there are registers for
+  constexpr int WIDE = L == 16 ? 16 : 8;  // as many sums as fit into registers
   for (int64_t row = 0; row < t.H; row++) {
     int64_t column = 0;
     for (; column + WIDE <= (t.W + Tile::STEP - 1) / Tile::STEP * Tile::STEP; column += WIDE)
@@ -151,7 +153,7 @@ INLINE void correlate_taps(const Tile& t, const float* x, const float* grad, int
           sum[i][j] = Pairs ? dot_pairs(sum[i][j], value, g) : sum[i][j] + value * g;
         }
     }
-  if (Pairs && row < t.H)  // the last of an odd number of rows has no partner
+  if (Pairs && row < t.H)  // if the number of rows is odd, the last has no partner
     for (int64_t c = 0; c < t.W; c++) {
       const vf g = first_of(aligned(grad + row * line + c * L));
 #pragma GCC unroll 4
@@ -193,8 +195,8 @@ template <bool Pairs> void correlate(const Tile& t, const float* x, const float*
   }
 }
 
-// How the planes of a batch are shared out: groups of images times runs of channel blocks. The split depends on the
-// shape alone, so sums that are gathered per group do not depend on the number of threads.
+// How the planes of a batch are divided into tasks: groups of images times runs of channel blocks. The split depends
+// only on the shape, so sums gathered per group do not depend on the number of threads.
 struct Split {
   static constexpr int64_t BLOCK = 32;  // channels: one cache line of bf16
   int64_t groups, runs, blocks;
@@ -204,8 +206,8 @@ struct Split {
   }
 };
 
-// Call plane(group, image, channel, lanes, scratch) for every plane, in parallel. The scratch starts as zeros in
-// every task and is then the caller's: what a plane leaves there the next one finds.
+// Calls plane(group, image, channel, lanes, scratch) for every plane, in parallel. Each thread's scratch starts as
+// zeros and is not cleared between planes: the next plane finds what the previous one wrote.
 template <class Plane> void for_planes(const Image& s, size_t scratch_floats, const Plane& plane) {
   const Split split(s);
   torch::stable::parallel_for(0, split.groups * split.runs, 1, [&](int64_t begin, int64_t end) {
@@ -222,7 +224,7 @@ template <class Plane> void for_planes(const Image& s, size_t scratch_floats, co
   });
 }
 
-// Add the groups' weight gradients in order: [groups][vectors of channels][taps][L] -> [C][taps].
+// Adds the groups' weight gradients in order: [groups][vectors of channels][taps][L] -> [C][taps].
 inline void add_groups(const float* partial, int64_t groups, int64_t group_floats, int64_t C, int taps, float* out) {
   for (int64_t c = 0; c < C; c++)
     for (int tap = 0; tap < taps; tap++) {

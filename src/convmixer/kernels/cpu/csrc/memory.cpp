@@ -17,9 +17,10 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
-constexpr size_t SMALL = size_t{64} << 10;  // below this the system's allocator does not return pages
+constexpr size_t SMALL = size_t{64} << 10;  // smaller blocks: the system's allocator keeps their pages anyway
 
-// From `huge` bytes on in whole huge pages: fewer page faults and misses of the TLB. A hint: the system may refuse.
+// Allocates blocks of at least `huge` bytes in whole huge pages, for fewer page faults and TLB misses. This is a
+// hint, which the system may ignore.
 void* allocate(size_t bytes, size_t huge) {
   const size_t alignment = bytes >= huge ? HUGE_PAGE : 64, whole = (bytes + alignment - 1) / alignment * alignment;
   void* block = std::aligned_alloc(alignment, whole);
@@ -30,7 +31,7 @@ void* allocate(size_t bytes, size_t huge) {
   return block;
 }
 
-// Free blocks by size. Never holds more than the program needed at its peak.
+// Keeps freed blocks by size, to use them again. Live and free blocks together never exceed the peak of live memory.
 class Pool {
  public:
   void* take(size_t bytes) {
@@ -62,7 +63,7 @@ class Pool {
   }
 
  private:
-  // Make room for a size that is not there, so that changing shapes do not pile up.
+  // Frees kept blocks before a new one is allocated, so that memory does not grow as shapes change.
   void trim(size_t wanted) {
     while (!free_.empty() && live_bytes_ + free_bytes_ + wanted > peak_bytes_) release(free_.begin());
   }
@@ -111,9 +112,10 @@ float* scratch(size_t count) {
   static thread_local Scratch mine;
   if (mine.count < count) {
     std::free(mine.data);
-    mine = {};  // should there be no memory
+    mine = {};  // stay valid if the allocation below throws
     const size_t whole = (count + 15) / 16 * 16;
-    mine.data = static_cast<float*>(allocate(whole * sizeof(float), SMALL));  // walked down columns: many pages
+    // huge pages, because reads down columns touch many pages
+    mine.data = static_cast<float*>(allocate(whole * sizeof(float), SMALL));
     mine.count = whole;
   }
   return mine.data;

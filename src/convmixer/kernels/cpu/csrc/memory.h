@@ -1,5 +1,5 @@
-// Tensors whose memory is kept and used again: on a machine that reclaims memory, a fresh 30 MB buffer costs as much
-// as the arithmetic on it.
+// Tensors whose memory is kept and used again. On a machine that reclaims freed memory, a fresh 30 MB buffer costs as
+// much time as the arithmetic on it.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,8 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-// An uninitialised contiguous tensor. Its memory comes from the pool and returns there when the last view dies.
+// Returns an uninitialised contiguous tensor. Its memory comes from the pool, and returns there with the last view.
 torch::stable::Tensor pooled(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
 
-// Scratch of one thread, at least `count` floats, aligned to a cache line; valid until this thread asks again.
+// Returns this thread's scratch memory: at least `count` floats, aligned to a cache line. It is valid until this
+// thread calls `scratch` again.
 float* scratch(size_t count);

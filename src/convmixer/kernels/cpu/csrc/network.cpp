@@ -1,4 +1,4 @@
-// A whole ConvMixer at inference as one op: images in, pooled features out, weights packed once beforehand.
+// Inference of a whole ConvMixer as one op: images in, pooled features out. The weights are packed once beforehand.
 #include "network.h"
 
 #include <torch/csrc/stable/library.h>
@@ -26,7 +26,7 @@ struct Net {
   int64_t taps() const { return in_chans * patch * patch; }
 };
 
-// Where each part begins in the packed weights, in words of 4 bytes; everything is whole cache lines.
+// Where each part begins in the packed weights, in words of 4 bytes. Each part fills whole cache lines.
 template <class Stem, class K> struct Packed {
   Net net;
   int64_t stem_depth() const { return (net.taps() + Stem::GROUP - 1) / Stem::GROUP; }
@@ -39,7 +39,7 @@ template <class Stem, class K> struct Packed {
   int64_t layer(int64_t i) const { return stem_size() + i * layer_size(); }
 };
 
-// --- Packing: plain (dim, ...) floats in, `Packed` out. Channels beyond dim get zeros throughout, and stay zero.
+// --- Packing: plain (dim, ...) floats in, `Packed` out. Channels beyond dim get zero weights, so they stay zero.
 
 bf16 to_bf16(float x) {
   uint32_t bits;
@@ -54,7 +54,7 @@ template <class K> void put_weight(int32_t* word, int64_t i, float value) {
   else ((float*)word)[i] = value;
 }
 
-// weight: (dim, inputs). The inputs of one block of 32 come in the order that `channel(t)` gives.
+// weight: (dim, inputs). Input t of the packed product is input `channel(t)` of the weight.
 template <class K, class Channel>
 void pack_product(const float* weight, int64_t dim, int64_t inputs, int64_t depth, const Channel& channel, int32_t* out) {
   for (int64_t n = 0; n < dim; n++)
@@ -110,12 +110,12 @@ template <class Stem, class K> void pack_all(const Packed<Stem, K>& p, const Pla
   }
 }
 
-// --- Memory that a thread keeps between calls: fresh pages would cost as much as a small network.
+// --- Memory that a thread keeps between calls: fresh pages would cost as much time as a small network.
 
 class Arena {
  public:
   ~Arena() { std::free(data_); }
-  // `bytes` of memory, all zero when it is new or `key` differs from that of the last call.
+  // Returns `bytes` of memory. It is all zero if it is new or `key` differs from the last call's.
   char* take(size_t bytes, uint64_t key) {
     bytes = round_up(bytes, 64);
     if (bytes > size_) {
@@ -136,7 +136,7 @@ class Arena {
   uint64_t key_ = 0;
 };
 
-// Bytes of a core's second-level cache; where the system does not say, what most processors have.
+// Returns the bytes of a core's second-level cache, or a common size if the system does not report it.
 int64_t second_level_cache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -154,7 +154,7 @@ template <class Stem, class K> struct Run {
   Grid grid;
   int64_t H, W;  // of the image
 
-  int64_t words() const { return std::max(packed.depth(), packed.stem_depth()) + 16; }  // 16: rows do not alias
+  int64_t words() const { return std::max(packed.depth(), packed.stem_depth()) + 16; }  // 16: no aliasing
   int64_t image_elements() const { return packed.net.blocks() * grid.plane(); }
   size_t image_bytes() const { return round_up(image_elements() * sizeof(X) + 64, 64); }
   size_t scratch_bytes(int64_t rows) const { return rows * grid.W * (words() + 1) * 4 + 64; }
@@ -164,7 +164,7 @@ template <class Stem, class K> struct Run {
     return key;
   }
 
-  // Places of the pixels of rows y0 .. y1 in a block of channels.
+  // Writes the offsets, in a block of channels, of the pixels of rows y0 .. y1. Returns their number.
   int64_t places(int64_t y0, int64_t y1, int32_t* out) const {
     int64_t n = 0;
     for (int64_t y = y0; y < y1; y++)
@@ -174,7 +174,7 @@ template <class Stem, class K> struct Run {
 
   void patch(const float* image, int64_t y, int64_t x, int32_t* row) const {
     const int64_t p = packed.net.patch;
-    row[packed.stem_depth() - 1] = 0;  // where the taps do not fill the last word
+    row[packed.stem_depth() - 1] = 0;  // the taps may not fill the last word
     int64_t i = 0;
     for (int64_t c = 0; c < packed.net.in_chans; c++)
       for (int64_t dy = 0; dy < p; dy++) {
@@ -216,9 +216,9 @@ template <class Stem, class K> struct Run {
     }
   }
 
-  // Rows of the image that one thread takes at a time, in equal shares. Each block of rows reads all weights. If these
-  // fit into half of the core's second-level cache, a small block is best: it stays in the first level. Wider layers
-  // take as many rows as the cache holds beside one panel of weights.
+  // The block of image rows that one thread computes at once; all blocks are of nearly equal size. Each block reads
+  // all weights. If the weights fit into half of the core's second-level cache, a small block is best, because it
+  // stays in the first-level cache. Wider layers take as many rows as the cache holds beside one panel of weights.
   int64_t pixels_at_once() const {
 #ifdef CONVMIXER_PIXELS
     return CONVMIXER_PIXELS;
@@ -234,7 +234,7 @@ template <class Stem, class K> struct Run {
     return (grid.H + parts - 1) / parts;
   }
 
-  // `each(n, f)` calls f(i, scratch) for every part i of n, in any order.
+  // Computes one image. `each(n, f)` calls f(i, scratch) for each of n parts i, in any order.
   template <class Each> void image(const float* pixels, int64_t rows, X* x, X* y, float* out, const Each& each) const {
     const int64_t parts = (grid.H + rows - 1) / rows;
     const auto end = [&](int64_t i) { return std::min(grid.H, (i + 1) * rows); };
@@ -253,7 +253,8 @@ template <class Stem, class K> struct Run {
     return (int32_t*)arena.take(bytes, 0);
   }
 
-  // As many images at once as there are threads, each whole on one; what is left over is shared out by rows.
+  // Computes as many images at once as there are threads, each image on one thread. For each image left over, the
+  // threads share its rows.
   void batch(const float* images, int64_t N, float* out) const {
     const int64_t threads = torch::stable::get_num_threads(), image_size = packed.net.in_chans * H * W;
     const int64_t whole = threads > 1 ? N / threads * threads : N;
@@ -345,7 +346,7 @@ STABLE_TORCH_LIBRARY_IMPL(convmixer, CPU, m) {
   m.impl("run_network", TORCH_BOX(&network::run_network));
 }
 
-// Asked for by name from Python: the largest int8 weight, and which instructions this build uses.
+// Python calls these by name: the largest int8 weight, and which instructions this build uses.
 extern "C" int convmixer_int8_most() { return network::Int8::MOST; }
 extern "C" const char* convmixer_level() {
 #if defined(__AVX512F__) && CONVMIXER_LANES == 16

@@ -1,9 +1,10 @@
 // The parts of a whole ConvMixer at inference: depthwise, product, stem and pool on blocked activations.
 //
-// Activations lie in memory as [channels / 32][rows][columns][32] with a border of zeros, so the depthwise kernel has
-// no edges and reads whole cache lines, and a panel of 32 columns of a product writes exactly one such block. A block
-// of image rows goes through depthwise + activation + BatchNorm + residual into a small matrix that stays in the
-// core's cache, and from there through the product + activation + BatchNorm: one pass over memory per ConvMixer block.
+// Activations are stored as [channels / 32][rows][columns][32] with a border of zeros. The depthwise kernel therefore
+// needs no edge cases and reads whole cache lines, and a panel of 32 columns of a product writes exactly one channel
+// block. A block of image rows goes through depthwise + activation + BatchNorm + residual into a small matrix that
+// stays in the core's cache. From there it goes through the product + activation + BatchNorm. Each ConvMixer block is
+// thus one pass over memory.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -17,7 +18,7 @@ namespace network {
 constexpr int CB = 32;      // channels of a block; columns of a panel of weights
 constexpr int STEP = 8;     // columns of pixels that the depthwise kernel computes at once
 constexpr int NV = 2;       // vectors of a product's tile
-// Its rows: as many sums as there are registers for, then what is left over.
+// Rows of a tile: first as many as the registers hold sums for, then fewer, for the rows left over.
 constexpr int HEIGHTS[] = {L >= 16 ? 14 : 6, L >= 16 ? 8 : 4, 2, 1};
 
 // Calls f with 0 .. N - 1 as constants, so that arrays indexed by them become registers.
@@ -31,7 +32,7 @@ template <int N, class F> INLINE void unrolled(const F& f) {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What a product reads is counted in words of 4 bytes: one float, two bf16 or four int8 that meet in one instruction.
+// A product reads words of 4 bytes: one float, or two bf16 or four int8 that one instruction multiplies together.
 struct Fp32 {
   using X = float;  // activations in memory
   using Sum = vf;
@@ -47,7 +48,7 @@ struct Fp32 {
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
 struct Bf16 {
   using X = bf16;
-  using Sum = __m512;  // the intrinsics' own types: through casts GCC copies every sum
+  using Sum = __m512;  // the intrinsics' own type: with casts GCC would copy every sum
   static constexpr int GROUP = 2;
   static constexpr bool INTEGER = false;
   INLINE static Sum dot(Sum sum, int32_t a, vi b) {
@@ -55,11 +56,12 @@ struct Bf16 {
   }
 };
 #else
-using Bf16 = Fp32;  // without bf16 products it would gain nothing
+using Bf16 = Fp32;  // without bf16 dot-product instructions, bf16 storage would gain nothing
 #endif
 
-// Unsigned activations times signed weights of at most `MOST`. Four products are added at once: in 32 bits if the
-// processor has VNNI; else first in pairs of 16 bits, which hold 255 * 64 + 255 * 64 but not 255 * 127 + 255 * 127.
+// Unsigned activations times signed weights of at most `MOST`. Four products are added at once. With VNNI they are
+// added in 32 bits. Without it AVX2 first adds pairs in 16 bits, which hold 255 * 64 + 255 * 64 but not
+// 255 * 127 + 255 * 127.
 struct Int8 {
   using X = Bf16::X;
   using Sum = vi;
@@ -67,7 +69,7 @@ struct Int8 {
   static constexpr bool INTEGER = true;
 #if defined(__AVX512VNNI__) && CONVMIXER_LANES == 16
   static constexpr int MOST = 127;
-  INLINE static Sum dot(Sum sum, int32_t a, vi b) {  // GCC 12 copies every sum to memory around the intrinsic
+  INLINE static Sum dot(Sum sum, int32_t a, vi b) {  // with the intrinsic, GCC 12 copies every sum to memory
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(vi{} + a), "v"(b));
     return sum;
   }
@@ -92,8 +94,8 @@ struct Int8 {
 #endif
 };
 
-// The order of channels within a block of the depthwise kernel's output: bf16 come out of the interleaving
-// instructions as 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...; weights are packed to match.
+// The order of channels within a block of the depthwise kernel's output. The interleaving instructions give bf16 in
+// the order 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...; the weights are packed to match.
 template <class X> inline int channel_at(int t) {
   if (sizeof(X) == 4) return t;
   return t % 16 / 4 * 8 + t / 16 * 4 + t % 4;
@@ -109,15 +111,15 @@ struct Grid {
   int64_t inside(int64_t y, int64_t x) const { return at(y + before, x + before); }
 };
 
-// Numbers per channel, each row `dim` long and rounded up to whole blocks: what follows a sum.
+// Per-channel coefficients applied after a sum, one row each; `dim` is the row length, rounded up to whole blocks.
 struct Vectors {
-  enum { MULTIPLY, BIAS, SCALE, SHIFT, STEPS, ZERO, COUNT };  // STEPS and ZERO: to unsigned 8 bits
+  enum { MULTIPLY, BIAS, SCALE, SHIFT, STEPS, ZERO, COUNT };  // STEPS and ZERO quantise to unsigned 8 bits
   const float* data;
   int64_t dim;
   const float* row(int which, int64_t c) const { return data + which * dim + c; }
 };
 
-// --- Depthwise: rows y0 .. y1 of one block of channels into columns of the matrix `a` of `words` words a row.
+// --- Depthwise: computes rows y0 .. y1 of one block of channels into columns of the matrix `a`, `words` words a row.
 
 INLINE void put_bytes(uint8_t* a, vf q) {
   typedef uint8_t vb __attribute__((vector_size(L)));
@@ -219,7 +221,7 @@ void depthwise_pairs(const Grid& g, int k, int act, const bf16* x, const void* w
 }
 #endif
 
-// `weights` of one block of channels, `x` its plane.
+// `weights` and the plane `x` are those of one block of channels.
 template <class K>
 void depthwise(const Grid& g, int k, int act, const typename K::X* x, const void* weights, const Vectors& p, int64_t c,
                int64_t y0, int64_t y1, int32_t* a, int64_t words) {
@@ -236,10 +238,10 @@ void depthwise(const Grid& g, int k, int act, const typename K::X* x, const void
   }
 }
 
-// Floats (or pairs of bf16) of one block's depthwise weights.
+// Returns the number of floats (or pairs of bf16) in one block's depthwise weights.
 template <class X> int64_t depthwise_words(int k) { return (sizeof(X) == 4 ? k * k : k * ((k + 1) / 2)) * CB; }
 
-// --- Product: rows of `a` times a panel of 32 columns, into one block of channels.
+// --- Product: multiplies rows of `a` by a panel of 32 columns, which gives one block of channels.
 
 template <class K, int ACT, int Tall>
 INLINE void finish(const typename K::Sum (&sum)[Tall][NV], const Vectors& p, int64_t c, typename K::X* out,
@@ -283,7 +285,7 @@ __attribute__((noinline)) void product_tile(const int32_t* a, int64_t words, con
   }
 }
 
-// offsets: where each row lies inside a block of channels.
+// offsets: the position of each row within a block of channels.
 template <class K>
 void product(int64_t rows, const int32_t* a, int64_t words, const int32_t* panels, int64_t depth, int act,
              const Vectors& p, typename K::X* out, int64_t plane, const int32_t* offsets) {

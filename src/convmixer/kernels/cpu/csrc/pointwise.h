@@ -1,8 +1,8 @@
-// Matrix products of our own for the pointwise half of a block: rows that lie in a cache (of wide layers, in the shared
-// one) times a packed matrix, summed in float.
+// Our own matrix products for the pointwise half of a block. They multiply rows in a cache (the shared one for wide
+// layers) by a packed matrix, and sum in float.
 //
-// What goes into a product was just computed and what comes out is used at once, so a row never goes to memory in
-// between. Where the processor multiplies whole matrices of bf16, the library's products win (channel_library.h).
+// A product's input was just computed and its output is used at once, so no row goes to memory in between. If the
+// processor multiplies bf16 matrices in hardware, the library's products are faster (channel_library.h).
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -19,7 +19,7 @@
 #endif
 template <class T> constexpr bool LIBRARY_PRODUCTS = CONVMIXER_LIBRARY && std::is_same_v<T, bf16>;
 
-// What a product reads: words of 32 bits. Each is one float, or two bf16 that follow one another in the sum.
+// A product reads words of 32 bits. Each is one float, or two bf16 that are neighbours in the sum.
 struct Floats {
   using Value = float;
   static constexpr int GROUP = 1;
@@ -47,27 +47,28 @@ struct Pairs {
 };
 template <class T> using Operand = std::conditional_t<PAIRS<T>, Pairs, Floats>;
 
-// Words of so many values that follow one another in a sum.
+// Returns the number of words that hold so many values of a sum.
 template <class K> int64_t words_of(int64_t values) { return (values + K::GROUP - 1) / K::GROUP; }
 template <class K> typename K::Value* values_at(float* words, int64_t i) { return (typename K::Value*)words + i; }
 
-constexpr int PANEL = 2 * L;  // columns that are computed at once
+constexpr int PANEL = 2 * L;  // columns computed at once
 inline int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
-// A step between rows in the cache that is no multiple of a power of two: the rows of a panel would share few sets.
+// The distance between rows in the cache. With a large power of two, the rows of a panel would share few cache sets.
 inline int64_t row_step(int64_t columns) { return whole_panels(columns) + 16; }
 
-constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as there are registers for
+constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as fit into registers
 
-// Rows that are taken through all steps together, at most. Each block reads all weights and adds to all their
-// gradients, so wide layers want many rows, even where those fill more than the second-level cache. 128, in whole
-// tiles: batches of a power of two make shares of nearly one.
+// The most rows that go through all steps together. Each block reads all weights and adds to all their gradients, so
+// wide layers want many rows, even if these fill more than the second-level cache. 128, rounded up to whole tiles:
+// with batches of a power of two, a share is then about one block.
 constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
 
-// Rows of the weights' gradient that are added to at once: their share of the values stays in the first-level cache.
+// Rows of the weights' gradient updated at once: few enough that the values they need stay in the first-level cache.
 constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
 
-// (rows, columns) with any steps -> [columns / PANEL][words of rows][PANEL], zeros after the last row and column.
+// Packs (rows, columns), with any strides, as [columns / PANEL][words of rows][PANEL], zero-padded at the end of
+// each.
 template <class K, class T>
 void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* out) {
   torch::stable::parallel_for(0, whole_panels(columns) / PANEL, 1, [=](int64_t begin, int64_t end) {
@@ -83,12 +84,12 @@ void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_ste
   });
 }
 
-// One tile of a product, all in words. a(r, k) lies at a[r * a_row + k], transposed at a[k * a_row + r]; b has PANEL
-// columns.
+// One tile of a product; all sizes are in words. a(r, k) is a[r * a_row + k], or a[k * a_row + r] if transposed. b
+// has PANEL columns.
 template <class K, int Rows, bool Transposed, bool Add>
 __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
                                             int64_t depth, float* out, int64_t out_row) {
-  if constexpr (Add)  // the sums may lie in a farther cache: they come while the tile is computed
+  if constexpr (Add)  // the sums may be in a more distant cache: fetch them while the tile is computed
     for (int r = 0; r < Rows; r++)
       for (int line = 0; line < PANEL; line += 16) __builtin_prefetch(out + r * out_row + line, 1);
   vf sum[Rows][2] = {};

@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> spatial_forward(const Tensor& before, const Tensor& n
   return {u, sums.total()};
 }
 
-// The gradient of the weights comes back as (C, 1, k, k), that of the bias as (1, C), the sums as (2, C).
+// Returns the gradient of the weights (C, 1, k, k) and of the bias (1, C), and the sums for the previous norm (2, C).
 std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Tensor& u, const Tensor& norm,
                                                     const Tensor& before, const Tensor& norm_before,
                                                     const Tensor& weight, int64_t act) {

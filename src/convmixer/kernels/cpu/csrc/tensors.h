@@ -1,4 +1,4 @@
-// Tensors in, tensors out: checks, types and memory of the ops on activations.
+// What the ops on activations share: checks of tensors, dispatch on their type, and memory for new ones.
 #pragma once
 #include <tuple>
 
@@ -8,7 +8,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Internal linkage, so that GCC inlines what a file calls once.
+// Internal linkage, so that GCC inlines functions that a file calls only once.
 namespace {
 
 void check(bool ok, const char* what) { STD_TORCH_CHECK(ok, "convmixer: ", what); }
@@ -20,14 +20,14 @@ Image image_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
-// The kernels read all activations of a call by the sizes and type of one.
+// The kernels take the sizes and type of one activation tensor and read all others of the call with them.
 void check_like(const Tensor& x, const Tensor& other) {
   bool same = other.dim() == 4 && other.is_contiguous() && other.scalar_type() == x.scalar_type();
   for (int64_t i = 0; same && i < 4; i++) same = other.size(i) == x.size(i);
   check(same, "activations must be contiguous, of one shape and one type");
 }
 
-// Call f with the storage type and the activation as types: f(T{}, std::integral_constant<int, ACT>{}).
+// Calls f with the storage type and the activation as types: f(T{}, std::integral_constant<int, ACT>{}).
 template <class F> void dispatch(const Tensor& x, int64_t act, const F& f) {
   using Gelu = std::integral_constant<int, GELU>;
   using Relu = std::integral_constant<int, RELU>;

@@ -1,5 +1,5 @@
-// Vectors of CONVMIXER_LANES floats in GCC's portable notation, and the two storage types: float and bf16.
-// Arithmetic is always float. Intrinsics stand only where the compiler does not find the instruction by itself.
+// Vectors of CONVMIXER_LANES floats as GCC vector extensions, and the two storage types: float and bf16. Arithmetic
+// is always in float. Intrinsics are used only if the compiler does not find the instruction by itself.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,7 @@
 #endif
 #endif
 
-#define INLINED __attribute__((always_inline))  // of a lambda
+#define INLINED __attribute__((always_inline))  // for lambdas
 #define INLINE inline INLINED
 
 constexpr int L = CONVMIXER_LANES;
@@ -39,7 +39,8 @@ template <class V> INLINE V load_vector(const void* p) {
 }
 template <class V> INLINE void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
 
-// GCC converts half vectors in pieces and does not see that x86 has min and max of just this meaning: intrinsics.
+// Intrinsics, because GCC converts half vectors piece by piece and misses x86's min and max, which treat NaN like
+// this.
 #if defined(__AVX512F__) && CONVMIXER_LANES == 16
 INLINE vh to_16_bits(vu x) { return __builtin_convertvector(x, vh); }
 INLINE vu to_32_bits(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
@@ -62,7 +63,7 @@ INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 INLINE vf widen(vh bits) { return (vf)(to_32_bits(bits) << 16); }
 
-// Round to nearest even; a NaN stays one (its payload is cut, so a bit is set to keep it from becoming Inf).
+// Rounds to nearest even. A NaN stays NaN: its payload is cut, so a bit is set to keep it from becoming Inf.
 INLINE vh narrow(vf x) {
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
   return (vh)_mm512_cvtneps_pbh((__m512)x);
@@ -78,7 +79,7 @@ INLINE vf pair_of(vh first, vh second) { return (vf)(to_32_bits(first) | to_32_b
 INLINE vf first_of(vf pair) { return (vf)((vu)pair << 16); }
 INLINE vf second_of(vf pair) { return (vf)((vu)pair & 0xffff0000u); }
 
-// sum + the products of both: one instruction on some processors. Elsewhere only tests ask for pairs.
+// sum + the products of both bf16: one instruction on some processors. On others only tests use pairs.
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
 #define CONVMIXER_PAIRS 1
 INLINE vf dot_pairs(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
@@ -91,9 +92,9 @@ INLINE vf dot_pairs(vf sum, vf a, vf b) {
 }
 #endif
 
-static_assert(!CONVMIXER_PAIRS || L % 2 == 0);  // rows end in a whole vector: an odd channel's partner is a zero
+static_assert(!CONVMIXER_PAIRS || L % 2 == 0);  // rows are padded: an odd channel is paired with 0
 
-// Whether values that are stored as T are multiplied in pairs.
+// Whether values stored as T are multiplied in pairs.
 template <class T> constexpr bool PAIRS = CONVMIXER_PAIRS && std::is_same_v<T, bf16>;
 
 INLINE float value_of(float x) { return x; }
@@ -109,11 +110,11 @@ INLINE vf load(const bf16* p) { return widen(load_vector<vh>(p)); }
 INLINE void store(float* p, vf x) { store_vector(p, x); }
 INLINE void store(bf16* p, vf x) { store_vector(p, narrow(x)); }
 
-// The value as it will be read back after a store.
+// The value that a load gives after a store.
 INLINE vf rounded(vf x, const float*) { return x; }
 INLINE vf rounded(vf x, const bf16*) { return widen(narrow(x)); }
 
-// The first n < L lanes; the others read as zero and are not written.
+// Load or store the first n < L lanes. The other lanes read as zero and are not written.
 template <class T> __attribute__((noinline)) vf load_part(const T* p, int n) {
   T lanes[L] = {};
   for (int i = 0; i < n; i++) lanes[i] = p[i];
@@ -125,8 +126,8 @@ template <class T> __attribute__((noinline)) void store_part(T* p, vf x, int n) 
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
-// N vectors that go through the same arithmetic step by step. A polynomial is one long chain of dependent operations;
-// several side by side keep the processor's units busy where its scheduler cannot look far enough ahead.
+// N vectors that go through the same arithmetic step by step. A polynomial is one long chain of dependent operations.
+// Several chains side by side keep the processor's units busy if its scheduler cannot look far enough ahead.
 template <int N> struct vg {
   vf v[N];
 };
@@ -146,7 +147,7 @@ template <int N> INLINE vg<N> larger(vg<N> a, vf b) { return each<N>([&](int j) 
 template <int N> INLINE vg<N> smaller(vf a, vg<N> b) { return each<N>([&](int j) { return smaller(a, b.v[j]); }); }
 template <int N> INLINE vg<N> larger(vf a, vg<N> b) { return each<N>([&](int j) { return larger(a, b.v[j]); }); }
 
-// N vectors `stride` elements apart, the first `lanes` <= L lanes of each.
+// Read or write N vectors, `stride` elements apart: the first `lanes` <= L lanes of each.
 template <int N, class T> INLINE vg<N> read(const T* p, int64_t stride, int lanes) {
   if (__builtin_expect(lanes < L, 0)) return each<N>([&](int j) { return load_part(p + j * stride, lanes); });
   return each<N>([&](int j) { return load(p + j * stride); });
@@ -159,7 +160,7 @@ template <int N, class T> INLINE void write(T* p, int64_t stride, vg<N> x, int l
   }
 }
 
-// The same, and the values as they will be read back.
+// Writes like `write`, and returns the values that a read gives afterwards.
 template <int N> INLINE vg<N> write_rounded(float* p, int64_t stride, vg<N> x, int lanes) {
   write(p, stride, x, lanes);
   return x;
@@ -173,8 +174,8 @@ template <int N> INLINE vg<N> write_rounded(bf16* p, int64_t stride, vg<N> x, in
   });
 }
 
-// How many of them: as many as registers allow, fewer where each needs many. They are passed as arguments and read as
-// types.
+// How many vectors to compute at once: as many as registers allow, FEW if each needs many registers. The number is
+// passed as an argument and read from its type.
 template <int N> struct Size {
   static constexpr int value = N;
 };
