@@ -21,7 +21,7 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"doc": doc, "choices": choices})
 
 
-# settings, what holds of their values, and that in words
+# settings, the check of their values, and the check in words
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size grad_accum lr eps checkpoint_seconds fallback_lr_scale", lambda x: x > 0, "above 0"),
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -36,7 +36,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of one training run; the defaults are those of no paper, see `recipes` for those."""
+    """All settings of one training run. The defaults follow no paper; `recipes` has the papers' settings."""
 
     # model
     model: str = setting(

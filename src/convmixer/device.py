@@ -19,8 +19,8 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 def choose_device(name: str = "auto") -> "torch.device":
     """Return the device to compute on: CUDA, else Apple's MPS, else the CPU for "auto".
 
-    On CUDA, fp32 is fp32 from then on: by itself cuDNN would round the inputs of convolutions to TF32. cuBLAS gets a
-    workspace of fixed size, without which its sums may differ from run to run.
+    On CUDA this also disables TF32: by default cuDNN would round the inputs of fp32 convolutions to it. cuBLAS gets a
+    workspace of fixed size; without one its sums may differ from run to run.
 
     Raises:
         RequestError: The device asked for is not there.
@@ -75,11 +75,11 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
     """Return "fp32", "tf32", "bf16" or "fp16": for "auto" bf16 if it is native, else fp32.
 
     bf16 and fp16 mean automatic mixed precision: products in 16 bits, weights and normalisation in fp32. With tf32
-    everything is stored in fp32, and a GPU rounds the inputs of products to 10 bits of mantissa; from then on, and
-    with any other precision not any more.
+    everything is stored in fp32, and the GPU rounds the inputs of products to 10 bits of mantissa. On a GPU this call
+    switches TF32 on for tf32, and off for any other precision.
 
     Raises:
-        RequestError: The name is not known, or it is tf32 and the device no GPU.
+        RequestError: The name is not known, or it is tf32 and the device is not a GPU.
     """
     if name not in PRECISIONS:
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
@@ -110,7 +110,7 @@ def forget_peak() -> None:
 
 
 def count_memory(device: "torch.device") -> Callable[[], int]:
-    """Return a function that gives the most bytes taken since now: on a GPU of its memory, else by this process."""
+    """Return a function that gives the peak bytes allocated on a GPU, or else the growth of this process."""
     import torch
 
     if device.type == "cuda":
@@ -135,6 +135,6 @@ def _status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
     except (OSError, StopIteration):
-        # only where nothing better is: Linux keeps in it the peak of the process that this one was forked from
+        # last resort: on Linux this value can include the peak of the process that this one was forked from
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -20,7 +20,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-BITS = (8, 10, 12, 14, 16)  # that cameras and scanners store in 16
+BITS = (8, 10, 12, 14, 16)  # bits per value that cameras and scanners use in 16-bit files
 MAX_SIDE = 4096  # of a model's input, pixels; 32 images of this size take 6 GB
 MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
 FILTERS = {

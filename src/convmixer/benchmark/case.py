@@ -70,7 +70,7 @@ def case_of(
     batch_size: int | None = None,
     threads: int | None = None,
 ) -> Case:
-    """Return the case of a model name with sizes given by hand put over it.
+    """Return the case of a model name; sizes given by hand replace the model's.
 
     Args:
         task: "train" or "infer".
@@ -78,7 +78,7 @@ def case_of(
         overrides: Sizes by name; None leaves the model's own.
         precision: See `Case`.
         batch_size: Images per step; None: 64 for images up to 64 pixels, else 4.
-        threads: Of every contender; None: torch's own number, which heeds the cores that this process may use.
+        threads: Of every contender; None: torch's default, which counts only the cores this process may use.
 
     Raises:
         RequestError: The name is not a ConvMixer's, or a size is missing.
@@ -98,7 +98,7 @@ def case_of(
 
 
 def build(case: Case) -> ConvMixer:
-    """Return the seeded network with BatchNorm statistics of its own activations, so that values stay ordinary."""
+    """Return the seeded network; BatchNorm statistics come from its own activations, so that values stay ordinary."""
     torch.manual_seed(0)
     fields = {f.name for f in dataclasses.fields(Case)}
     args = {name: getattr(case, name) for name in fields & set(ConvMixer.__init__.__annotations__)}

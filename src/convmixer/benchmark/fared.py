@@ -9,7 +9,7 @@ from convmixer.kernels.cpu import build
 
 
 def keep(result: dict[str, Any]) -> None:
-    """Keep one result of `benchmark` in place of the one before of the same case."""
+    """Keep one result of `benchmark`; it replaces the previous result of the same case."""
     name = f"{result['task']} {result['model']}, batch {result['batch_size']}, {result['precision']}"
     kept = _kept() | {name: {key: result[key] for key in ("ours", "best_peer", "ratio")}}
     write_atomic(_path(), json.dumps(kept, indent=1).encode())

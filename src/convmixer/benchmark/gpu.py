@@ -20,7 +20,7 @@ from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
 Step = Callable[[], object]
 WARM_UP = 3
-# copies of one tensor between the halves of a block that memory must move at least: forward 5, backward 9
+# the fewest times that a block must move one of its tensors through memory: forward 5, backward 9
 LEAST_COPIES = {"train": 14, "infer": 4}
 PRODUCTS = {"train": 3, "infer": 1}
 
@@ -53,7 +53,7 @@ def benchmark_gpu(
         case: What to run.
         selected: Names of the peers to measure; None: all.
         rounds: Turns of each contender.
-        sample_seconds: Least seconds of a turn.
+        sample_seconds: Shortest time of a turn, in seconds.
         record: JSON-lines file to append a `RunRecord` to.
         device_name: "cuda", or "cpu" to try the measurement itself.
 
@@ -136,7 +136,7 @@ def _train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, pr
 
 
 def _prepared(make: Callable[[torch.device], Step], device: torch.device) -> tuple[Step, int | None]:
-    """Return a warm step, as a CUDA graph if it is ours, and the bytes it needs at its peak over what stays."""
+    """Return a warmed-up step and its step memory in bytes: the peak during a step less the memory held before it."""
     if device.type != "cuda":
         step = make(device)
         step()
@@ -167,7 +167,7 @@ def _interleave(
 ) -> dict[str, list[float]]:
     """Return seconds per step of each contender, one value a round, measured in turns."""
     if device.type == "cuda" and "train_step" in getattr(steps["ours"], "__qualname__", ""):
-        steps = steps | {"ours": _as_graph(steps["ours"])}  # as `convmixer train` takes it
+        steps = steps | {"ours": _as_graph(steps["ours"])}  # as in `convmixer train`
     counts = {name: max(1, round(sample_seconds / _seconds(step, 2, device))) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -211,7 +211,7 @@ def _rates(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def bound(case: Case, rates: dict[str, float]) -> float:
-    """Return the images a second that the card allows: by its copies or by its products, whichever is slower."""
+    """Return the card's limit in images per second: set by its copies or by its products, whichever is slower."""
     positions = (case.img_size // case.patch_size) ** 2
     size = 2 if case.precision == "bf16" else 4
     moved = LEAST_COPIES[case.task] * positions * case.dim * size * case.depth

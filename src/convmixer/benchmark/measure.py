@@ -68,7 +68,7 @@ def gemm_steps(case: Case) -> dict[str, Step]:
 
 
 def _product_dtype(case: Case) -> torch.dtype:
-    """Return what the processor multiplies quickest in the case's precision: bf16 that is emulated bounds nothing."""
+    """Return the type that the processor multiplies fastest in the case's precision; emulated bf16 is no bound."""
     return torch.bfloat16 if case.precision == "bf16" and native_bf16() else torch.float32
 
 
@@ -117,9 +117,9 @@ def _int_mm(case: Case) -> Step:
 def peak_memory(case: Case, name: str) -> int:
     """Return the step memory of a contender in bytes, measured in a fresh process.
 
-    The process builds the case after one step on the smallest images there are; then the peak of its resident memory
-    is reset, and three steps of the case follow. What counts is the peak over the memory before, less the gradients
-    and the optimizer state.
+    The process first runs one step on the smallest images, then builds the case, resets the peak of its resident
+    memory and runs three steps. Step memory is this peak less the memory held before the steps, less gradients and
+    optimizer state.
 
     Raises:
         RequestError: The process failed; the message is the last line that it wrote.

@@ -34,7 +34,7 @@ def benchmark(
         case: What to run.
         selected: Names of the peers to measure; None means all, an empty list none.
         rounds: Turns of each contender.
-        sample_seconds: Least seconds of a turn.
+        sample_seconds: Shortest time of a turn, in seconds.
         compile_limit: Seconds that a compiling peer may take before its first step; 0 leaves it out.
         memory: Measure peak memory too, of ours and of eager PyTorch in the same precision.
         record: JSON-lines file to append a `RunRecord` to.

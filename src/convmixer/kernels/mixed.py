@@ -1,7 +1,7 @@
-"""Blocks whose spatial mixer is any torch module, with all the rest of the block on the kernels.
+"""Blocks whose spatial mixer is any torch module; the kernels compute the rest of the block.
 
-Where models differ in the mixer alone, only the mixer should make a difference in time and memory too. The names are
-those of `blocks`: v stands for norm(act(v)), which is x of the next block, u for the mixer's output.
+If models differ only in the mixer, only the mixer should change their time and memory. The names are those of
+`blocks`: u is the mixer's output, and v stands for norm(act(v)), which is x of the next block.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ def features(
 
     Args:
         v: Output of the stem's last convolution, (N, H, W, C), contiguous, fp32 or bf16.
-        mixers: Of each block, (N, C, H, W) -> (N, C, H, W).
+        mixers: One function for each block, (N, C, H, W) -> (N, C, H, W).
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
         running: Running mean and variance of each norm, read when not `training`.
-        eps: BatchNorm's.
+        eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
 
@@ -86,7 +86,7 @@ class _ActNorm(torch.autograd.Function):
 class _Rest(torch.autograd.Function):
     """All of a block after its mixer: u, x -> norm(act(v)), v = pointwise(norm(act(u)) + x).
 
-    x is only differentiated; its value is computed again from v of the block before, as in `blocks`.
+    x only receives a gradient; its value is recomputed from v of the previous block, as in `blocks`.
     """
 
     @staticmethod

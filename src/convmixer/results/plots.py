@@ -263,10 +263,10 @@ def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray,
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw which classes are taken for which, and list the pairs confused most beside it.
+    """Draw the confusion matrix, and beside it list the pairs confused most.
 
-    Up to 15 classes keep their order, and their cells hold the numbers. More are ordered so that classes that are
-    taken for each other stand together. Of more than 60, the 40 that are confused most are shown.
+    Up to 15 classes keep their order, and their cells hold the numbers. With more than 15, classes often confused
+    with each other are put side by side. With more than 60, only the 40 confused most are shown.
 
     Args:
         counts: (classes, classes) numbers of images, row: true, column: predicted.
@@ -311,7 +311,7 @@ def _confused_most(pairs: Sequence[tuple[int, int]], n: int) -> np.ndarray:
 
 
 def _alike(share: np.ndarray) -> np.ndarray:
-    """Return an order of the classes in which those taken for each other stand together."""
+    """Return an order of the classes that puts those confused with each other side by side."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     both = share + share.T

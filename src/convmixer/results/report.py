@@ -38,7 +38,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     """Write report.html, report.md and the pictures of a study folder from its plan and records.
 
     Args:
-        folder: That of the study, with its plan and records.
+        folder: The study folder, with its plan and records.
 
     Returns:
         `report` (the HTML file), `verdicts`, `missing` (run names), and `lines` to print.

@@ -17,11 +17,11 @@ class ArmRow:
     """One line of the table of arms; None if nothing is measured yet.
 
     Args:
-        name, label: Of the arm.
-        parameters, macs: Of the model, per image.
+        name, label: The arm's.
+        parameters, macs: The model's; macs are per image.
         test: Interval of test top-1 in percent over the seeds.
         train_speed, infer_speed: Images per second, of the probe.
-        seconds: Of one run at that speed.
+        seconds: Time of one run at that speed.
         memory: Bytes that training takes beyond libraries and data, of the probe.
     """
 

@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-ALIKE = 1.1  # accuracy is not drawn against what all arms have alike, such as parameters they were matched by
+ALIKE = 1.1  # a cost that differs by less than this factor, such as matched parameters, is not plotted
 UNITS = {
     "test_top1": "test top-1, percentage points",
     "train_images_per_second": "training, images/s",

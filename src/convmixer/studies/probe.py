@@ -15,7 +15,7 @@ INFER_BATCH, INFER_BATCHES = 128, 8
 
 
 def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
-    """Return what training and inference of one arm take here.
+    """Return the time and memory that training and inference of one arm take on this machine.
 
     Args:
         data: The data argument.

@@ -47,7 +47,7 @@ class Queue:
         self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
 
     def _beat(self, seconds: int) -> None:
-        # a worker is judged by the others' grace, so all must have the same
+        # other workers apply their own grace period to this one, so all must have the same
         self.heartbeat_seconds = self._storage.heartbeat_interval = seconds
         self._storage.grace_period = GRACE_BEATS * seconds
 
@@ -173,7 +173,7 @@ class Queue:
         return float(record["results"]["test_top1"])
 
     def _put_back(self, trial_id: int) -> None:
-        # forget this worker, or the run of the next one would look dead until it has written its own number
+        # remove this worker's number, or the next worker would look dead until it has written its own
         self._storage.set_trial_user_attr(trial_id, "worker", None)
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 

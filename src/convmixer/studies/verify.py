@@ -24,7 +24,7 @@ def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[
     """Re-evaluate recorded test accuracies and return whether each still holds.
 
     Args:
-        path: The record of a run or the records of a study; the weights stand beside it.
+        path: The record of a run or the records of a study; the weights are beside it.
         data: Where the data are now; None: as recorded.
         run: Verify only the record of this name.
 

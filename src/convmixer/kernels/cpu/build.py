@@ -30,19 +30,19 @@ VARIANTS = {  # each runs on any processor, so that the code for others can be t
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
     "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in blocks as small as of narrow ones
-    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch's library, as where it has matrix instructions
+    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300
 _OFF_VALUES = ("0", "off", "false", "no")
 
 
 def why_not() -> str | None:
-    """Return why the kernels cannot be used, or None when they are built and loaded. Builds them on first use."""
+    """Return why the kernels cannot be used, or None if they are built and loaded. Builds them on first use."""
     return switched_off() or _load()
 
 
 def switched_off() -> str | None:
-    """Return that the environment turns all kernels off, or None."""
+    """Return a message if the environment turns all kernels off, else None."""
     return f"{OFF}={os.environ[OFF]} turns them off" if os.environ.get(OFF, "1").lower() in _OFF_VALUES else None
 
 
@@ -97,7 +97,7 @@ def level() -> str:
 
 
 def largest_int8_weight() -> int:
-    """Return the largest whole number that an int8 weight may be without its sums running over on this build."""
+    """Return the largest int8 weight whose sums cannot overflow in this build."""
     return int(ctypes.CDLL(str(library())).convmixer_int8_most())
 
 
@@ -107,7 +107,7 @@ def cache_folder() -> Path:
 
 
 def flags(version: str) -> list[str]:
-    """Return the flags for the compiler that calls itself `version`. No fast-math: NaN, Inf and all sums stay."""
+    """Return the flags for the compiler that calls itself `version`. No fast-math: it would change NaN, Inf, sums."""
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
     march += VARIANTS.get(target(), [])

@@ -1,4 +1,4 @@
-"""A whole ConvMixer at inference as one op, and the packing of its weights for it.
+"""Inference of a whole ConvMixer as one op, and the packing of its weights.
 
 Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
 """
@@ -61,15 +61,15 @@ def run(
 ) -> Tensor:
     """Return the pooled features of images, (B, dim) fp32.
 
-    As many images are computed at once as there are threads, each on one of them from the stem to the pool; what is
-    left over is shared out by rows.
+    As many images are computed at once as there are threads, each on one thread from the stem to the pool. For each
+    image left over, the threads share its rows.
 
     Args:
         images: (B, in_chans, H, W), fp32.
         weights: From `pack`.
         dim, depth, k, patch: The network's sizes.
         act: 0 for GELU, 1 for ReLU.
-        precision: What the weights were packed for.
+        precision: The precision that the weights were packed for.
     """
     code = PRECISIONS.index(precision)
     pooled: Tensor = torch.ops.convmixer.run_network(images.contiguous(), weights, dim, depth, k, patch, act, code)
