@@ -41,7 +41,8 @@ class Config:
     # model
     model: str = setting(
         "auto",
-        "model name, see `convmixer models`; auto: that of `weights`, else a ConvMixer-256/8 with 16 x 16 patches",
+        "model name, see `convmixer models`; auto: that of `weights`, else a ConvMixer-256/8 with a grid of "
+        "16 x 16 patches at any image size",
     )
     act: str | None = setting(None, "activation of a ConvMixer; none: the variant's own", ("gelu", "relu"))
     weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
@@ -163,8 +164,12 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, name: str = "max_time") -> float:
     """Return a time such as "90s", "30m", "1h30m" or "2h" in seconds.
+
+    Args:
+        text: The time.
+        name: What the user calls it, for the error.
 
     Raises:
         RequestError: The text is not a time above 0.
@@ -176,7 +181,7 @@ def parse_seconds(text: str) -> float:
         hours = minutes = seconds = 0.0
     total = hours * 3600 + minutes * 60 + seconds
     if total <= 0:
-        raise RequestError(f"max_time must be a time such as 90s, 30m or 1h30m, not {text!r}")
+        raise RequestError(f"{name} must be a time such as 90s, 30m or 1h30m, not {text!r}")
     return total
 
 

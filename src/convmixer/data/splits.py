@@ -1,6 +1,6 @@
 """Which image is in which split: one image, one split, one label; and the splits that are made from train.
 
-Nothing is random but by seed. Images with equal contents, and images of one group, are never parted.
+Only the seed decides what is random. Images with equal contents, and images of one group, are never parted.
 """
 
 import math
@@ -23,7 +23,7 @@ class Conflicts:
     """Images that cannot all stay.
 
     Args:
-        contradicting: Split -> bool (N,): its contents are there with another label.
+        contradicting: Split -> bool (N,): the same contents also occur with another label.
         elsewhere: Split -> bool (N,): a copy of it stays in another split.
         copies: How many images are copies of others.
         notes: What was found, in words.
@@ -75,7 +75,8 @@ def find_conflicts(
                 f"{extra} images are copies of others, byte for byte, and stay in one split: {some(repeated)}"
             )
     if elsewhere.any():
-        notes.append(f"{int(elsewhere.sum())} images are in two splits: kept in {order[0]}: {some(elsewhere)}")
+        kept = " or ".join(order[i] for i in np.unique(first[inverse][elsewhere]))
+        notes.append(f"{int(elsewhere.sum())} images are in two splits: kept in {kept}: {some(elsewhere)}")
     mixed, parted = (dict(zip(order, np.split(mask, ends), strict=True)) for mask in (contradicting, elsewhere))
     return Conflicts(mixed, parted, extra, notes)
 
@@ -100,7 +101,7 @@ def group_names(
         names: Split -> the paths of the images.
 
     Raises:
-        RequestError: No such column, and the expression is none or matches no path.
+        RequestError: `group` names no column, and is no valid regular expression or matches no path.
     """
     if options.group is None:
         return {}
@@ -141,7 +142,7 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """Return a number per image that images share if they are copies or in one group, directly or by others."""
+    """Return a number that images share if they are copies or in one group, also through a chain of other images."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -169,7 +170,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarra
         labels: int64 (N,).
         fraction: Share of the images, 0 to 1, rounded up; train keeps at least one group of every class.
         seed: Chooses the groups.
-        groups: int64 (N,), a number that images share which are not to be parted; None: every image by itself.
+        groups: int64 (N,), group number of each image; images with one number stay together. None: every image by
+            itself.
 
     Returns:
         bool, (N,): True for held out.
@@ -193,7 +195,10 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarra
 
 
 def _fill(candidates: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
-    """Return candidates in order that hold about `wanted` images together, without one that is far too large."""
+    """Return candidates in order that hold about `wanted` images together.
+
+    They are taken in turn, skipping a group that would overshoot by more than half its size.
+    """
     if (sizes == 1).all():
         return candidates[:wanted]
     taken, held = [], 0

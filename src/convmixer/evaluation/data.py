@@ -40,7 +40,11 @@ class EvaluationData:
     changed: bool = False
 
     def choose(self, split: str | None) -> str:
-        """Return the split to measure on: the one asked for, else test; of other data the first that there is."""
+        """Return the split to measure on.
+
+        It is the one asked for, else test; if the data are not the training's, the first existing of test, val and
+        train.
+        """
         return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
 
     def said(self, split: str) -> list[str]:
@@ -71,8 +75,8 @@ def find_data(
 ) -> EvaluationData:
     """Return the data to measure on: what the user named, or what the weights were trained on.
 
-    The data of the training are split as they were then. Nothing is held out of other data. Weights are believed what
-    they say of their data only if this user trained them here: a stranger's could name any folder of this user's.
+    The data of the training are split as they were then. Nothing is held out of other data. What weights say
+    about their data is used only if this user trained them here: a stranger's could name any folder of this user's.
     Built-in data are harmless, so everybody's weights may name them.
 
     Args:
@@ -158,7 +162,8 @@ def unreadable(images: ImageSet) -> list[str]:
 def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
     """Return the model's output for each class of the data.
 
-    Names meet by name, compared as Unicode's NFC, so that a name typed on a Mac is the same as elsewhere. A model
+    Classes are matched by name, after NFC normalisation, so that a name typed on a Mac is the same as elsewhere. A
+    model
     without names (they are "0", "1", ...) is taken to have the order of the data if the numbers of classes agree.
     ImageNet's folders (n01440764, n02085620-Chihuahua) meet the names of its 1000 classes.
 

@@ -61,7 +61,7 @@ def check_bytes(content: bytes) -> None:
 
 
 def to_bytes(source: "Source") -> bytes:
-    """Return a model as ONNX, with its metadata: what `load.py` reads, and what Ultralytics' readers do."""
+    """Return a model as ONNX, with the metadata that `load.py` and Ultralytics' readers look for."""
     import onnx
 
     model = to_model(source)
@@ -102,7 +102,7 @@ def _from_torch(source: "Source") -> Any:
 
 
 def _without_notes(model: Any) -> Any:
-    """Drop what the exporter notes of this machine and its source code: half of a small file, with absolute paths."""
+    """Drop the exporter's notes (local paths, source lines); they are half of a small file."""
     graph = model.graph
     parts = (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph)
     for part in parts:

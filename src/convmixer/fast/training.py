@@ -23,8 +23,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     or bf16 (by the parameters, or by autocast; on a GPU also in fp16), with the paper's own layers; otherwise it runs
     as before, and says why once.
 
-    An `Isotropic` is swapped if its stem and blocks end as those of ConvMixer; its spatial mixer may be any. Other
-    models stay as they are.
+    An `Isotropic` is swapped if stem and blocks end in activation and norm as ConvMixer's do, whatever its mixer.
+    Other models stay as they are.
 
     Args:
         model: Any module; ConvMixers in it are found at any depth.
@@ -47,7 +47,7 @@ def _why_not_at_all(model: nn.Module) -> str | None:
 
 
 def uses_kernels(model: nn.Module) -> bool:
-    """Return whether `accelerate` found something in the model that the kernels compute, and the kernels."""
+    """Return whether kernels are available and `accelerate` swapped something in the model."""
     return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
@@ -95,7 +95,7 @@ class _OnKernels(ConvMixer):
         v = _stem(self, x)
         if norms[0].training and v.numel() == v.shape[3]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        # where blocks are plain, the stem has used its own norm
+        # if the first block ran as torch modules, the stem's norm is already applied: skip it
         return _features(v, norms[plain:], type(model.stem[1]), list(model.blocks)[plain:], pool)
 
 
@@ -104,11 +104,15 @@ class FastConvMixer(_OnKernels):
 
 
 class FastIsotropic(_OnKernels, Isotropic):
-    """An Isotropic on the kernels: all of it, or all but the stem's convolutions, the mixers, `plain_blocks`."""
+    """An Isotropic on the kernels.
+
+    All on kernels, except a non-patch stem's convolutions, the mixers (unless all are depthwise) and the first block
+    after a pooled stem.
+    """
 
 
 def block_parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
-    """Return the parameters in the order of `convmixer.kernels.blocks` (without `mixer`: of `mixed`), in fp32."""
+    """Return fp32 parameters in the order of `kernels.blocks`, or in that of `kernels.mixed` if `mixer` is False."""
     parts = [first_norm]
     for block in blocks:
         parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
@@ -167,8 +171,9 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> T
 
 
 def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """Return a convolution as a product: (M, in_chans * k * k), what it sees at each position -> (M, dim).
+    """Return a convolution as a product.
 
+    Rows hold the k x k window at each position: (M, in_chans * k * k) -> (M, dim).
     With `wider` (M, `blocks.wide(dim)`), the last columns zero.
     """
     from convmixer.kernels.blocks import wide

@@ -1,8 +1,11 @@
-"""The kernels as torch ops: schema, fake kernel, autograd. The CPU code behind them is built on first use.
+"""The kernels as torch ops: the schemas, and the fake kernels of the halves of a block.
+
+Autograd and the fakes of `blocks` are in kernels/blocks.py. The CPU code is built on first use.
 
 Activations are (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16. The pointwise matrix has their type; all other
 parameters are fp32. Sums are fp32 or wider.
-Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
+Before using an op on a CPU, call `convmixer.kernels.available()`: it builds and loads the code. On CUDA, call
+`convmixer.kernels.cuda.why_not`.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor
 
 SCHEMAS = (
     # the halves of a block and its ends, see cpu/csrc/channels.h; `norm` is scale and shift, (2, C), or for
-    # gradients a, b and c, (3, C)
+    # gradients the coefficients a, b, c defined in channels.h, (3, C)
     "spatial_forward(Tensor before, Tensor norm, Tensor weight, Tensor bias, int act, bool statistics)"
     " -> (Tensor, Tensor)",
     "spatial_backward(Tensor(a!) grad, Tensor u, Tensor norm, Tensor before, Tensor norm_before, Tensor weight,"

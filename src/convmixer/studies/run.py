@@ -67,7 +67,7 @@ def compare(
         return _dry_run(study, spec)
     _check_folder(out, study, resume or worker)
     limit = budget or study.budget
-    allowed = parse_seconds(limit) if limit else math.inf
+    allowed = parse_seconds(limit, "--budget") if limit else math.inf
     out.mkdir(parents=True, exist_ok=True)
     queue = Queue(storage or f"sqlite:///{StudyFolder(out.resolve()).queue}", identity(study), heartbeat_seconds)
     starts = not worker and not queue.exists()
@@ -272,7 +272,7 @@ def _read_plan(folder: Path) -> Plan:
 
 
 def _rebuild_queue(queue: Queue, out: Path) -> None:
-    """Start the queue of a study folder that came without it, as a checkout does, from its plan and records."""
+    """Rebuild the queue from plan and records if the folder has none, as after a git clone."""
     plan, path = _read_plan(out), StudyFolder(out).records
     done = {record.name: dataclasses.asdict(record) for record in (records.read(path) if path.exists() else ())}
     queue.start(plan["runs"], plan, done)

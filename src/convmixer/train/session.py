@@ -34,7 +34,7 @@ from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
 ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
-SIGNAL_SECONDS = 2.0  # seconds to wait: a group signal may hit loader workers first
+SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
 
 
 class Run:
@@ -192,7 +192,7 @@ class Run:
             self._saved_at = time.monotonic()
 
     def _check_finite(self, loss: float) -> None:
-        """Raise if the loss is not finite, or the weights, because the last update follows the last loss."""
+        """Raise if the loss or a weight is not finite; weights count because they change after the last loss."""
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.module.steps_done}"
         elif not all(torch.isfinite(p).all() for p in self.module.model.parameters()):

@@ -39,7 +39,7 @@ class Job:
         spec: The data argument, written so that it means the same in every folder.
         config: The settings.
         data: The splits.
-        preprocessing: Of the images in evaluation and, but for what is random, in training.
+        preprocessing: How images are prepared; training adds the random augmentations.
         build: Name and arguments of the model.
         model: On its device, with kernels if they are built.
         device: Where the model is.
@@ -120,7 +120,8 @@ def prepare(
         spec: The data argument.
         config: The settings.
         build: Name and arguments of the model instead of `config.model`.
-        preprocessing: That of a run whose checkpoint will replace the weights: those it began from are not loaded.
+        preprocessing: Of a resumed run; the run's starting weights are then not loaded, as the checkpoint replaces
+            them.
         recorded: See `datasets.load_data`.
 
     Raises:
@@ -198,7 +199,7 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     """Return the model's name and arguments: those of the weights, or of the settings."""
     if loaded and config.model == "auto":
         name, args = loaded.metadata["name"], dict(loaded.metadata["model_args"])
-    elif config.model == "auto":  # 16 x 16 patches at any size, so that the cost of an image stays the same
+    elif config.model == "auto":  # a grid of 16 x 16 patches at any image size: an equal cost
         name, args = f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5", {}
     else:
         name, args = config.model, {}

@@ -74,7 +74,7 @@ def tune(
     out = out or Path("tune") / recipe_name
     search = Search(data, _base(recipe), recipe_name, load_space(space), out)
     search.open(storage, heartbeat_seconds, joins=resumes or worker)
-    limit = parse_seconds(budget) if budget else math.inf
+    limit = parse_seconds(budget, "--budget") if budget else math.inf
     search.work(time.monotonic() + limit, trials or (20 if budget is None else None))
     return search.report()
 
