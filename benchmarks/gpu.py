@@ -120,7 +120,7 @@ def _stage(name: str, command: list[str], limit: float, out: Path) -> dict[str, 
         return {"status": "no time", "seconds": 0.0}
     start, env = time.monotonic(), os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with (out / f"{name}.log").open("w") as log:
-        # a session of its own, so that loaders and compilers go with it
+        # in a new session, so that loaders and compilers end with it
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             status = "done" if process.wait(limit) == 0 else "failed"

@@ -60,7 +60,7 @@ def wait_until_ready(address: str) -> None:
 
 
 class Running:
-    """A server in a thread of this process, for limits of its own."""
+    """A server in a thread of this process, for tests that set other limits."""
 
     def __init__(self, classifier: Classifier, limits: Limits | None = None, access: Access | None = None) -> None:
         limits = limits or Limits()

@@ -182,7 +182,7 @@ def test_loaders_of_several_processes_decode_apart(photo: Image.Image, tmp_path:
     for n in range(4):
         (tmp_path / f"{n}.jp2").write_bytes(encoded(photo, "JPEG2000"))
     (tmp_path / "4.ppm").write_bytes(text_pixels())
-    load_image(tmp_path / "0.jp2")  # this process has one of its own, which the workers inherit
+    load_image(tmp_path / "0.jp2")  # starts a process that the workers inherit
     names = np.array([f"{n}.jp2".encode() for n in range(4)] + [b"4.ppm"])
     images = ImageSet(Files(tmp_path, names), np.zeros(5), ["one"], max_bad=1)
     loader = eval_loader(images, eval_transform(Preprocessing(32)), 5, workers=2)

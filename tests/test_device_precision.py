@@ -1,4 +1,4 @@
-"""tf32 is a choice of its own: never taken for fp32, and only a GPU's."""
+"""tf32 is a separate choice: never taken for fp32, and only a GPU's."""
 
 import pytest
 import torch

@@ -166,11 +166,9 @@ def fastest(
 
     The model is moved to the device and accelerated in place, so other users of the same model are fast too.
     """
-    from convmixer.fast import accelerate, has_kernels, optimize_for_inference, prefers_library
+    from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
     model.to(device)
-    if prefers_library(model, device, precision):
-        return torch_logits(accelerate(model), device, precision)
     if has_kernels(device, precision):
         return torch_logits(optimize_for_inference(accelerate(model), precision, calibration).eval(), device, "fp32")
     return torch_logits(model, device, precision)

@@ -37,7 +37,7 @@ class Contender:
 
 
 def ours(task: str) -> Contender:
-    """Return this package's way: `accelerate` for training, what `predict` uses for inference."""
+    """Return this package's way: `accelerate` for training, `optimize_for_inference` for inference."""
     return Contender("ours", _ours_train if task == "train" else _ours_infer)
 
 
@@ -55,7 +55,7 @@ def _infer_peers(precision: str) -> list[Contender]:
     torch_peers.append(Contender(f"compile-freezing-{precision}", _compiled_infer(precision), True))
     onnx = Contender(f"onnxruntime-{precision}", _onnxruntime)
     openvino = Contender(f"openvino-{precision}", _openvino)
-    # eager PyTorch has no int8 of its own, ONNX Runtime no bf16 on CPUs
+    # eager PyTorch has no int8, ONNX Runtime no bf16 on CPUs
     return {
         "fp32": [*torch_peers, onnx, openvino],
         "bf16": [*torch_peers, openvino],
@@ -81,18 +81,10 @@ def _ours_train(case: Case) -> Step:
 
 
 def _ours_infer(case: Case) -> Step:
-    from convmixer.fast import accelerate, optimize_for_inference, prefers_library
+    from convmixer.fast import optimize_for_inference
 
-    images, plain = batch(case)[0], build(case).eval()
-    if prefers_library(plain, images.device, case.precision):
-        library = accelerate(plain)
-
-        def step() -> Any:
-            with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16):
-                return library(images)
-
-        return step
-    model = optimize_for_inference(plain, case.precision, calibration=images)
+    images = batch(case)[0]
+    model = optimize_for_inference(build(case).eval(), case.precision, calibration=images)
     return lambda: model(images)
 
 

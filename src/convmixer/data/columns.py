@@ -37,7 +37,7 @@ class Columns:
         path, split: Their numbers; split is None if all rows are train.
         location: Where the paths lead.
         labels: The label of each row.
-        label: Number of the label column; None if each class has a column of its own.
+        label: Number of the label column; None if there is one column per class.
         split_value: The value of the split column that means val; None: its words are the splits.
         notes: What was understood, if the names do not say it.
         classes: Numbers of the columns of single classes.

@@ -255,7 +255,7 @@ class Cached:
         return {"source": self.source, "in_chans": self.in_chans, "size": self.size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # a spawned worker starts a cache of its own
+        self.__init__(**state)  # type: ignore[misc]  # each spawned worker starts with an empty cache
 
     def __len__(self) -> int:
         return len(self.source)

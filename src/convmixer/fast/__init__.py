@@ -1,7 +1,7 @@
 """Make a model fast on kernels: `accelerate` for training, `optimize_for_inference` for a trained model."""
 
 from convmixer.fast.inference import optimize_for_inference
-from convmixer.fast.support import has_kernels, prefers_library
+from convmixer.fast.support import has_kernels
 from convmixer.fast.training import FastConvMixer, accelerate, uses_kernels
 
-__all__ = ["FastConvMixer", "accelerate", "has_kernels", "optimize_for_inference", "prefers_library", "uses_kernels"]
+__all__ = ["FastConvMixer", "accelerate", "has_kernels", "optimize_for_inference", "uses_kernels"]

@@ -4,6 +4,7 @@ Activation, BatchNorm (as a scale and a shift) and the residual sum are computed
 the product end, so no tensor goes through memory twice. For training see `fast.accelerate`.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from torch import Tensor
 from convmixer import kernels
 from convmixer.errors import RequestError
 from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
-from convmixer.fast.support import DTYPES, differentiating, say_once, tools_at_work, why_not
-from convmixer.fast.training import FastConvMixer
+from convmixer.fast.support import DTYPES, differentiating, prefers_library, say_once, tools_at_work, why_not
+from convmixer.fast.training import FastConvMixer, accelerate
 from convmixer.kernels.cpu.build import largest_int8_weight, level
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
@@ -57,6 +58,8 @@ def optimize_for_inference(
         from convmixer.fast.cuda import CudaInference  # Triton comes with CUDA builds of PyTorch alone
 
         return CudaInference(model, DTYPES[precision])
+    if reason is None and prefers_library(model, precision):
+        return PlainInference(accelerate(copy.deepcopy(model)), precision)
     if reason is None:
         if calibration is not None and not isinstance(calibration, Tensor):
             calibration = list(calibration)

@@ -36,7 +36,7 @@ _DTYPE = attrgetter("dtype")
 def unusual(model: Any) -> str | None:
     """Return what in the model the kernels do not know, or None."""
     if any(name in model.__dict__ for name in _OVERRIDES):
-        return "the model has a method of its own"
+        return "a method of the model was replaced"
     if any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True)):
         return QUIETLY
     reason = _stem_reason(model.stem)
@@ -127,7 +127,7 @@ def _hooks_or_forwards(model: Any) -> str | None:
     for part in (model.stem, model.blocks):
         for module in part.modules():
             if "forward" in module.__dict__:
-                return "a module has a forward of its own"
+                return "the forward of a module was replaced"
             if any(getattr(module, name) for name in _HOOKS):
                 return QUIETLY
     return None

@@ -191,7 +191,7 @@ def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor
 def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, dim, h, w) of a stem that ends in average pooling.
 
-    Each window of the pool is an image of its own to the kernels, which take the mean over images.
+    The kernels see each window of the pool as one image, and take the mean over that image.
     """
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
