@@ -23,6 +23,17 @@ def load(spec: object, val_fraction: float = 0.2, seed: int = 0, bad: float = 0.
     return load_data(str(spec), val_fraction=val_fraction, seed=seed, max_bad_fraction=bad, **more)
 
 
+def write_noise(root: Path) -> Path:
+    """Write two classes, "a" and "b", of twenty images of noise each, and return the folder."""
+    noise = np.random.default_rng(0)
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
 def png(index: int) -> bytes:
     """Return one of the real scans as a PNG file."""
     buffer = io.BytesIO()

@@ -9,10 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from convmixer.config import override
@@ -22,6 +20,7 @@ from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from convmixer.train.run import resume, train
 from convmixer.train.session import Run
+from data_sets import write_noise
 
 EPOCHS, STEPS_PER_EPOCH = 6, 10
 # everything that draws random numbers or carries state from step to step
@@ -166,12 +165,7 @@ def test_an_unwritable_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
 
 def test_unreadable_images_that_stopped_a_run_can_be_allowed(tmp_path: Path) -> None:
     """Damage behind a good header shows only while training; the run's other settings and images stay."""
-    noise = np.random.default_rng(0)
-    for name in "ab":
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    write_noise(tmp_path / "data")
     for i in range(10):
         file = tmp_path / "data" / "a" / f"{i}.png"
         file.write_bytes(file.read_bytes()[:200])

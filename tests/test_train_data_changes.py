@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from convmixer.config import override
 from convmixer.data.options import Options
@@ -16,19 +14,14 @@ from convmixer.recipes import load_recipe
 from convmixer.train.folder import RunFiles
 from convmixer.train.run import train
 from convmixer.train.session import Run
+from data_sets import write_noise
 
 SETTINGS = {"model": "convmixer_8_1_p4_k3", "epochs": 3, "batch_size": 16, "workers": 0, "img_size": 16}
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    noise = np.random.default_rng(0)
-    for name in "ab":
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
-    return tmp_path / "data"
+    return write_noise(tmp_path / "data")
 
 
 def test_changed_data_are_noticed_at_the_next_epoch(
