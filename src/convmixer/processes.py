@@ -6,7 +6,7 @@ Standard library only.
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,23 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
 def is_dead(holder: Any) -> bool:
     """Return whether a process that signed ran here and has ended; one elsewhere, or unknown, counts as alive."""
     return isinstance(holder, Mapping) and is_here(holder) and not is_alive(holder)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time into the block; the others wait.
+
+    Args:
+        path: A folder, or a lock file, which is made if it is missing.
+    """
+    import fcntl  # only where a lock is taken: not every system has it
+
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def process_exists(number: int) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convmixer.device import gpu_names
+from convmixer.device import gpu_names, total_bytes
 from convmixer.files import naming, write_atomic
 
 _DIGEST = "sha256"
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": total_bytes(),
         "gpus": gpu_names(),
         "system": platform.platform(),
         "python": platform.python_version(),

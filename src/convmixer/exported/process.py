@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from convmixer.device import total_bytes
 from convmixer.errors import RequestError
 
 LOAD_SECONDS = 180.0  # OpenVINO compiles for this long on a busy machine
@@ -49,7 +50,7 @@ class Confined:
         load_seconds: float = LOAD_SECONDS,
     ) -> None:
         self.path, self.threads, self.load_seconds = path, threads, load_seconds
-        self.memory_bytes = memory_bytes or half_of_memory()
+        self.memory_bytes = memory_bytes or total_bytes() // 2
         self._lock = threading.Lock()
         self.facts = self._start()
 
@@ -171,11 +172,6 @@ def receive(pipe: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
             raise ValueError("too many values")
         arrays.append(np.frombuffer(pipe.read(4 * count), np.float32).reshape(shape))
     return facts, arrays
-
-
-def half_of_memory() -> int:
-    """Return half of the machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -5,11 +5,10 @@ heartbeat. When it stops, Optuna enqueues the worker's run again, and the next w
 """
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from convmixer.errors import RequestError
-from convmixer.processes import is_dead, sign
+from convmixer.processes import is_dead, one_at_a_time, sign
 
 HEARTBEAT_SECONDS = 15
 GRACE_BEATS = 8  # missed before a worker counts as dead; a paused machine should not
@@ -243,12 +242,9 @@ def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None
     RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(name: str) -> Iterator[None]:
+def _one_at_a_time(name: str) -> contextlib.AbstractContextManager[None]:
     """Let the workers of a study on this machine take runs, and look for dead workers, one after the other."""
-    with (Path(tempfile.gettempdir()) / f"convmixer-{os.getuid()}-{name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return one_at_a_time(Path(tempfile.gettempdir()) / f"convmixer-{os.getuid()}-{name}.lock")
 
 
 def _run_of(trial: optuna.trial.FrozenTrial) -> str | None:

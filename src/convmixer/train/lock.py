@@ -10,14 +10,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from convmixer.errors import RequestError
 from convmixer.files import naming, temporary_name
-from convmixer.processes import is_alive, is_here, sign
+from convmixer.processes import is_alive, is_here, one_at_a_time, sign
 
 BEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 30.0  # six beats: a machine that swaps, or a slow network file system
@@ -102,7 +101,7 @@ class RunLock:
     def _remove(self, text: str) -> None:
         """Remove the lock if it still is the dead holder's; of several processes that try, one succeeds."""
         aside = temporary_name(self.path)
-        with contextlib.suppress(FileNotFoundError), _one_at_a_time(self.path.parent):
+        with contextlib.suppress(FileNotFoundError), one_at_a_time(self.path.parent):
             if self._read() == text:
                 self.path.replace(aside)
                 aside.unlink()
@@ -157,16 +156,3 @@ def _parse(text: str) -> dict[str, Any]:
     except ValueError:
         holder = None
     return holder if isinstance(holder, dict) else {}
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of this machine at a time into the block."""
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -6,7 +6,6 @@ binary depends on. Nothing here runs at import.
 """
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from convmixer import files
+from convmixer.processes import one_at_a_time
 
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
@@ -82,8 +82,7 @@ def library() -> Path:
     built = folder / "kernels.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the one that builds
+        with one_at_a_time(folder / "lock"):
             if not built.exists():
                 _build(compiler.split(), version, built)
     return built
