@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.rendezvous import rendezvous
 
 from convmixer.errors import RequestError
 
@@ -35,11 +36,25 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        dist.init_process_group(backend, store=_store_of_attempt(), rank=rank(), world_size=world_size())
+    else:
+        dist.init_process_group(backend)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_attempt() -> dist.Store:
+    """Return torchrun's store with names that differ after each restart.
+
+    torchrun keeps one store for all attempts, with the addresses of the processes that died: a process that reads one
+    of those waits forever. Several machines may count their attempts differently, so they keep torchrun's own names.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
