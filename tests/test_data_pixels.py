@@ -10,6 +10,8 @@ from PIL import Image
 from convmixer.config import Config
 from convmixer.data.datasets import DataSplits
 from convmixer.data.transforms import preprocessing_of
+from convmixer.decode.load import brightest
+from convmixer.exported.export import export
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import ImageError, Preprocessing, load_image, preprocess, to_mode
@@ -55,6 +57,16 @@ def test_one_bright_image_decides_for_all(tmp_path: Path) -> None:
     assert spread(load(root, bits=8, bad=0.1)) == 255
 
 
+def test_images_that_are_decoded_apart_count_too(tmp_path: Path) -> None:
+    root = write(tmp_path, 1023)
+    values = (DIGITS.images[0] / 16 * 4000).astype(np.uint16)
+    Image.fromarray(values).save(root / "digit 0" / "apart.jp2", irreversible=False)
+    assert brightest(root / "digit 0" / "apart.jp2") == values.max() == 3750
+    data = load(root)
+    assert data.bits == 12
+    assert brightest(b"no image") == 0
+
+
 def test_8_bit_images_are_not_asked(tmp_path: Path) -> None:
     data = load(write(tmp_path, 200, np.uint8))
     assert data.bits == 16
@@ -74,6 +86,16 @@ def test_weights_keep_the_bits(tmp_path: Path) -> None:
     assert np.allclose(preprocess(Image.fromarray(values), p), seen)
     with pytest.raises(ValueError, match="bits must be one of 8, 10, 12, 14, 16, not 7"):
         Preprocessing(8, bits=7)
+
+
+def test_a_web_page_says_that_it_cannot_read_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    p = Preprocessing(8, 1, (0.3,), (0.3,), bits=12)
+    model = ConvMixer(8, 1, 3, 1, in_chans=1, num_classes=2)
+    save_model(
+        tmp_path / "w", model, architecture="convmixer_8_1_p1_k3", model_args={}, classes="ab", preprocessing=p
+    )
+    export(str(tmp_path / "w"), "web", out=tmp_path / "page")
+    assert "the page refuses grey PNG files of 16 bits: the model reads 12 of them" in capsys.readouterr().out
 
 
 def test_values_above_the_bits_are_refused_but_for_a_few() -> None:

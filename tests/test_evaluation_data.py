@@ -101,6 +101,35 @@ def test_recalibrate_uses_all_images_of_other_data(
     assert (result["images"], result["split"]) == (64, "train")
 
 
+def test_the_flags_for_columns_say_how_other_data_are_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "img", 10, first=700)
+    rows = [f"img/{name}/{i:04d}.png,{name},{i % 2},{i}" for name in ("cat", "dog") for i in range(700, 710)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["image,kind,fold,who", *rows]))
+    assert cli.main(["val", str(run), str(table)]) == 2
+    assert "which column is the label? it could be kind" in capsys.readouterr().err
+    flags = ["--label-column", "kind", "--split-column", "fold=1"]
+    result, _ = measure(capsys, run, table, *flags)
+    assert (result["n"], result["split"]) == (10, "val")
+    assert cli.main(["recalibrate", str(run), str(table), "--out", str(tmp_path / "new"), *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 10
+    out = tmp_path / "model.onnx"
+    assert cli.main(["export", str(run), "--data", str(table), "--out", str(out), *flags, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["images"], result["images_from"]) == (10, "table.csv")
+
+
+def test_the_training_s_data_are_read_as_then(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["val", run], ["export", run], ["recalibrate", run, "--out", tmp_path / "new"]):
+        assert cli.main([*map(str, command), "--label-column", "kind"]) == 2
+        assert "--label-column kind: name the data too" in capsys.readouterr().err
+    data = run.parent / "data" / "flowers"
+    assert cli.main(["val", str(run), str(data), "--group", "(.)"]) == 2
+    assert "--group (.): the training read these data without --group; leave it out" in capsys.readouterr().err
+
+
 def test_a_stranger_s_weights_cannot_name_a_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

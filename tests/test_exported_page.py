@@ -1,11 +1,14 @@
 """The exported page in Chromium: same answers as `predict`, nothing leaves the machine, accessible to all."""
 
 import base64
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser
 from tests.pages import DROP, SIZES, cifar_images, drop, open_page, photograph, serious
 
@@ -82,6 +85,20 @@ def test_a_file_that_is_no_picture_is_said_and_the_page_goes_on(browser: Browser
     assert "not a picture" in page.inner_text("[role=alert]")
     assert drop(page, photograph(), "image/jpeg") is not None
     assert page.inner_text("[role=alert]") == ""
+    page.context.close()
+
+
+def test_a_picture_whose_bits_a_browser_cannot_read_is_refused(browser: Browser, page_address: str) -> None:
+    page, _ = open_page(browser, page_address)
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(buffer, "PNG")
+    assert drop(page, buffer.getvalue()) is not None  # a model of 16-bit images reads the upper byte too
+    page.evaluate("CONVMIXER_MODEL.preprocessing.bits = 12")
+    page.evaluate(
+        DROP.replace("i < 2000", "i < 100"), [base64.b64encode(buffer.getvalue()).decode(), "image/png", "a.png"]
+    )
+    assert "16 bits, of which the model reads 12; a browser cannot" in page.inner_text("[role=alert]")
+    assert drop(page, photograph(), "image/jpeg") is not None
     page.context.close()
 
 

@@ -13,13 +13,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS
 from convmixer.run_folder import RECORD, STUDY_RECORDS
+
+if TYPE_CHECKING:
+    from convmixer.data.options import Options
 
 SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
 
@@ -150,9 +153,28 @@ def _settings(args: argparse.Namespace) -> tuple[str, Config, Config]:
 
     name = args.recipe or ("digits" if args.data == "digits" else "finetune")
     recipe = load_recipe(name)
-    flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
     from_file = load_settings(args.config) if args.config else {}
-    return name, recipe, override(override(recipe, from_file), flags)
+    return name, recipe, override(override(recipe, from_file), _flags(args))
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given as flags."""
+    return {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
+
+
+_READING = ("path_column", "label_column", "split_column", "image_root", "group")
+
+
+def _add_reading(sub: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to read data whose columns, folders or groups cannot be found automatically."""
+    _add_fields(sub.add_argument_group("how to read the data, see docs/data.md"), _READING)
+
+
+def _reading(args: argparse.Namespace) -> "Options":
+    """Return the flags of `_add_reading` that were given."""
+    from convmixer.data.options import Options
+
+    return Options.of(override(Config(), {name: text for name, text in _flags(args).items() if name in _READING}))
 
 
 # Each command below: its arguments, then its call.
@@ -221,6 +243,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
+    _add_reading(sub)
     _add_meaning(sub)
 
 
@@ -228,7 +251,7 @@ def _val(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.evaluation.val import val
 
     rest = (args.split, args.limit, args.batch_size, args.precision, args.out)
-    return val(args.weights, args.data, *rest, expected=_meaning(args))
+    return val(args.weights, args.data, *rest, expected=_meaning(args), options=_reading(args))
 
 
 def _add_predict(sub: argparse.ArgumentParser) -> None:
@@ -251,19 +274,14 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
 def _add_data(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", help="data set, see docs/data.md")
     sub.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: NAME-classes.png here)")
-    _add_fields(sub, (*_READING, "val_fraction", "seed"))
-
-
-_READING = ("path_column", "label_column", "split_column", "image_root", "group")
+    _add_fields(sub, (*_READING, "val_fraction", "test_fraction", "seed"))
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.data.options import Options
     from convmixer.data.summary import describe
 
-    flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
-    config = override(Config(), flags)
-    return describe(args.data, Options.of(config), args.out, config.val_fraction, config.seed)
+    config = override(Config(), _flags(args))
+    return describe(args.data, _reading(args), args.out, config.val_fraction, config.seed, config.test_fraction)
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
@@ -282,12 +300,13 @@ def _add_recalibrate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
     sub.add_argument("--out", type=Path, required=True, help="folder for the recalibrated weights")
     sub.add_argument("--limit", type=int, default=2048, metavar="N", help="training images to use (default: 2048)")
+    _add_reading(sub)
 
 
 def _recalibrate(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.evaluation.batchnorm import recalibrate
 
-    return recalibrate(args.weights, args.data, args.out, args.limit)
+    return recalibrate(args.weights, args.data, args.out, args.limit, _reading(args))
 
 
 def _add_benchmark(sub: argparse.ArgumentParser) -> None:
@@ -334,6 +353,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
     sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
     sub.add_argument("--samples", metavar="RUN|FOLDER|none", help="pictures for the web page (default: none)")
+    _add_reading(sub)
     _add_meaning(sub)
 
 
@@ -341,7 +361,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.exported.export import export
 
     rest = (args.precision, args.out, args.data, args.limit, args.samples)
-    return export(args.weights, args.format, *rest, expected=_meaning(args))
+    return export(args.weights, args.format, *rest, expected=_meaning(args), options=_reading(args))
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.images import ImageSet
 from convmixer.data.options import Options
+from convmixer.data.splits import TEST_FRACTION
 from convmixer.errors import RequestError
 from convmixer.text import terminal
 
@@ -24,7 +25,12 @@ THUMBNAILS = 8  # images in a row of the contact sheet
 
 
 def describe(
-    spec: str, options: Options, out: Path | None = None, val_fraction: float = 0.1, seed: int = 0
+    spec: str,
+    options: Options,
+    out: Path | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    test_fraction: float = TEST_FRACTION,
 ) -> dict[str, Any]:
     """Print what a data set holds, draw a contact sheet, and return the summary.
 
@@ -34,7 +40,7 @@ def describe(
         spec: The data argument.
         options: What the user said about columns, folders and groups.
         out: The picture to write, .png; None: `<name>-classes.png` here.
-        val_fraction, seed: Of a val split that is made, as in training.
+        val_fraction, seed, test_fraction: Of the splits that are made, as in training.
 
     Returns:
         See `summarise`, and "picture".
@@ -46,7 +52,14 @@ def describe(
 
     if out is not None and out.suffix.lower() != ".png":
         raise RequestError(f"--out {out} must end in .png")
-    data = load_data(spec, val_fraction=val_fraction, seed=seed, max_bad_fraction=1.0, options=options)
+    data = load_data(
+        spec,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        max_bad_fraction=1.0,
+        options=options,
+    )
     summary, console = summarise(data), Console(soft_wrap=True, highlight=False)
     show(summary, console)
     for note in data.notes:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from convmixer.decode.errors import Apart, named
 from convmixer.decode.pixels import Header, decode, header, peak
-from convmixer.decode.worker import header_apart, image_apart
+from convmixer.decode.worker import header_apart, image_apart, peak_apart
 
 
 def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16, apart: bool = True) -> Image.Image:
@@ -39,9 +39,10 @@ def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16, apart: b
 def brightest(source: Path | bytes) -> int:
     """Return the largest value of a 16-bit or 32-bit integer image; 0 if it is of another kind or cannot be read."""
     try:
-        return peak(source)
-    except Exception:  # a damaged file may raise nearly anything, and is named when it is decoded
+        peaks: int = _here_or_apart(source, peak, peak_apart)
+    except Exception:  # a damaged file is named when it is decoded
         return 0
+    return peaks
 
 
 def read_header(source: Path | bytes, apart: bool = True) -> Header:

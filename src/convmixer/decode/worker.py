@@ -47,6 +47,16 @@ def header_apart(source: Path | bytes) -> pixels.Header:
     return answer["mode"], tuple(answer["size"])
 
 
+def peak_apart(source: Path | bytes) -> int:
+    """Return what `pixels.peak` does, decoded in another process.
+
+    Raises:
+        ImageError: See `image_apart`.
+    """
+    answer, _ = _ask(source, {"peak": True})
+    return int(answer["peak"])
+
+
 class Worker:
     """A child process that decodes one image after another."""
 
@@ -176,6 +186,8 @@ def main() -> None:
 
 def _answer(file: Path | bytes, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     try:
+        if "peak" in request:
+            return {"peak": pixels.peak(file, trusted=True)}, b""
         if "in_chans" not in request:
             mode, size = pixels.header(file, trusted=True)
             return {"mode": mode, "size": size}, b""

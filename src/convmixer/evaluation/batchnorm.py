@@ -12,6 +12,7 @@ import torch.nn as nn
 from convmixer.data.datasets import DataSplits
 from convmixer.data.images import ImageSet
 from convmixer.data.loader import eval_loader
+from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
@@ -92,7 +93,9 @@ def _warning(found: dict[str, Any], weights: str | Path) -> str:
     )
 
 
-def recalibrate(weights: str | Path, data: str | None, out: Path, limit: int = 2048) -> dict[str, Any]:
+def recalibrate(
+    weights: str | Path, data: str | None, out: Path, limit: int = 2048, options: Options | None = None
+) -> dict[str, Any]:
     """Recompute the BatchNorm statistics on training images, without augmentation, and save the weights.
 
     Every statistic becomes the plain mean over all batches.
@@ -102,6 +105,7 @@ def recalibrate(weights: str | Path, data: str | None, out: Path, limit: int = 2
         data: See `find_data`.
         out: Folder for the new weights.
         limit: Training images to use, at most.
+        options: What the user said about the columns, folders and groups of `data`.
 
     Returns:
         "weights", "images", and "top1_before", "top1_after" (percent) on up to `limit` images of the val split, or
@@ -113,7 +117,7 @@ def recalibrate(weights: str | Path, data: str | None, out: Path, limit: int = 2
     if limit < 2:
         raise RequestError(f"--limit must be at least 2, not {limit}")
     loaded = load_model(weights)
-    found = find_data(data, loaded.metadata, weights)
+    found = find_data(data, loaded.metadata, weights, options)
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in loaded.model.modules()):
         raise RequestError(f"{weights} has no BatchNorm to recalibrate")
     splits = found.splits

@@ -13,7 +13,7 @@ import torch
 
 from convmixer.data.argument import BUILT_IN, read_argument
 from convmixer.data.datasets import DataSplits, ImageSet, load_data
-from convmixer.data.options import Options
+from convmixer.data.options import Options, flag
 from convmixer.data.splits import TEST_FRACTION
 from convmixer.errors import RequestError
 from convmixer.models.weights import class_names
@@ -83,24 +83,30 @@ def find_data(
         data: What the user named, or None.
         metadata: Of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the split.
         weights: Named in errors.
-        options: What the user said about data that are not those of the training.
+        options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
-        RequestError: The user named no data and the weights' word does not count, or the data cannot be loaded.
+        RequestError: The user named no data and the weights' word does not count, the data cannot be loaded, or the
+            training read them in another way than `options` say.
     """
+    options = (options or Options()).absolute()
     trained_on = metadata.get("data")
     trained_on = trained_on if isinstance(trained_on, dict) else {}
     spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
     if data is None:
         _check_trusted(spec, trained_on, weights)
-        splits = _load(str(spec), trained_on, hold_out=True, recorded=True)
+        if options.given():
+            raise RequestError(
+                f"{_flags(options)}: name the data too; those of the training are read as they were then"
+            )
+        splits = _load(str(spec), trained_on, _known_options(trained_on), recorded=True)
         return EvaluationData(splits, True, checksum not in (None, splits.checksum))
     if spec in (data, read_argument(data).spec):
-        splits = _load(data, trained_on, hold_out=True)
+        splits = _load(data, trained_on, _agreed(trained_on, options))
         return EvaluationData(splits, True, checksum not in (None, splits.checksum))
-    splits = _load(data, trained_on, hold_out=False, options=options)
+    splits = _load(data, trained_on, options, hold_out=False)
     if splits.checksum == checksum:  # the training's data at another place
-        return EvaluationData(_load(data, trained_on, hold_out=True), True)
+        return EvaluationData(_load(data, trained_on, _agreed(trained_on, options)), True)
     return EvaluationData(splits, False)
 
 
@@ -117,9 +123,9 @@ def _check_trusted(spec: object, trained_on: dict[str, Any], weights: str | Path
 def _load(
     spec: str,
     trained_on: dict[str, Any],
-    hold_out: bool,
+    options: Options,
+    hold_out: bool = True,
     recorded: bool = False,
-    options: Options | None = None,
 ) -> DataSplits:
     seed = trained_on.get("seed")
     return load_data(
@@ -130,12 +136,31 @@ def _load(
         max_bad_fraction=_share(trained_on.get("max_bad_fraction"), MAX_BAD_FRACTION),
         recorded=recorded,
         hold_out=hold_out,
-        options=_options(trained_on) if hold_out else options,
+        options=options,
         bits=bits if (bits := trained_on.get("bits")) in BITS else None,
     )
 
 
-def _options(trained_on: dict[str, Any]) -> Options:
+def _agreed(trained_on: dict[str, Any], options: Options) -> Options:
+    """Return the options to read the training's data with: those of the training, or of the user if they fit.
+
+    Raises:
+        RequestError: They say something else.
+    """
+    known, said = _known_options(trained_on).given(), options.given()
+    mine = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
+    fixed = known.keys() - {"image_root"} | ({"group", "split_column"} if mine else set())
+    if other := next((name for name in fixed & said.keys() if said[name] != known.get(name)), None):
+        then = f"with {flag(other)} {known[other]}" if other in known else f"without {flag(other)}"
+        raise RequestError(f"{flag(other)} {said[other]}: the training read these data {then}; leave it out")
+    return Options(**known | said)
+
+
+def _flags(options: Options) -> str:
+    return " ".join(f"{flag(name)} {value}" for name, value in options.given().items())
+
+
+def _known_options(trained_on: dict[str, Any]) -> Options:
     """Return how the training read its data, if this user trained: a stranger's pattern may never end."""
     known = trained_on.get("options")
     trusted = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))

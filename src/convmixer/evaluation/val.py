@@ -13,6 +13,7 @@ import torch
 from torchmetrics.functional import classification as tm
 
 from convmixer.data.loader import eval_loader
+from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform
 from convmixer.errors import RequestError
 from convmixer.evaluation.batchnorm import check_batchnorm
@@ -36,6 +37,7 @@ def val(
     precision: str = "auto",
     out: Path | None = None,
     expected: dict[str, Any] | None = None,
+    options: Options | None = None,
 ) -> dict[str, Any]:
     """Measure a model on a split, print the tables, and return the numbers.
 
@@ -48,6 +50,7 @@ def val(
         precision: See `inference.load_classifier`.
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
         expected: See `inference.load_classifier`.
+        options: What the user said about the columns, folders and groups of `data`.
 
     Returns:
         See `metrics`, and "data", "split", "checksum", "per_class", "notes" (on the data), "warnings", "batchnorm".
@@ -61,13 +64,13 @@ def val(
     found: list[EvaluationData] = []
 
     def calibration(loaded: LoadedModel) -> torch.Tensor:
-        found.append(find_data(data, loaded.metadata, weights))
+        found.append(find_data(data, loaded.metadata, weights, options))
         return _calibration(found[0], loaded)
 
     quantise = calibration if precision == "int8" else None
     classifier = load_classifier(weights, precision, calibration=quantise, expected=expected)
     print(terminal(f"{weights}: {classifier.describe.get('found', 'exported')}"))
-    there = found[0] if found else find_data(data, classifier.describe, weights)
+    there = found[0] if found else find_data(data, classifier.describe, weights, options)
     splits, chosen = there.splits, there.choose(split)
     images = sample(there.pick(chosen), limit)
     index, assumed = match_classes(splits.classes, classifier.classes)

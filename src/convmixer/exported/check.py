@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.exported.load import open_exported
 from convmixer.preprocess import Preprocessing, load_image, preprocess, to_mode
@@ -48,24 +49,25 @@ class Images:
     calibration: Sequence[Image.Image]
 
 
-def real_images(loaded: "LoadedModel", data: str | None, limit: int | None) -> Images:
+def real_images(loaded: "LoadedModel", data: str | None, limit: int | None, options: Options | None = None) -> Images:
     """Return images to check and calibrate on: those of `find_data`, else files beside the weights.
 
     Args:
         loaded: The model; its metadata name the data set that it was trained on.
         data: Another data set, or None.
         limit: Images to check on; None: 1000, or 64 if the input is larger than 64 pixels.
+        options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
-        RequestError: `data` is given and cannot be loaded.
+        RequestError: `data` or `options` are given, and the data cannot be loaded.
     """
     from convmixer.evaluation.data import find_data
 
     limit = limit or (1000 if loaded.preprocessing.img_size <= SMALL_SIDE else 64)
     try:
-        found = find_data(data, loaded.metadata, loaded.source)
+        found = find_data(data, loaded.metadata, loaded.source, options)
     except RequestError as error:
-        if data:
+        if data or (options and options.given()):
             raise
         print(f"not checked on the data of the training: {terminal(error)}")
     else:

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from convmixer._version import __version__
 from convmixer.data.argument import BUILT_IN, HUB
+from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.exported.check import Images, batches, compare, real_images
 from convmixer.exported.formats import Format, format_named
@@ -36,6 +37,7 @@ def export(
     limit: int | None = None,
     samples: str | None = None,
     expected: dict[str, Any] | None = None,
+    options: Options | None = None,
 ) -> dict[str, Any]:
     """Export weights to a file or web folder, print how well it agrees with them, and return that.
 
@@ -48,6 +50,7 @@ def export(
         limit: Images to check on; default: 1000, or 64 if the input is larger than 64 pixels.
         samples: Pictures for the web page to offer: a run, a folder of images, or "none", which is the default.
         expected: What the weights expect, see `inference.load_classifier`.
+        options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
         RequestError: The weights, format, precision or data cannot be used.
@@ -59,7 +62,7 @@ def export(
     _check_flags(kind, precision, out, limit, samples)
     loaded = load_model(weights, **(expected or {}))
     print(terminal(f"{weights}: {loaded.found}"))
-    images = real_images(loaded, data, limit)
+    images = real_images(loaded, data, limit, options)
     path = out or default_path(weights, kind, precision)
     pictures, said = choose_samples(samples)
     about = {"architecture": loaded.metadata.get("name"), "model_args": loaded.metadata.get("model_args")}
@@ -69,6 +72,8 @@ def export(
     _print(result)
     if kind.folder:
         print(f"{terminal(said)}{'; whoever gets the page sees them' if pictures else ''}")
+        if p.bits < 16:
+            print(f"the page refuses grey PNG files of 16 bits: the model reads {p.bits} of them, a browser cannot")
     return result
 
 

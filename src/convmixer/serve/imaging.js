@@ -179,8 +179,21 @@ function normalise({ width, height, data }, p) {
   return out;
 }
 
+/** Refuse a grey PNG of 16 bits if the network expects fewer bits in use: browsers keep the upper 8 of all 16. */
+async function checkDepth(blob, p) {
+  const start = new Uint8Array(await blob.slice(0, 26).arrayBuffer());
+  const isPng = String.fromCharCode(...start.subarray(1, 4)) === "PNG";
+  if (p.bits < 16 && isPng && start[24] === 16 && start[25] === 0) {
+    throw new Error(
+      `This picture has 16 bits, of which the model reads ${p.bits}; a browser cannot. Save it with 8 bits, ` +
+        "or classify it with convmixer predict.",
+    );
+  }
+}
+
 /** A file -> what the network sees, as bytes and as input. */
 async function prepare(blob, p) {
+  await checkDepth(blob, p);
   const image = await decode(blob);
   const seen = resizeAndCrop(p.in_chans === 1 ? toGrey(image) : image, p);
   return { seen, input: normalise(seen, p) };
