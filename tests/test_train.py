@@ -49,8 +49,10 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
     assert result["test_top1"] > 40
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     pictures = ("curves", "augmented", "patch_embedding", "depthwise_kernels")
-    for name in ("config.yaml", "metrics.csv", "log.jsonl", "record.jsonl", "README.md"):
+    for name in ("config.yaml", "metrics.csv", "log.jsonl", "record.jsonl", "README.md", "mistakes.html"):
         assert name in files
+    assert "(mistakes.html)" in (out / "README.md").read_text()
+    assert "of 360 images are misclassified" in (out / "mistakes.html").read_text()
     assert {f"pictures/{name}.png" for name in pictures} <= files
     assert {f"weights/{w}/{f}" for w in ("best", "last") for f in ("model.safetensors", "config.json")} <= files
     assert sum(name.startswith("samples/") for name in files) == 10

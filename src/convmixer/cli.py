@@ -243,6 +243,11 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
+    sub.add_argument(
+        "--mistakes",
+        action="store_true",
+        help="write a page and a table of the misclassified images and likely label errors (to --out, else the run)",
+    )
     _add_reading(sub)
     _add_meaning(sub)
 
@@ -251,7 +256,9 @@ def _val(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.evaluation.val import val
 
     rest = (args.split, args.limit, args.batch_size, args.precision, args.out)
-    return val(args.weights, args.data, *rest, expected=_meaning(args), options=_reading(args))
+    return val(
+        args.weights, args.data, *rest, expected=_meaning(args), options=_reading(args), mistakes=args.mistakes
+    )
 
 
 def _add_predict(sub: argparse.ArgumentParser) -> None:

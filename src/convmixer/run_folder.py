@@ -16,6 +16,7 @@ MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder,
 BEST, LAST = "best", "last"
 STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl", "failures.json", "queue.db"
 SEARCH = "tune.json"
+MISTAKES = "mistakes.html"
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 _SHIPPED = Path(__file__).parent / "pretrained"
@@ -42,6 +43,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.exports = self.path / "exports"
         self.tensorboard = self.path / "tensorboard"
+        self.mistakes = self.path / MISTAKES
 
     def weights(self, which: str) -> Path:
         """Return the folder of the BEST or LAST weights."""

@@ -47,3 +47,10 @@ def markdown(text: object) -> str:
 def _code(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def shortened(text: object, most: int) -> str:
+    """Return text with at most `most` characters: of a longer one the middle is left out, since numbers end names."""
+    value = str(text)
+    tail = max(4, most // 3)
+    return value if len(value) <= most else f"{value[: most - tail - 1]}…{value[-tail:]}"

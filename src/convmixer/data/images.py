@@ -87,6 +87,17 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         """Names of the images that could not be decoded so far, in any process."""
         return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
 
+    def readable(self, first: int = 0, step: int = 1) -> np.ndarray:
+        """Return the places first, first + step, ... of images that could be decoded so far."""
+        places = np.arange(first, len(self), step)
+        kept: np.ndarray = places[self.marks.numpy()[self.first + self.indices[places]] == 0]
+        return kept
+
+    def picture(self, index: int) -> Image.Image | None:
+        """Return an image, or None if it cannot be decoded."""
+        found = self.read(index)
+        return found and found[0]
+
     def name(self, index: int) -> str:
         """Return what to call an image."""
         return self.source.name(int(self.indices[index]))

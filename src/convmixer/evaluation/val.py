@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torchmetrics.functional import classification as tm
 
+from convmixer.data.images import ImageSet
 from convmixer.data.loader import eval_loader
 from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform
@@ -23,6 +24,8 @@ from convmixer.files import write_atomic
 from convmixer.inference import load_classifier
 from convmixer.models.weights import LoadedModel
 from convmixer.progress import track
+from convmixer.results.mistakes import Answers, label_errors, write_mistakes, write_table
+from convmixer.run_folder import run_of
 from convmixer.text import csv_cell, markup, terminal
 
 CALIBRATION = 64  # training images for int8
@@ -38,6 +41,7 @@ def val(
     out: Path | None = None,
     expected: dict[str, Any] | None = None,
     options: Options | None = None,
+    mistakes: bool = False,
 ) -> dict[str, Any]:
     """Measure a model on a split, print the tables, and return the numbers.
 
@@ -51,9 +55,12 @@ def val(
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
         expected: See `inference.load_classifier`.
         options: What the user said about the columns, folders and groups of `data`.
+        mistakes: Write a page with the misclassified images, and a table of them, to `out`, else to the run's folder
+            if it is measured on its own data, else to the current folder.
 
     Returns:
-        See `metrics`, and "data", "split", "checksum", "per_class", "notes" (on the data), "warnings", "batchnorm".
+        See `metrics`, and "data", "split", "checksum", "per_class", "notes" (on the data), "warnings", "batchnorm",
+        and with `mistakes` "mistakes": the page, the table, and names of images that are likely labelled wrong.
         A warning says if the data have changed since the weights were trained on them.
 
     Raises:
@@ -94,6 +101,13 @@ def val(
         n = len(classifier.classes)
         counts = tm.multiclass_confusion_matrix(logits.argmax(1), labels, max(2, n)).numpy()[:n, :n]
         _write(out, result, classes, counts, classifier.classes)
+    if mistakes:
+        answers = Answers.of(logits.numpy(), labels.numpy(), images.readable())
+        home = out or (run_of(weights) if there.own and data is None else None) or Path()
+        about = f"{weights} on {splits.name}, {chosen} split."
+        result["mistakes"] = _write_mistakes(
+            home / f"mistakes-{chosen}.html", answers, classifier.classes, images, about
+        )
     return result
 
 
@@ -135,6 +149,17 @@ def _print(result: dict[str, Any], classes: Sequence[ClassResult]) -> None:
     console.print(table)
     for warning in result["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {markup(warning)}", highlight=False)
+
+
+def _write_mistakes(
+    path: Path, answers: Answers, classes: Sequence[str], images: ImageSet, about: str
+) -> dict[str, Any]:
+    write_mistakes(path, answers, classes, images.picture, images.name, about)
+    table = path.with_suffix(".csv")
+    write_table(table, answers, classes, images.name)
+    suspects = [images.name(int(answers.places[i])) for i in label_errors(answers)]
+    print(f"mistakes: {int(answers.wrong.sum())}, of which {len(suspects)} are likely wrong labels: {terminal(path)}")
+    return {"page": str(path), "table": str(table), "likely_label_errors": suspects}
 
 
 def _write(

@@ -23,11 +23,11 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path)
     import matplotlib.pyplot as plt
 
     from convmixer.files import write_atomic
-    from convmixer.results.fonts import drawing
+    from convmixer.results.fonts import as_drawn, drawing
 
     page = _page(rows)
     height, width = page.shape[:2]
-    names = [_short(name) for name, _ in rows]
+    names = [as_drawn(name, LETTERS) for name, _ in rows]
     with drawing({}, names):
         figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
         axes = figure.add_axes((0, 0, 1, 1))
@@ -60,7 +60,3 @@ def _page(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> np.ndarray:
             left = LABEL + column * (SIDE + GAP) + (SIDE - image.width) // 2
             page.paste(image, (left, row * (SIDE + GAP) + GAP + (SIDE - image.height) // 2))
     return np.asarray(page)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LETTERS else f"{name[: LETTERS // 2]}...{name[-LETTERS // 2 + 3 :]}"

@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib import font_manager, ft2font
 
+from convmixer.text import shortened
+
 OWN = "DejaVu Sans"  # ships with matplotlib
 MOST_FILES = 2000  # looked into at most: some machines have tens of thousands
 _said: set[str] = set()
@@ -31,6 +33,11 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
     with plt.rc_context(style | {"font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
         yield
+
+
+def as_drawn(text: str, most: int = 14) -> str:
+    """Return a name to draw with `parse_math=False`: short, and valid text, which a file name need not be."""
+    return shortened(text.encode(errors="replace").decode(), most)
 
 
 def families_for(text: str) -> tuple[list[str], str]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from convmixer.files import atomic_file
-from convmixer.results.fonts import drawing
+from convmixer.results.fonts import as_drawn, drawing
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#6b6b6b"
 BOTH = "#7b7f86"  # text with a contrast of 4 to 1 on white and on near-black
@@ -95,7 +95,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
         columns: Images per row.
     """
     rows = math.ceil(len(images) / columns)
-    with drawing(_STYLE, map(_short, titles)):
+    with drawing(_STYLE, map(as_drawn, titles)):
         figure, grid = plt.subplots(
             rows, columns, figsize=(columns * 1.25, rows * 1.45 + 0.5), layout="constrained", squeeze=False
         )
@@ -103,7 +103,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
             axes.axis("off")
         for axes, image, text in zip(grid.flat, images, titles, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(_short(text), fontsize=8, pad=3, parse_math=False)
+            axes.set_title(as_drawn(text), fontsize=8, pad=3, parse_math=False)
         figure.suptitle(title, fontsize=11)
         save(figure, path)
 
@@ -224,7 +224,7 @@ def explanation(
         path: The PNG to write.
     """
     panels = 3 if evidence is not None else 2
-    with drawing(_STYLE, (_short(name, 22) for name in classes)):
+    with drawing(_STYLE, (as_drawn(name, 22) for name in classes)):
         figure, row = plt.subplots(1, panels, figsize=(3.7 * panels, 3.9), layout="constrained")
         side = seen.shape[0]
         row[0].imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -241,7 +241,7 @@ def explanation(
         bars = row[-1]
         bars.barh(range(len(classes)), [100 * share for share in shares], color=BLUE)
         bars.set(title="Probability, %", xlim=(0, 112), yticks=range(len(classes)))
-        bars.set_yticklabels([_short(name, 22) for name in classes], parse_math=False)
+        bars.set_yticklabels([as_drawn(name, 22) for name in classes], parse_math=False)
         bars.invert_yaxis()
         bars.grid(False, axis="y")
         for number, share in enumerate(shares):
@@ -258,7 +258,7 @@ def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray,
     shown = axes.imshow(
         evidence, cmap="RdBu_r", vmin=-bound, vmax=bound, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
     )
-    axes.set_title(f"Evidence for {_short(name, 22)}", parse_math=False)
+    axes.set_title(f"Evidence for {as_drawn(name, 22)}", parse_math=False)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="score of each patch; mean + bias = logit")
 
 
@@ -280,7 +280,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
         shown = shown[_alike(share[np.ix_(shown, shown)])]
     listed = [(classes[i], classes[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
     side = min(12.0, 3.4 + 0.24 * len(shown))
-    with drawing(_STYLE | {"axes.grid": False}, (_short(name) for name in classes)):
+    with drawing(_STYLE | {"axes.grid": False}, (as_drawn(name) for name in classes)):
         figure, (matrix, beside) = plt.subplots(
             1, 2, figsize=(side + 5.8, side), width_ratios=(side + 0.8, 5.0), layout="constrained"
         )
@@ -323,7 +323,7 @@ def _alike(share: np.ndarray) -> np.ndarray:
 def _matrix(figure: Figure, axes: Axes, counts: np.ndarray, share: np.ndarray, classes: Sequence[str]) -> None:
     n = len(classes)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = [_short(name) for name in classes]
+    names = [as_drawn(name) for name in classes]
     size = 10 if n <= NUMBERED else 8 if n <= 30 else 7
     axes.set_xticks(range(n), names, rotation=90, parse_math=False, fontsize=size)
     axes.set_yticks(range(n), names, parse_math=False, fontsize=size)
@@ -340,7 +340,7 @@ def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
         axes.axis("off")
         axes.text(0.5, 0.5, "no image was misclassified", ha="center", va="center")
         return
-    names = [f"{_short(true, 18)} → {_short(predicted, 18)}" for true, predicted, _, _ in pairs]
+    names = [f"{as_drawn(true, 18)} → {as_drawn(predicted, 18)}" for true, predicted, _, _ in pairs]
     axes.barh(range(len(pairs)), [n for _, _, n, _ in pairs], color=ORANGE, height=0.6)
     axes.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=8)
     for place, (_, _, n, percent) in enumerate(pairs):
@@ -373,12 +373,6 @@ def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, c
         axes.plot(
             *zip(*points, strict=True), label=label, color=color, marker="o" if len(points) < 30 else None, ms=3
         )
-
-
-def _short(text: str, most: int = 14) -> str:
-    """Return a name as it is drawn, with `parse_math=False`: a $ in it is a $."""
-    text = text.encode(errors="replace").decode()  # a file's name may hold bytes that are not valid text
-    return text if len(text) <= most else f"{text[: most - 5]}…{text[-4:]}"  # numbers stand at the end
 
 
 def save(figure: Figure, path: Path) -> None:

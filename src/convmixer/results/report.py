@@ -1,15 +1,13 @@
 """A study's report: one HTML file that needs nothing beside it, and the same as Markdown. Files in, files out."""
 
-import base64
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from convmixer.files import write_atomic
+from convmixer.results.page import embedded, figure, html_page, html_table
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
 from convmixer.results.study_plots import UNITS, figures, standalone
@@ -87,22 +85,21 @@ def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
     """Return the report as one HTML page; style and pictures are inside it."""
     plan = results.plan
     warnings = "".join(f'<p class="warning">{escape_html(line)}</p>' for line in _warnings(results))
-    charts = "".join(_figure(title, svg) for title, svg in pictures.values())
-    weights = "".join(_figure(title, _embedded(path, title)) for title, path in _weight_pictures(results))
+    charts = "".join(figure(title, svg) for title, svg in pictures.values())
+    weights = "".join(figure(title, embedded(path, title)) for title, path in _weight_pictures(results))
     body = f"""
 <header><h1>{escape_html(plan["title"])}</h1><p class="lead">{escape_html(plan["question"])}</p>{warnings}</header>
-<section><h2>Claims and verdicts</h2>{_html_table(CLAIM_HEADS, _claim_cells(results), "claims")}
+<section><h2>Claims and verdicts</h2>{html_table(CLAIM_HEADS, _claim_cells(results), "claims")}
 {_paper_html(results)}</section>
-<section><h2>Arms</h2>{_html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
+<section><h2>Arms</h2>{html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
 <p class="small">{escape_html(HOW)}</p></section>
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
 <section><h2>What was done</h2><p>{escape_html(plan["notes"])}</p><p>{escape_html(_sizes_sentence(results))}</p>
-<pre>{_commands_html(results)}</pre>{_html_table(("", ""), _facts(results), "facts")}
-<details><summary>Shared recipe, every setting</summary>{_html_table(("setting", "value"), _recipe(plan), "facts")}
+<pre>{_commands_html(results)}</pre>{html_table(("", ""), _facts(results), "facts")}
+<details><summary>Shared recipe, every setting</summary>{html_table(("setting", "value"), _recipe(plan), "facts")}
 </details></section>"""
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    return template.replace("<!-- title -->", escape_html(plan["title"])).replace("<!-- body -->", body)
+    return html_page(plan["title"], body)
 
 
 CLAIM_HEADS = ("claim", "counts if", "difference (95% interval)", "pairs", "verdict", "paper")
@@ -288,35 +285,6 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(markdown_text(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
-
-
-def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
-    head = "".join(f"<th>{escape_html(h)}</th>" for h in heads) if any(heads) else ""
-    lines = "".join("<tr>" + "".join(_cell(cell, heads[i]) for i, cell in enumerate(row)) + "</tr>" for row in rows)
-    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _cell(text: str, head: str) -> str:
-    kind = ""
-    if head == "verdict":
-        kind = f' class="{text[2:].replace(" ", "-")}"'
-    label = f' data-head="{escape_html(head)}"' if head else ""
-    return f"<td{kind}{label}>{escape_html(text)}</td>"
-
-
-def _figure(title: str, picture: str) -> str:
-    if picture.startswith("<svg "):
-        picture = picture.replace("<svg ", f'<svg role="img" aria-label="{escape_html(title)}" ', 1)
-    return f"<figure>{picture}<figcaption>{escape_html(title)}</figcaption></figure>"
-
-
-def _embedded(path: Path, title: str) -> str:
-    content = path.read_bytes()
-    with Image.open(path) as image:
-        white = "" if image.convert("RGBA").getpixel((0, 0))[3] == 0 else ' class="white"'  # type: ignore[index]
-    data = base64.b64encode(content).decode()
-    return f'<img{white} alt="{escape_html(title)}" src="data:image/png;base64,{data}">'
 
 
 def _weight_pictures(results: StudyResults) -> list[tuple[str, Path]]:

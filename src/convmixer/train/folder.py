@@ -19,7 +19,7 @@ from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
 from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
-from convmixer.run_folder import CONFIG, LOCK, METRICS, RECORD, STEPS, RunFolder, is_run
+from convmixer.run_folder import CONFIG, LOCK, METRICS, MISTAKES, RECORD, STEPS, RunFolder, is_run
 from convmixer.text import markdown, terminal
 
 COLUMNS = (
@@ -226,8 +226,14 @@ def describe(
     }
 
 
-def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Return the model card of a run from the settings file's contents and the record's results."""
+def model_card(config: Mapping[str, Any], results: Mapping[str, Any], mistakes: bool = False) -> str:
+    """Return the model card of a run from the settings file's contents and the record's results.
+
+    Args:
+        config: Contents of the settings file.
+        results: Of the record.
+        mistakes: The run folder holds the page of mistakes.
+    """
     data, p = config["data"], config["preprocessing"]
     lines = [
         f"# {config['build']['name'] if config['build'] else config['settings']['model']} on {data['name']}",
@@ -269,6 +275,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         "",
         "![curves](pictures/curves.png)",
         "",
+        *([f"[The mistakes, with their images]({MISTAKES})", ""] if mistakes else []),
     ]
     return "\n".join(lines)
 

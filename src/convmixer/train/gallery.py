@@ -14,10 +14,12 @@ from convmixer.data.transforms import erase, mix
 from convmixer.files import atomic_file
 from convmixer.models import inspection
 from convmixer.results import plots
+from convmixer.results.mistakes import write_mistakes
 from convmixer.train.scores import Scores
 from convmixer.train.setup import Job
 
 SHOWN = 32
+MISTAKES_SECONDS = 5.0  # for reading their images: a run with a time budget keeps 10 s for all it writes
 
 
 def augmented(job: Job, path: Path) -> None:
@@ -65,6 +67,14 @@ def results(
         plots.patch_filters(filters, folder / "patch_embedding.png")
     if kernels:
         plots.depthwise_kernels(kernels, folder / "depthwise_kernels.png")
+
+
+def mistakes(data: DataSplits, split: str, found: Scores | None, path: Path) -> None:
+    """Write the page of mistakes on a split if its answers were kept; reading images takes a few seconds at most."""
+    images = getattr(data, split)
+    if found and found.answers is not None and len(found.answers):
+        about = f"The chosen weights of this run on the {split} split of {data.name}."
+        write_mistakes(path, found.answers, data.classes, images.picture, images.name, about, MISTAKES_SECONDS)
 
 
 def _title(target: torch.Tensor, classes: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from convmixer import records
 from convmixer.config import parse_seconds, to_dict
+from convmixer.data.images import ImageSet
 from convmixer.data.watch import Watch
 from convmixer.files import write_atomic
 from convmixer.models.inspection import kernel_growth
@@ -273,11 +274,11 @@ class Run:
             "seconds": self._seconds(),
         }
 
-    def _score(self, loader: Any) -> Scores | None:
+    def _score(self, loader: Any, images: ImageSet | None = None) -> Scores | None:
         if loader is None:
             return None
         classes = len(self.job.data.classes)
-        return score(self.module.evaluated, loader, classes, self.job.device, self.module.autocast)
+        return score(self.module.evaluated, loader, classes, self.job.device, self.module.autocast, images)
 
     def _save_weights(self, which: str, row: dict[str, Any]) -> None:
         c, (name, args) = self.config, self.job.build
@@ -312,8 +313,9 @@ class Run:
             best = load_model(self.folder.weights(BEST)).model
             self.module.evaluated.load_state_dict(best.state_dict())
         copy_from_first(self.module.evaluated)
-        test = self._score(self.job.eval_loader("test")) if self.config.test else None
-        val = self._score(self._val_loader)
+        draw, data = self.config.draw, self.job.data  # the page of mistakes needs each answer
+        test = self._score(self.job.eval_loader("test"), data.test if draw else None) if self.config.test else None
+        val = self._score(self._val_loader, data.val if draw and not test else None)
         results = self._results(val, test)
         say_results(self.console, self.folder, results)
         if self.writes:
@@ -348,7 +350,9 @@ class Run:
         if self.config.draw:
             drawn, classes = self.folder.pictures, self.job.data.classes
             gallery.results(drawn, self.rows, self.steps.rows, self.module.evaluated, found, classes)
-        card = model_card(self.contents, results)
+            split = "test" if results["test_n"] else "val"
+            gallery.mistakes(self.job.data, split, found, self.folder.mistakes)
+        card = model_card(self.contents, results, self.folder.mistakes.exists())
         write_atomic(self.folder.card, card.encode(errors="replace"))  # class names may not be valid text
         results["seconds"] = self._seconds()
         record = records.RunRecord(
