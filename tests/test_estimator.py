@@ -133,8 +133,24 @@ def test_whole_weights_are_copies() -> None:
     order = np.repeat(np.arange(40), weights)
     repeated = ConvMixerClassifier(**QUICK).fit(IMAGES[order], LABELS[order])
     np.testing.assert_array_equal(weighted.predict_proba(IMAGES[:9]), repeated.predict_proba(IMAGES[:9]))
-    with pytest.raises(ValueError, match="whole numbers"):
-        weighted.fit(IMAGES[:40], LABELS[:40], weights / 2)
+
+
+def test_fractional_weights_count_in_the_loss() -> None:
+    """The same pictures with another label each: the label of more weight wins, whatever the sum of the weights."""
+    scans, labels = np.tile(IMAGES[:40], (2, 1, 1)), np.repeat([0, 1], 40)
+    scans[40:, 0, 0] = 1  # not byte-identical, which would be refused
+    for heavier in (0, 1):
+        weights = np.where(labels == heavier, 0.9, 0.1)
+        fitted = ConvMixerClassifier(**QUICK | {"epochs": 20}).fit(scans, labels, weights)
+        assert (fitted.predict(IMAGES[:40]) == heavier).mean() > 0.9
+    fitted, doubled = (ConvMixerClassifier(**QUICK).fit(scans, labels, weights * scale) for scale in (1, 2048))
+    np.testing.assert_array_equal(fitted.predict_proba(IMAGES[:9]), doubled.predict_proba(IMAGES[:9]))
+
+
+def test_weights_that_cannot_be() -> None:
+    for wrong in (np.full(40, np.nan), np.arange(40) - 1.5, np.zeros(40), np.ones(39)):
+        with pytest.raises(ValueError, match=r"sample_weight"):
+            ConvMixerClassifier(**QUICK).fit(IMAGES[:40], LABELS[:40], wrong)
 
 
 def test_parameters() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, mixup_target
 from torchvision import transforms
 
 from convmixer.config import Config
@@ -136,6 +136,23 @@ def test_mixing_equals_timm(mixup: float, cutmix: float, prob: float) -> None:
         torch.testing.assert_close(ours[1], wanted[1])
         torch.testing.assert_close(ours[1].sum(1), torch.ones(6))
         assert torch.equal(images, batch()[0])  # not changed
+
+
+def test_weights_go_with_their_images_through_mixing() -> None:
+    config = Config(mixup=0.5, cutmix=0.5, smoothing=0.1)
+    for seed in range(4):
+        images, labels = batch()
+        weights = torch.tensor([0.0, 2.0, 1.0, 0.5, 0.5, 2.0])
+        plain, weighted, heavy = (
+            mix(images, labels, 4, config, torch.Generator().manual_seed(seed), w)
+            for w in (None, torch.ones(6), weights)
+        )
+        assert torch.equal(plain[0], heavy[0])
+        torch.testing.assert_close(plain[1], weighted[1])
+        own = mixup_target(labels, 4, 1.0, 0.1)
+        lam = (plain[1] - own.flip(0))[0, 0] / (own - own.flip(0))[0, 0]
+        expected = lam * weights[:, None] * own + (1 - lam) * (weights[:, None] * own).flip(0)
+        torch.testing.assert_close(heavy[1], expected)
 
 
 def test_mixing_takes_odd_batches_and_depends_on_the_generator_alone() -> None:

@@ -68,6 +68,9 @@ class Config:
     group: str | None = setting(
         None, "column, or regular expression on paths, of what an image belongs to: a group stays in one split"
     )
+    weight_column: str | None = setting(
+        None, "column of how much each training image counts in the loss, beside the others; none: all alike"
+    )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
     workers: int = setting(1, "data-loading processes; 0: load in the training process")
     mean: tuple[float, ...] | None = setting(None, "mean per channel, 0 to 1; none: that of the data set")

@@ -40,6 +40,7 @@ from convmixer.run_folder import is_run
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
 MOST_COPIES = 1000  # of one image, by its weight
+WEIGHT = "weight"  # the column of weights in the table of images
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back as they are
 RECIPE = "recipe"
 FITTED = ("classes_", "run_", "classifier_")
@@ -88,8 +89,8 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
             X: Grey (N, H, W) or colour (N, H, W, 3), uint8, or floats from 0 to 1, or uint16 if grey; (N, 3, H, W)
                 and torch tensors are taken too; or a sequence of PIL images, arrays or files.
             y: N labels of any type that sorts, (N,) or (N, 1); their texts must differ and have no spaces around.
-            sample_weight: How often each image is there, (N,) whole numbers; weights that are all equal change
-                nothing. Other weights are refused, since training draws every image once per epoch.
+            sample_weight: How much each image counts in the loss, (N,) numbers of at least 0, of which only the
+                ratios matter. Whole numbers up to 1000 mean how often an image is there. 0 leaves an image out.
 
         Raises:
             ValueError: Images, labels and settings do not go together; RequestError is one.
@@ -97,14 +98,14 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         for name in FITTED:
             self.__dict__.pop(name, None)  # a failed fit must not leave what an earlier one found
         images, warned = as_images(X)
-        copies = _copies(sample_weight, len(images))
+        copies, weights = _copies(sample_weight, len(images))
         labels, classes = _labels(y, copies)
         recipe = load_recipe(self.recipe)
-        config = override(recipe, self._settings())
+        config = override(recipe, self._settings() | ({} if weights is None else {"weight_column": WEIGHT}))
         for line in warned:
             warnings.warn(line, stacklevel=2)
         with _generators_kept(), self._folders() as (folder, out):
-            table = _write(images, labels, folder, copies)
+            table = _write(images, labels, folder, copies, weights)
             classifier = self._train(str(table), config, recipe, out)
         self.classifier_: Classifier = classifier if self.out is not None else _without_paths(classifier)
         self.classes_ = classes
@@ -243,27 +244,26 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, classes
 
 
-def _copies(sample_weight: Any, count: int) -> np.ndarray:
-    """Return how often each image is there, (N,) int64.
+def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return how often each image is there, (N,) int64, and how much it counts in the loss, (N,), or None: alike.
 
     Raises:
         ValueError: The weights are no such numbers.
     """
     if sample_weight is None:
-        return np.ones(count, np.int64)
+        return np.ones(count, np.int64), None
     weights = np.asarray(sample_weight, float)
     if weights.shape != (count,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(count,)}!")
     if not weights.any():
         raise RequestError("every weight of sample_weight is zero: no image is left")
-    if (weights == weights[0]).all() and weights[0] > 0:
-        return np.ones(count, np.int64)
-    if not ((weights >= 0) & (weights <= MOST_COPIES) & (weights == np.round(weights))).all():
-        raise RequestError(
-            f"sample_weight must be whole numbers from 0 to {MOST_COPIES}: how often each image is there; "
-            "training draws every image once per epoch and knows no other weights"
-        )
-    return weights.astype(np.int64)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise RequestError("sample_weight must be finite numbers of at least 0")
+    if (weights == weights[0]).all():
+        return np.ones(count, np.int64), None
+    if ((weights <= MOST_COPIES) & (weights == np.round(weights))).all():
+        return weights.astype(np.int64), None
+    return (weights > 0).astype(np.int64), weights
 
 
 def _without_paths(classifier: Classifier) -> Classifier:
@@ -295,16 +295,19 @@ def _unused(folder: Path) -> Path:
     return path
 
 
-def _write(images: Batch, labels: np.ndarray, folder: Path, copies: np.ndarray) -> Path:
-    """Write images that are not files as lossless files, and a table of path and label; return the table."""
+def _write(
+    images: Batch, labels: np.ndarray, folder: Path, copies: np.ndarray, weights: np.ndarray | None = None
+) -> Path:
+    """Write images that are not files as lossless files, and a table of path, label and weight; return the table."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["path", "label"])
+    writer.writerow(["path", "label", *([] if weights is None else [WEIGHT])])
     for number, (image, label, times) in enumerate(zip(images, labels, copies, strict=True)):
         if not times:
             continue
         path = str(Path(image).absolute()) if is_file(image) else _saved(opened(image), folder, number)
-        writer.writerows([[path, str(label)]] * times)
+        weight = [] if weights is None else [repr(float(weights[number]))]
+        writer.writerows([[path, str(label), *weight]] * times)
     table = folder / "images.csv"
     table.write_text(text.getvalue(), encoding="utf-8")
     return table

@@ -41,6 +41,7 @@ class Columns:
         split_value: The value of the split column that means val; None: its words are the splits.
         notes: What was understood, if the names do not say it.
         classes: Numbers of the columns of single classes.
+        weight: Number of the column of weights, or None.
     """
 
     path: int
@@ -51,10 +52,11 @@ class Columns:
     split_value: str | None = None
     notes: list[str] = field(default_factory=list)
     classes: tuple[int, ...] = ()
+    weight: int | None = None
 
     def used(self) -> set[int]:
         """Return the numbers of the columns that are used."""
-        return {self.path, *self.classes} | {n for n in (self.label, self.split) if n is not None}
+        return {self.path, *self.classes} | {n for n in (self.label, self.split, self.weight) if n is not None}
 
 
 def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
@@ -64,8 +66,9 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
         RequestError: A column cannot be found without a guess; the message names the flag that says which it is.
     """
     split, value = _split_column(rows, options)
-    path, location = _path_column(rows, locator, options, {split})
-    taken = {path, split}
+    weight = _by_name(rows, "weight_column", options.weight_column) if options.weight_column else None
+    path, location = _path_column(rows, locator, options, {split, weight})
+    taken = {path, split, weight}
     notes = []
     if not rows.has_header and len(rows.names) > 2 and split is None and options.split_column is None:
         split = next((n for n in range(len(rows.names)) if n not in taken and _holds_splits(rows.column(n))), None)
@@ -85,7 +88,7 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
         if normal(name) in FOLDS and number != split:
             example = rows.cells[0][number]
             notes.append(f"column {name!r} is not used; to take a fold as val: --split-column {name}={example}")
-    return Columns(path, location, labels, label, split, value, notes, classes)
+    return Columns(path, location, labels, label, split, value, notes, classes, weight)
 
 
 def split_of_row(text: str, name: str, value: str | None) -> str:

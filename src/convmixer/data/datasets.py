@@ -143,6 +143,8 @@ def load_data(
         train, val, test = _complete(sets, checked.together, val_fraction, test_fraction, seed, notes)
     else:
         train, val, test = (sets.get(split) for split in ("train", "val", "test"))
+    if train and train.weights is not None:
+        train.weights = _mean_one(train.weights, options.weight_column, notes)
     mean, std = _statistics(found, in_chans, train or test or val, notes)
     if len(found.classes) < 2:
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
@@ -247,7 +249,9 @@ def _image_sets(
         cached = _cached(source, in_chans, sizes, room)
         room -= cached.nbytes if isinstance(cached, Cached) else 0
         start = int(first[split])
-        sets[split] = ImageSet(cached, labels[usable], found.classes, usable, in_chans, max_bad, marks, start, bits)
+        weights = found.weights[split][usable] if found.weights else None
+        rest = (usable, in_chans, max_bad, marks, start, bits, weights)
+        sets[split] = ImageSet(cached, labels[usable], found.classes, *rest)
     return sets
 
 
@@ -304,6 +308,18 @@ def _complete(
         notes.append(f"no val split: {len(val)} images held out of train, chosen by seed {seed}")
     notes.append(f"train {len(train)}, val {len(val) if val else 0}, test {len(test) if test else 0} images")
     return train, val, test
+
+
+def _mean_one(weights: np.ndarray, column: str | None, notes: list[str]) -> np.ndarray:
+    """Return weights of the same ratios with a mean of 1, so that they leave the size of the loss as it is."""
+    if not (mean := float(weights.mean(dtype=np.float64))):
+        raise RequestError(f"column {column!r}: the weights of all training images are 0")
+    notes.append(
+        f"training images count as column {column!r} says, from {weights.min() / mean:.3g} to "
+        f"{weights.max() / mean:.3g} times their mean"
+    )
+    scaled: np.ndarray = (weights / mean).astype(np.float32)
+    return scaled
 
 
 def _hold_out(

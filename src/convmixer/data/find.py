@@ -34,14 +34,13 @@ def find(spec: str, recorded: bool = False, options: Options | None = None) -> F
     Raises:
         RequestError: Nothing usable is there; the message says what to do.
     """
-    argument = read_argument(spec, recorded)
+    argument, options = read_argument(spec, recorded), options or Options()
     if argument.spec == "digits":
+        options.check_used("the data set digits", "group")
         found = find_digits()
     else:
         path = argument.path or download(argument) / argument.inside
-        found = find_path(
-            path, options or Options(), argument.repository and spec.removeprefix(HUB), not argument.repository
-        )
+        found = find_path(path, options, argument.repository and spec.removeprefix(HUB), not argument.repository)
     return replace(found, spec=argument.spec, notes=[*argument.notes, *found.notes])
 
 
@@ -60,12 +59,14 @@ def find_path(path: Path, options: Options, name: str | None = None, own_disk: b
         files = [file for file in walked.files if file.lower().endswith(kind)]
         if files and count_class_folders(walked.files) < 2:  # one folder may hold the pictures of a readme
             return _find_shards(walked, kind, files, name, options, own_disk)
+    options.check_used(f"{path}, a folder whose class folders are the labels,", "group")
     return find_folder(walked, name)
 
 
 def _read_shards(path: Path, kind: str, files: Sequence[Path], name: str, options: Options, own_disk: bool) -> Found:
     if kind == ".parquet":
         return find_parquet(path, files, name, options, own_disk)
+    options.check_used(f"{path}, tar shards,", "path_column", "label_column", "group")
     return find_tars(path, files, name, options)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from convmixer.data.sources import Source
 from convmixer.data.unused import Unused
+from convmixer.errors import RequestError
 
 HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead of contents
 
@@ -28,6 +29,7 @@ class Found:
         unused: What is there and not used, by reason.
         spec: The data argument, written so that it means the same in every folder.
         groups: Split -> the name of each image's group, whose images stay in one split; empty: no groups.
+        weights: Split -> float32 (N,), how much each image counts in the loss; empty: all alike.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Found:
     unused: Unused = field(default_factory=Unused)
     spec: str = ""
     groups: dict[str, Sequence[str]] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def files_checksum(files: Sequence[Path]) -> str:
@@ -55,6 +58,21 @@ def files_checksum(files: Sequence[Path]) -> str:
 def listing_checksum(lines: Iterable[str]) -> str:
     """Return a hash of a list of names and sizes."""
     return "listing-sha256:" + hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+
+
+def loss_weights(column: str, values: Sequence[object]) -> np.ndarray:
+    """Return a column of weights as float32 (N,).
+
+    Raises:
+        RequestError: One is no finite number of at least 0, or all are 0.
+    """
+    try:
+        weights = np.array([float(value) for value in values], np.float32)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weights = np.full(1, np.nan, np.float32)
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise RequestError(f"column {column!r} must hold finite numbers of at least 0, not all 0, as weights")
+    return weights
 
 
 def file_size(path: Path) -> int:

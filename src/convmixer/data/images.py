@@ -28,6 +28,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             sets of the data; None: of this source alone, none marked.
         first: Where in `marks` the source's images begin.
         bits: How many bits the values of 16-bit images use.
+        weights: float32 (N,), how much each image counts in the loss; None: all alike.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         marks: torch.Tensor | None = None,
         first: int = 0,
         bits: int = 16,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.source, self.classes, self.in_chans, self.bits = source, tuple(classes), in_chans, bits
         self.labels = np.asarray(labels, np.int64)
         self.indices = np.arange(len(source)) if indices is None else np.asarray(indices)
-        self.max_bad = max_bad
+        self.weights, self.max_bad = weights, max_bad
         self.marks, self.first = new_marks([False] * len(source)) if marks is None else marks, first
 
     def __len__(self) -> int:
@@ -57,10 +59,19 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         Raises:
             RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
         """
+        image, position = self.next_readable(index)
+        return image, int(self.labels[position])
+
+    def next_readable(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its position: of the first that can be decoded, from `index` on.
+
+        Raises:
+            RequestError: See `__getitem__`.
+        """
         for candidate in range(index, index + len(self)):
             found = self.read(candidate % len(self))
             if found is not None:
-                return found
+                return found[0], candidate % len(self)
         raise RequestError("no image of the set can be decoded")
 
     def read(self, index: int) -> tuple[Image.Image, int] | None:
@@ -114,6 +125,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
             self.marks,
             self.first,
             self.bits,
+            None if self.weights is None else self.weights[positions],
         )
 
 

@@ -75,7 +75,7 @@ def train_loader(
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
 
     Returns:
-        A loader of float32 (B, C, H, W) and int64 (B,).
+        A loader of float32 (B, C, H, W), int64 (B,) and, if the images have weights, float32 (B,).
 
     Raises:
         RequestError: The set is smaller than a batch.
@@ -144,22 +144,24 @@ def _start_worker(worker: int, yields: bool) -> None:
 
 
 class TrainImages(Dataset[Any]):
-    """Transformed images by (epoch, index), each with its own random numbers."""
+    """Transformed images, labels and weights by (epoch, index), each image with its own random numbers."""
 
     def __init__(self, image_set: ImageSet, transform: Transform, seed: int, alternate_flip: bool = False) -> None:
         self.image_set, self.transform, self.seed = image_set, transform, seed
         self.alternate_flip = alternate_flip
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | RequestError:
+    def __getitem__(self, key: Key) -> tuple[Any, ...] | RequestError:
         epoch, index = key
         seed_everything(sample_seed(self.seed, epoch, index))
         return _guard(lambda: self._read(epoch, index))
 
-    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
-        image, label = self.image_set[index]
+    def _read(self, epoch: int, index: int) -> tuple[Any, ...]:
+        image, position = self.image_set.next_readable(index)
         if self.alternate_flip and is_flipped(self.seed, epoch, index):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.transform(image), label
+        label, weights = int(self.image_set.labels[position]), self.image_set.weights
+        made = self.transform(image), label
+        return made if weights is None else (*made, float(weights[position]))
 
 
 class EvalImages(Dataset[Any]):
@@ -191,4 +193,6 @@ def _collate(items: Sequence[Any]) -> Any:
     kept = [item for item in items if item is not None]
     if not kept:
         return None
-    return torch.stack([image for image, _ in kept]), torch.tensor([label for _, label in kept], dtype=torch.int64)
+    images, labels, *weights = zip(*kept, strict=True)
+    batch = torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+    return (*batch, torch.tensor(weights[0], dtype=torch.float32)) if weights else batch

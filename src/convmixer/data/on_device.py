@@ -69,6 +69,7 @@ class DeviceLoader:
         start_step: Global step of the first batch.
         steps_per_epoch: Steps in an epoch.
         rank, world: Number of this process, and of all.
+        weights: float32 (N,), how much each image counts in the loss; None: all alike.
 
     Attributes:
         waited_seconds: Time spent making batches since the counter was last set to 0; the device works meanwhile.
@@ -86,7 +87,9 @@ class DeviceLoader:
         steps_per_epoch: int | None = None,
         rank: int = 0,
         world: int = 1,
+        weights: np.ndarray | None = None,
     ) -> None:
+        self.weights = None if weights is None else torch.from_numpy(weights).to(images.device)
         self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
         self.config, self.p, self.waited_seconds = config, p, 0.0
         self.batch_sampler = KeyedBatchSampler(
@@ -99,14 +102,14 @@ class DeviceLoader:
         black = (config.auto_augment or "").startswith("torchvision")
         self._fill = torch.tensor([0] * p.in_chans if black else fill, dtype=torch.uint8, device=images.device)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for keys in self.batch_sampler:
             start = time.perf_counter()
             epoch, indices = keys[0][0], np.array([index for _, index in keys])
             at = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
             batch = self.augment(self.images[at], epoch, indices), self.labels[at]
             self.waited_seconds += time.perf_counter() - start
-            yield batch
+            yield batch if self.weights is None else (*batch, self.weights[at])
 
     def augment(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """Return one random version of each image, normalised float32; images are uint8 (B, C, S, S)."""

@@ -20,6 +20,7 @@ class Options:
         image_root: Folder that the paths of a table are relative to.
         group: Column, or regular expression on an image's path, that names what an image belongs to (a patient, a
             video): images of one group stay in one split.
+        weight_column: Column of how much each training image counts in the loss; only the ratios matter.
     """
 
     path_column: str | None = None
@@ -27,6 +28,7 @@ class Options:
     split_column: str | None = None
     image_root: str | None = None
     group: str | None = None
+    weight_column: str | None = None
 
     @classmethod
     def of(cls, values: Any) -> "Options":
@@ -42,6 +44,11 @@ class Options:
         """Return the options with a path that means the same from every folder."""
         root = self.image_root and os.path.abspath(os.path.expanduser(self.image_root))
         return replace(self, image_root=root)
+
+    def check_used(self, kind: str, *used: str) -> None:
+        """Raise RequestError if an option is given that a kind of data, in words, cannot use."""
+        if unused := next((name for name in self.given() if name not in used), None):
+            raise RequestError(f"{flag(unused)} {self.given()[unused]}: {kind} cannot use it: leave it out")
 
     def given(self) -> dict[str, str]:
         """Return the options that are not None."""

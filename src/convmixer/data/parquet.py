@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from convmixer.data.columns import LABELS, could_be_labels, split_of_row
 from convmixer.data.csv_file import normal
-from convmixer.data.found import Found, files_checksum, to_bytes
+from convmixer.data.found import Found, files_checksum, loss_weights, to_bytes
 from convmixer.data.labels import by_split, check_names, encode_labels, is_label, split_of, tidy_name
 from convmixer.data.located import Locator
 from convmixer.data.options import Options, flag
@@ -47,7 +47,8 @@ def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options,
     label = _label_column(files[0], schema, features, options, image)
     split, value = _split_column(files[0], schema, options, {image, label})
     group = options.group if options.group in schema.names else None
-    wanted = list(dict.fromkeys(column for column in (image, label, split, group) if column))
+    weight = options.weight_column and _named(files[0], schema, "weight_column", options.weight_column)
+    wanted = list(dict.fromkeys(column for column in (image, label, split, group, weight) if column))
     tables = {split: read_parquet(members, wanted) for split, members in by_split(files, path).items()}
     if split:
         tables = _divided(pa.concat_tables(tables.values()), split, value)
@@ -67,7 +68,9 @@ def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options,
         notes.append(f"labels are those of column {label!r}")
     groups: dict[str, Sequence[str]] = {}
     groups |= {s: [str(v) for v in t[group].to_pylist()] for s, t in used.items()} if group else {}
-    found = Found(name, splits, classes, files_checksum(files), notes=notes, groups=groups)
+    weights: dict[str, np.ndarray] = {}
+    weights |= {s: loss_weights(weight, t[weight].to_pylist()) for s, t in used.items()} if weight else {}
+    found = Found(name, splits, classes, files_checksum(files), notes=notes, groups=groups, weights=weights)
     found.unused.add(A_COLUMN, *(column for column in schema.names if column not in wanted))
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from convmixer.data.columns import KNOWN, Columns, choose_columns, holds_path, split_of_row
 from convmixer.data.csv_file import Rows, read_csv
-from convmixer.data.found import Found, file_size, listing_checksum, to_bytes
+from convmixer.data.found import Found, file_size, listing_checksum, loss_weights, to_bytes
 from convmixer.data.labels import encode_labels, is_label
 from convmixer.data.located import Locator
 from convmixer.data.options import Options
@@ -44,7 +44,8 @@ def find_table(path: Path, name: str, options: Options) -> Found:
     checksum = listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes])
     unused = _unused(rows, columns, base, [p for found in paths.values() for p in found])
     groups = _groups(rows, order, options)
-    return Found(name, splits, classes, checksum, notes=columns.notes, unused=unused, groups=groups)
+    weights = _weights(rows, order, columns.weight)
+    return Found(name, splits, classes, checksum, notes=columns.notes, unused=unused, groups=groups, weights=weights)
 
 
 def _refuse_narrow(rows: Rows) -> None:
@@ -94,6 +95,13 @@ def _unused(rows: Rows, columns: Columns, base: Path, paths: Sequence[str]) -> U
 
 def _all_below(paths: set[str]) -> bool:
     return not any(path.startswith(("/", "..")) for path in paths)
+
+
+def _weights(rows: Rows, order: dict[str, list[int]], column: int | None) -> dict[str, np.ndarray]:
+    if column is None:
+        return {}
+    weights = loss_weights(rows.names[column], rows.column(column))
+    return {split: weights[numbers] for split, numbers in order.items()}
 
 
 def _groups(rows: Rows, order: dict[str, list[int]], options: Options) -> dict[str, Sequence[str]]:

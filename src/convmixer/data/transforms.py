@@ -166,7 +166,12 @@ class _TorchvisionRandAugment(transforms.RandAugment):
 
 
 def mix(
-    images: Tensor, labels: Tensor, num_classes: int, config: Config, generator: torch.Generator
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    config: Config,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return a batch after mixup or cutmix and its soft targets; image i is mixed with image B - 1 - i.
 
@@ -176,9 +181,10 @@ def mix(
         num_classes: Width of the targets.
         config: `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob`, `smoothing`.
         generator: The only source of randomness; one number is drawn from it.
+        weights: float32 (B,), how much each image counts in the loss; None: 1.
 
     Returns:
-        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1.
+        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1, or with weights to those.
 
     Source: timm's Mixup in batch mode, with its label smoothing; the same random numbers give the same result.
     """
@@ -186,7 +192,10 @@ def mix(
     if config.mixup or config.cutmix:
         np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # timm's functions draw from it
         images, lam = _mix_images(images, config)
-    return images, mixup_target(labels, num_classes, lam, config.smoothing)
+    if weights is None:
+        return images, mixup_target(labels, num_classes, lam, config.smoothing)
+    targets = mixup_target(labels, num_classes, 1.0, config.smoothing) * weights[:, None]
+    return images, targets * lam + targets.flip(0) * (1 - lam)
 
 
 def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:

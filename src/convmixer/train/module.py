@@ -69,11 +69,12 @@ class TrainingModule(pl.LightningModule):
         c = self.config
         return rate_at_step(c.schedule, self.steps_done, self.steps_per_epoch, self.epochs, c.lr)
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """Take one optimiser step on images (B, C, H, W) and labels (B,)."""
+    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> None:
+        """Take one optimiser step on images (B, C, H, W), labels (B,) and, if given, weights (B,)."""
         self.in_step = True
         self._seed()
-        images, targets = mix(batch[0], batch[1], self.num_classes, self.config, self._generator)
+        images, labels, *weights = batch
+        images, targets = mix(images, labels, self.num_classes, self.config, self._generator, *weights)
         images = erase(images, self.config, self._generator)
         set_rate(self.optimizer, self.rate)
         self._update(images, targets)

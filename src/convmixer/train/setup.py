@@ -82,6 +82,7 @@ class Job:
                 steps_per_epoch=self.steps_per_epoch,
                 rank=rank(),
                 world=world_size(),
+                weights=self.data.train.weights,
             )
         return train_loader(
             self.data.train,
