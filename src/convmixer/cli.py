@@ -135,8 +135,12 @@ def _add_fields(group: argparse._ActionsContainer, names: Sequence[str]) -> None
         doc = field.metadata["doc"].replace("%", "%%")
         if field.metadata["choices"]:
             doc += f" ({', '.join(field.metadata['choices'])})"
+        alone: dict[str, Any] = {}
+        if field.metadata["alone"]:
+            alone = {"nargs": "?", "const": field.metadata["alone"]}
+        metavar = _metavar(field.name)
         group.add_argument(
-            flag, dest=f"set_{field.name}", default=argparse.SUPPRESS, metavar=_metavar(field.name), help=doc
+            flag, dest=f"set_{field.name}", default=argparse.SUPPRESS, metavar=metavar, help=doc, **alone
         )
 
 

@@ -16,9 +16,16 @@ from typing import Any
 from convmixer.errors import RequestError, unknown
 
 
-def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
-    """Return a dataclass field whose metadata carry the line shown by `--help` and the values allowed."""
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | None = None) -> Any:
+    """Return a dataclass field whose metadata carry what the command line shows and takes.
+
+    Args:
+        default: The value if it is not given.
+        doc: The line that `--help` shows.
+        choices: The values allowed; none: all.
+        alone: The value of a flag without one; None: such a flag is an error.
+    """
+    return field(default=default, metadata={"doc": doc, "choices": choices, "alone": alone})
 
 
 # settings, the check of their values, and the check in words
@@ -26,6 +33,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size grad_accum lr eps checkpoint_seconds fallback_lr_scale", lambda x: x > 0, "above 0"),
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("views unfreeze_epochs", lambda x: x >= 0, "at least 0"),
+    ("unfreeze_lr", lambda x: x is None or x > 0, "above 0"),
+    ("freeze", lambda x: x is None or x == "all" or x.isdecimal(), "all or a number of blocks"),
     ("workers pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
     ("val_fraction test_fraction max_bad_fraction", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -46,6 +56,17 @@ class Config:
     )
     act: str | None = setting(None, "activation of a ConvMixer; none: the variant's own", ("gelu", "relu"))
     weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
+    freeze: str | None = setting(
+        None,
+        "layers that keep the starting weights; all: all but the classifier, which then trains in seconds; N: "
+        "stem and N blocks; none: no layer",
+        alone="all",
+    )
+    views: int = setting(
+        0, "with freeze all: augmented views of each training image to learn from; 0: the image as it is"
+    )
+    unfreeze_epochs: int = setting(0, "with freeze: further epochs, in which all layers are trained")
+    unfreeze_lr: float | None = setting(None, "with freeze: peak learning rate of those; none: a tenth of lr")
     drop_rate: float = setting(0.0, "dropout before the classifier")
     stem_init: str = setting(
         "default", "whiten: the first filters make the patches of the training images white", ("default", "whiten")
@@ -159,6 +180,11 @@ class Config:
             raise RequestError(f"batch_size {self.batch_size} must be a multiple of grad_accum {self.grad_accum}")
         if self.hflip_mode == "alternate" and self.hflip != 0.5:
             raise RequestError(f"hflip_mode alternate flips half of the images: set hflip to 0.5, not {self.hflip}")
+        for name in ("views", "unfreeze_epochs", "unfreeze_lr"):
+            if getattr(self, name) and self.freeze is None:
+                raise RequestError(f"{name} needs freeze: add --freeze, or leave {name} out")
+        if self.views and self.freeze != "all":
+            raise RequestError("views needs freeze all: with other layers trained, every epoch has views of its own")
         if self.max_time is not None:
             parse_seconds(self.max_time)
 

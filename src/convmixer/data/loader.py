@@ -93,6 +93,26 @@ def train_loader(
     return Loader(images, batch_sampler=sampler, collate_fn=_collate, **_workers(workers))
 
 
+def view_loader(
+    image_set: ImageSet,
+    transform: Transform,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    workers: int = 0,
+    alternate_flip: bool = False,
+) -> Loader:
+    """Return a loader of all images once and in order, each as `train_loader` gives it in an epoch.
+
+    Args are those of `train_loader`. An image that cannot be decoded is replaced by the next one, with its label.
+    """
+    keys = [(epoch, index) for index in range(len(image_set))]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    images = TrainImages(image_set, transform, seed, alternate_flip)
+    return Loader(images, batch_sampler=batches, collate_fn=_collate, **_workers(workers))
+
+
 def eval_loader(
     image_set: ImageSet, transform: Transform, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
 ) -> Loader:

@@ -23,9 +23,10 @@ def length_of(job: Job, started: float) -> tuple[float, int]:
         RequestError: Not one step fits.
     """
     config, per_epoch = job.config, job.steps_per_epoch
-    wanted = config.epochs * per_epoch
+    all_epochs = config.epochs + config.unfreeze_epochs
+    wanted = all_epochs * per_epoch
     if config.max_time is None:
-        return float(config.epochs), wanted
+        return float(all_epochs), wanted
     module = job.module(config.epochs)
     step = statistics.median(measure_speed(module, job.train_loader(workers=config.workers)))
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))

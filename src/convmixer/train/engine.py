@@ -94,7 +94,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        module.model.train()
+        module.train()
         trainer.fit(module, _Stream(loader, module.place))
     module.forget_graph()
     module.model.to(module.place)  # Lightning moves it off the GPU when it ends

@@ -26,6 +26,10 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
         console.print(f"data     {terminal(data.name)}: {terminal(note)}")
     parameters = sum(p.numel() for p in job.model.parameters())
     console.print(f"model    {job.build[0]}, {parameters:,} parameters, {job.kernels}")
+    if c.freeze:
+        trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        then = f", then all for {c.unfreeze_epochs} epochs" if c.unfreeze_epochs else ""
+        console.print(f"freeze   {c.freeze}: {trained:,} of the parameters are trained{then}")
     console.print(f"compute  {c.device}, {c.precision}, {torch.get_num_threads()} threads x {world_size()}")
     settings = "  ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
     for line in textwrap.wrap(settings, 106):

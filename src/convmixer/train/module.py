@@ -19,9 +19,17 @@ from convmixer.config import Config
 from convmixer.data.sampler import sample_seed
 from convmixer.data.transforms import erase, mix
 from convmixer.train.distributed import average_statistics, rank, world_size
+from convmixer.train.freeze import frozen_modules
 from convmixer.train.graph import StepGraph
 from convmixer.train.optim import build_optimizer, set_rate
 from convmixer.train.schedule import rate_at_step
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a model computes in fp32, tf32, bf16 or fp16."""
+    if precision in ("fp32", "tf32"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 class TrainingModule(pl.LightningModule):
@@ -33,10 +41,18 @@ class TrainingModule(pl.LightningModule):
         num_classes: Classes of the data.
         steps_per_epoch: Optimiser steps per epoch.
         epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
+        first_step: Steps of the run before this module's.
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, *, num_classes: int, steps_per_epoch: int, epochs: float
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        num_classes: int,
+        steps_per_epoch: int,
+        epochs: float,
+        first_step: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -47,7 +63,8 @@ class TrainingModule(pl.LightningModule):
         self.scaler = torch.amp.GradScaler(self.place.type, enabled=config.precision == "fp16")
         # in a list, so that Lightning and DDP do not train it as a submodule
         self._average = [ModelEmaV3(model, config.ema_decay, use_warmup=True)] if config.ema_decay else []
-        self.steps_done = 0
+        self._frozen = frozen_modules(model)
+        self.first_step = self.steps_done = first_step
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self._sum_device())
         self._update: Callable[[torch.Tensor, torch.Tensor], None] = self._take_step
         if self._can_be_a_graph():
@@ -66,8 +83,15 @@ class TrainingModule(pl.LightningModule):
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
-        c = self.config
-        return rate_at_step(c.schedule, self.steps_done, self.steps_per_epoch, self.epochs, c.lr)
+        c, done = self.config, self.steps_done - self.first_step
+        return rate_at_step(c.schedule, done, self.steps_per_epoch, self.epochs, c.lr)
+
+    def train(self, mode: bool = True) -> "TrainingModule":
+        """Set the mode of all modules but the frozen ones, whose BatchNorm keeps its statistics."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> None:
         """Take one optimiser step on images (B, C, H, W), labels (B,) and, if given, weights (B,)."""
@@ -81,7 +105,7 @@ class TrainingModule(pl.LightningModule):
         self.steps_done += 1
         average_statistics(self.model)
         if self._average:
-            self._average[0].update(self.model, self.steps_done)
+            self._average[0].update(self.model, self.steps_done - self.first_step)
         self.in_step = False
 
     def forget_graph(self) -> None:
@@ -91,10 +115,7 @@ class TrainingModule(pl.LightningModule):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which the model computes in the run's precision."""
-        if self.config.precision in ("fp32", "tf32"):
-            return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
-        return torch.autocast(self.place.type, dtype=dtype)
+        return autocast(self.config.precision, self.place)
 
     def state(self) -> dict[str, Any]:
         """Return all that the next steps depend on."""

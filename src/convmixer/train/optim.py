@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from convmixer.config import Config
 from convmixer.errors import RequestError, unknown
+from convmixer.train.freeze import layers_of
 
 MUON_EPS = 1e-7  # guards the division by the norm of a matrix; `eps` is AdamW's
 # Parameters of these parts are no hidden matrices: Muon leaves them to AdamW, as its author does.
@@ -47,11 +48,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """
     if decay == 1:
         return {}
-    if not hasattr(model, "group_matcher"):
-        raise RequestError(f"layer_decay needs a model that names its layers, which {type(model).__name__} does not")
-    from timm.models import group_parameters
-
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    layers = layers_of(model, "layer_decay")
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 

@@ -44,7 +44,7 @@ def score(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     images: ImageSet | None = None,
 ) -> Scores:
-    """Return the scores of a model in eval mode; the mode it was in is restored.
+    """Return the scores of a model in eval mode; the modes of its modules are restored.
 
     Args:
         model: The model, on `device`.
@@ -54,7 +54,7 @@ def score(
         autocast: Makes the context of the wanted precision.
         images: The whole split that the loader reads, to keep the answer to each image; None: only sums are kept.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # loss, images with the class among the first five
@@ -70,7 +70,8 @@ def score(
         sums += torch.stack((loss.double(), found.double())).cpu()
         if images is not None:
             rows.append(Answers.of(logits.cpu().numpy(), labels.cpu().numpy()).table())
-    model.train(was_training)
+    for module, training in modes:  # frozen layers stay in eval mode while the others train
+        module.training = training
     confusion = sum_over_processes(confusion)
     sums = sum_over_processes(sums.to(device) if device.type == "cuda" else sums)
     matrix = confusion.view(num_classes, num_classes).cpu().numpy()

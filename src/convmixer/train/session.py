@@ -4,36 +4,41 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.nn as nn
 from rich.console import Console
 
 from convmixer import records
 from convmixer.config import parse_seconds, to_dict
-from convmixer.data.images import ImageSet
 from convmixer.data.watch import Watch
 from convmixer.files import write_atomic
 from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
-from convmixer.run_folder import BEST, LAST, LATEST
+from convmixer.run_folder import BEST, LAST, LATEST, MODEL
 from convmixer.seal import make_seal
 from convmixer.text import terminal
-from convmixer.train import gallery
+from convmixer.train import features, gallery
 from convmixer.train.budget import FINISH_SECONDS
 from convmixer.train.checkpoint import save_checkpoint
 from convmixer.train.distributed import any_process, copy_from_first, rank, sum_over_processes, world_size
 from convmixer.train.engine import StopSignals, fit
 from convmixer.train.folder import Board, RunFiles, model_card
+from convmixer.train.freeze import ALL
 from convmixer.train.lock import RunLock
 from convmixer.train.messages import epoch_line, say_results, say_settings
-from convmixer.train.module import TrainingModule
+from convmixer.train.module import TrainingModule, autocast
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
 from convmixer.train.setup import Job
+from convmixer.train.stages import Stage, plans_of
 from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
+WEIGHTS_SECONDS = 10.0  # between two writings of all weights while a classifier is trained on features
 ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
 SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
 
@@ -64,7 +69,7 @@ class Run:
         self.job, self.folder, self.contents, self.started, self.lock = job, folder, contents, started, lock
         self.config, self.schedule = job.config, contents["schedule"]
         self.total_steps, self.steps_per_epoch = self.schedule["steps"], job.steps_per_epoch
-        self.module: TrainingModule = job.module(self.schedule["epochs"])
+        self.plans = plans_of(self.config, self.schedule["epochs"], self.total_steps, self.steps_per_epoch)
         self.console = Console(quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
         self.rows: list[dict[str, Any]] = []
         self.steps = StepRows(self.total_steps, job.batch_size, job.device)
@@ -73,9 +78,9 @@ class Run:
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
         self.budget = parse_seconds(self.config.max_time) - FINISH_SECONDS if self.config.max_time else math.inf
-        self._val_loader = job.eval_loader("val")
+        self._weights_at = -math.inf
         self._saved_at = time.monotonic()
-        self._out_of_time = self._told_to_stop = False
+        self._out_of_time = self._told_to_stop = self._best_is_new = False
         self._board = Board(folder.tensorboard)
         self._watch = Watch(job.spec, job.data.checksum, job.data.options) if self.writes else None
         self.data_changed: list[float] = []  # epochs at whose end the data were found changed
@@ -85,9 +90,15 @@ class Run:
         """Whether this process writes the files."""
         return rank() == 0
 
+    @property
+    def module(self) -> TrainingModule:
+        """What takes the steps of the stage under way."""
+        return self.stage.module
+
     def begin(self) -> None:
         """Write and show everything that is decided, before the first step."""
         say_settings(self.console, self.job, self.folder, self.contents)
+        self._enter(0)
         if self.writes:
             self.folder.write_config(self.contents)
             self.folder.write_metrics([])
@@ -101,8 +112,11 @@ class Run:
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go back to a checkpoint; to the beginning if there is none."""
+        self._enter(state.get("stage", 0) if state else 0, resumes=state is not None)
         if state:
             self.module.restore(state["module"])
+            self.stage.best = state.get("best_head")
+            self._best_is_new = self.stage.best is not None
             self.rows, self.best, self.seconds_before = state["rows"], state["best"], state["seconds"]
             self.training_seconds, self.trained_images = state["training_seconds"], state["trained_images"]
             self.data_changed = state.get("data_changed", [])
@@ -119,21 +133,45 @@ class Run:
 
     def to_the_end(self) -> dict[str, Any]:
         """Train what is left, measure the chosen weights, and return the result."""
-        left = self.total_steps - self.module.steps_done
         with self.signals, Progress(self.console, self.total_steps, self.job.batch_size) as self.bar:
-            if left > 0:
-                self.loader = self.job.train_loader(self.module.steps_done)
-                self._new_epoch()
-                try:
-                    fit(self.module, self.loader, left, self._after_step)
-                except RuntimeError as error:
-                    # systemd and SLURM signal the loader's workers too, and they end in mid-step
-                    if not self._signalled_soon(error):
-                        raise
-                    self._exit("stopped; the last checkpoint is kept;")
-            if self._told_to_stop and self.module.steps_done < self.total_steps:
-                self._exit("stopped and saved;")
+            self._train()
+            while self.stage_number + 1 < len(self.plans) and not self._out_of_time:
+                self._write_weights()
+                self.stage.finish()
+                self._enter(self.stage_number + 1)
+                self._train()
         return self._finish()
+
+    def _enter(self, number: int, resumes: bool = False) -> None:
+        """Begin a stage; if the run `resumes` in it, `module.restore` follows."""
+        plan, start = self.plans[number], self.folder.checkpoints / "start"
+        cached = None
+        if plan.freeze and resumes and (start / MODEL).exists():
+            self.job.model.load_state_dict(load_model(start).model.state_dict())
+        if plan.freeze == ALL and (reason := features.why_not(self.job)):
+            self.console.print(f"freeze   every step computes the frozen layers: {reason}")
+        elif plan.freeze == ALL:
+            if self.writes and not resumes:  # checkpoints of this stage hold the classifier alone
+                self._save_weights(start, self.job.model, {"epoch": 0, "top1": None})
+            cached = features.compute(self.job)
+            self.console.print(f"features {cached.said}")
+        self.stage_number, self.stage = number, Stage(self.job, plan, cached)
+
+    def _train(self) -> None:
+        """Take the steps of the stage that are left."""
+        left = self.stage.plan.end - self.module.steps_done
+        if left > 0:
+            self.loader = self.stage.train_loader()
+            self._new_epoch()
+            try:
+                fit(self.module, self.loader, left, self._after_step)
+            except RuntimeError as error:
+                # systemd and SLURM signal the loader's workers too, and they end in mid-step
+                if not self._signalled_soon(error):
+                    raise
+                self._exit("stopped; the last checkpoint is kept;")
+        if self._told_to_stop and self.module.steps_done < self.total_steps:
+            self._exit("stopped and saved;")
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
         """Return whether the signal that killed a worker reaches this process too, now or within SIGNAL_SECONDS."""
@@ -150,7 +188,7 @@ class Run:
             self.lock.check()
         done = self.module.steps_done
         self.bar.update(done)
-        ends_epoch = done % self.steps_per_epoch == 0 or done == self.total_steps
+        ends_epoch = done % self.steps_per_epoch == 0 or done == self.stage.plan.end
         self.steps.add(done, self.module.loss_sum, self.module.optimizer.param_groups[0]["lr"], ends_epoch)
         if ends_epoch:
             self._end_epoch()
@@ -181,6 +219,8 @@ class Run:
             self._check_finite(float(self.module.loss_sum))
             state = {
                 "module": self.module.state(),
+                "stage": self.stage_number,
+                "best_head": self.stage.best,
                 "rows": self.rows,
                 "steps": self.steps.state(),
                 "best": self.best,
@@ -223,17 +263,19 @@ class Run:
     def _end_epoch(self) -> None:
         row = self._measure_epoch()
         self.rows.append(row)
-        better = not self.best or self._val_loader is None or _rank(row) > _rank(self.best)
+        better = not self.best or not self.job.data.val or _rank(row) > _rank(self.best)
         if better:
             self.best = row
-        self.console.print(epoch_line(row, self.schedule["epochs"], better and self._val_loader is not None))
+            self.stage.keep_best()
+        self.console.print(epoch_line(row, self.schedule["epochs"], better and bool(self.job.data.val)))
+        self._best_is_new |= better
+        # an epoch on features takes less time than writing the weights of a large model
+        if not self.stage.features or time.monotonic() - self._weights_at > WEIGHTS_SECONDS:
+            self._write_weights()
         if self.writes:
-            self._save_weights(LAST, row)
-            if better:
-                self._save_weights(BEST, row)
             self.folder.write_metrics(self.rows)
             self.folder.write_steps(self.steps.rows)
-            kernels = kernel_growth(self.module.evaluated)
+            kernels = kernel_growth(self.stage.whole())
             self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
             self._board.add_row(row)
             self._look_at_data(row)
@@ -260,7 +302,7 @@ class Run:
         self.trained_images += images
         module.loss_sum.zero_()
         self._check_finite(train_loss)
-        found = self._score(self._val_loader)
+        found = self.stage.score_val()
         return {
             "epoch": round(done / self.steps_per_epoch, 6),
             "step": done,
@@ -274,17 +316,19 @@ class Run:
             "seconds": self._seconds(),
         }
 
-    def _score(self, loader: Any, images: ImageSet | None = None) -> Scores | None:
-        if loader is None:
-            return None
-        classes = len(self.job.data.classes)
-        return score(self.module.evaluated, loader, classes, self.job.device, self.module.autocast, images)
+    def _write_weights(self) -> None:
+        """Write the newest weights, and the best ones if they are not on disk."""
+        if self.writes and self.rows:
+            self._save_weights(self.folder.weights(LAST), self.stage.whole(), self.rows[-1])
+            if self._best_is_new:
+                self._save_weights(self.folder.weights(BEST), self.stage.whole(best=True), self.best)
+        self._best_is_new, self._weights_at = False, time.monotonic()
 
-    def _save_weights(self, which: str, row: dict[str, Any]) -> None:
+    def _save_weights(self, folder: Path, model: nn.Module, row: dict[str, Any]) -> None:
         c, (name, args) = self.config, self.job.build
         save_model(
-            self.folder.weights(which),
-            self.module.evaluated,
+            folder,
+            model,
             architecture=name,
             model_args=args,
             classes=self.job.data.classes,
@@ -309,22 +353,30 @@ class Run:
     # At the end
 
     def _finish(self) -> dict[str, Any]:
+        model = self.stage.whole()
         if self.writes:
-            best = load_model(self.folder.weights(BEST)).model
-            self.module.evaluated.load_state_dict(best.state_dict())
-        copy_from_first(self.module.evaluated)
-        draw, data = self.config.draw, self.job.data  # the page of mistakes needs each answer
-        test = self._score(self.job.eval_loader("test"), data.test if draw else None) if self.config.test else None
-        val = self._score(self._val_loader, data.val if draw and not test else None)
+            if self.stage.features:
+                self._write_weights()
+            model.load_state_dict(load_model(self.folder.weights(BEST)).model.state_dict())
+        copy_from_first(model)
+        draw = self.config.draw  # the page of mistakes needs each answer
+        test = self._score(model, "test", answers=draw) if self.config.test else None
+        val = self._score(model, "val", answers=draw and not test)
         results = self._results(val, test)
         say_results(self.console, self.folder, results)
         if self.writes:
-            self._write_results(results, test or val)
+            self._write_results(results, model, test or val)
         return summary(self.folder, results)
+
+    def _score(self, model: nn.Module, split: str, answers: bool) -> Scores | None:
+        loader, classes = self.job.eval_loader(split), len(self.job.data.classes)
+        how = partial(autocast, self.config.precision, self.job.device)
+        images = getattr(self.job.data, split) if answers else None
+        return score(model, loader, classes, self.job.device, how, images) if loader else None
 
     def _results(self, val: Scores | None, test: Scores | None) -> dict[str, Any]:
         chosen = "the last epoch, nothing is held out"
-        if self._val_loader is not None:
+        if self.job.data.val:
             chosen = f"epoch {self.best['epoch']:g}, the best on the validation split"
         results: dict[str, Any] = {"chosen": chosen}
         for split, found in (("val", val), ("test", test)):
@@ -337,7 +389,7 @@ class Run:
             "seconds": self._seconds(),
             "images_per_second": self.trained_images / max(self.training_seconds, 1e-9),
             "loader_share": sum(row["loader_share"] for row in self.rows) / len(self.rows),
-            "parameters": sum(p.numel() for p in self.module.model.parameters()),
+            "parameters": sum(p.numel() for p in self.job.model.parameters()),
             "precision": self.config.precision,
             "device": self.job.device.type,
             "kernels": self.job.kernels,
@@ -346,10 +398,10 @@ class Run:
             **({"data_changed_in_epochs": self.data_changed} if self.data_changed else {}),
         }
 
-    def _write_results(self, results: dict[str, Any], found: Scores | None) -> None:
+    def _write_results(self, results: dict[str, Any], model: nn.Module, found: Scores | None) -> None:
         if self.config.draw:
             drawn, classes = self.folder.pictures, self.job.data.classes
-            gallery.results(drawn, self.rows, self.steps.rows, self.module.evaluated, found, classes)
+            gallery.results(drawn, self.rows, self.steps.rows, model, found, classes)
             split = "test" if results["test_n"] else "val"
             gallery.mistakes(self.job.data, split, found, self.folder.mistakes)
         card = model_card(self.contents, results, self.folder.mistakes.exists())

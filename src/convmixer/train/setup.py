@@ -24,6 +24,7 @@ from convmixer.models.registry import model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
+from convmixer.train.freeze import ALL, freeze
 from convmixer.train.initialize import initialize
 from convmixer.train.module import TrainingModule
 from convmixer.train.optim import check_optimizer, parameter_groups
@@ -61,11 +62,30 @@ class Job:
     steps_per_epoch: int
     images: torch.Tensor | None = None
 
-    def module(self, epochs: float) -> TrainingModule:
-        """Return the model with its optimiser and schedule for a run of that many epochs."""
-        classes = len(self.data.classes)
+    def module(
+        self,
+        epochs: float,
+        first_step: int = 0,
+        lr: float | None = None,
+        model: nn.Module | None = None,
+        config: Config | None = None,
+    ) -> TrainingModule:
+        """Return what trains the model for that many epochs.
+
+        Args:
+            epochs: Length of the schedule.
+            first_step: Steps of the run before.
+            lr: Peak learning rate; None: the settings'.
+            model, config: What to train instead of the job's model, with which settings.
+        """
+        config = config or self.config
         return TrainingModule(
-            self.model, self.config, num_classes=classes, steps_per_epoch=self.steps_per_epoch, epochs=epochs
+            self.model if model is None else model,
+            config if lr is None else dataclasses.replace(config, lr=lr),
+            num_classes=len(self.data.classes),
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=epochs,
+            first_step=first_step,
         )
 
     def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader | DeviceLoader:
@@ -145,6 +165,8 @@ def prepare(
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
     resumes = preprocessing is not None
+    if config.freeze and not config.weights:
+        raise RequestError("freeze keeps the weights to start from, and none are given: add --weights")
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses unknown augmentations before anything is written
     check_optimizer(config)
@@ -158,6 +180,7 @@ def prepare(
         _initialize(model, config, loaded, data, preprocessing)
     model.to(device)
     _check_side(model, name, preprocessing)
+    freeze(model, config.freeze)
     parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
     model, kernels = _fast(model, config, device)
     if asked == "auto" and type(model) is FastConvMixer:  # bf16 halves the memory traffic even if products are fp32
@@ -177,6 +200,8 @@ def _place_images(
         RequestError: They were to be augmented on the device, and cannot be.
     """
     images, reason = None, None
+    if config.freeze == ALL and config.augment_on == "auto":  # each image is augmented a few times at most
+        return dataclasses.replace(config, augment_on="cpu"), None
     if config.augment_on == "device" or (config.augment_on == "auto" and device.type == "cuda"):
         assert data.train is not None
         reason = on_device.why_not(config, p, data.train, device)

@@ -1,0 +1,108 @@
+"""The stages of a run: with `freeze`, first without the frozen layers, then perhaps with all; else just one."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from convmixer.config import Config
+from convmixer.train import features
+from convmixer.train.features import Features
+from convmixer.train.freeze import classifier_of, freeze
+from convmixer.train.scores import Scores, score
+from convmixer.train.setup import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained in a stage, and when.
+
+    Args:
+        freeze: The layers that are not trained, as the setting says; None: none.
+        first: Steps of the run before.
+        epochs: Its length; may be a fraction.
+        steps: Its length.
+        lr: Peak learning rate.
+    """
+
+    freeze: str | None
+    first: int
+    epochs: float
+    steps: int
+    lr: float
+
+    @property
+    def end(self) -> int:
+        """Steps of the run after it."""
+        return self.first + self.steps
+
+
+def plans_of(config: Config, epochs: float, steps: int, steps_per_epoch: int) -> list[Plan]:
+    """Return the stages of a run of that many epochs and steps, all stages together."""
+    later = min(config.unfreeze_epochs * steps_per_epoch, steps - 1) if config.unfreeze_epochs else 0
+    first = Plan(config.freeze, 0, epochs - later / steps_per_epoch, steps - later, config.lr)
+    if not later:
+        return [first]
+    lr = config.unfreeze_lr or config.lr / 10
+    return [first, Plan(None, first.steps, later / steps_per_epoch, later, lr)]
+
+
+class Stage:
+    """A stage under way.
+
+    Args:
+        job: What is trained.
+        plan: Which layers, and when.
+        cached: Features to train the classifier on; None: train on images.
+
+    Attributes:
+        module: What takes the steps.
+        best: With features, the classifier's best weights so far.
+    """
+
+    def __init__(self, job: Job, plan: Plan, cached: Features | None) -> None:
+        freeze(job.model, plan.freeze)
+        self.job, self.plan, self.features = job, plan, cached
+        if cached:
+            self.module = features.head_module(job, plan.epochs)
+            self._whole = copy.deepcopy(job.model)
+            self._val: Any = cached.val_batches()
+        else:
+            self.module = job.module(plan.epochs, plan.first, plan.lr)
+            self._val = job.eval_loader("val")
+        self.best: dict[str, torch.Tensor] | None = None
+
+    def train_loader(self) -> Any:
+        """Return endless batches from the next step on."""
+        step = self.module.steps_done
+        return self.features.train_loader(self.job, step) if self.features else self.job.train_loader(step)
+
+    def score_val(self) -> Scores | None:
+        """Return how good the evaluated weights are on the validation split, or None without one."""
+        if self._val is None:
+            return None
+        classes = len(self.job.data.classes)
+        return score(self.module.evaluated, self._val, classes, self.job.device, self.module.autocast)
+
+    def keep_best(self) -> None:
+        """Remember the classifier's weights as the best, if it is trained on features."""
+        if self.features:
+            self.best = {key: value.clone() for key, value in self.module.evaluated.state_dict().items()}
+
+    def whole(self, best: bool = False) -> nn.Module:
+        """Return the network with all layers and the weights to evaluate, the newest or the best ones."""
+        if not self.features:
+            return self.module.evaluated
+        state = self.best if best else self.module.evaluated.state_dict()
+        found = classifier_of(self._whole)
+        assert state is not None
+        assert found is not None
+        found[1].load_state_dict({key.removeprefix(features.PREFIX): value for key, value in state.items()})
+        return self._whole
+
+    def finish(self) -> None:
+        """Give the job's model the weights that were evaluated last."""
+        if self.whole() is not self.job.model:
+            self.job.model.load_state_dict(self.whole().state_dict())
