@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from convmixer.cli import main
+from convmixer.explain import SHOWN_SIDE, explain
 from convmixer.models import inspection
 from convmixer.models.create import create_model
 from convmixer.models.weights import save_model
 from convmixer.preprocess import Preprocessing
+from convmixer.results import plots
 
 P = Preprocessing(img_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -52,7 +56,7 @@ def test_the_map_lies_where_the_evidence_is(
     evidence = np.array(answer["map"])
     assert evidence.shape == (4, 4)
     assert np.unravel_index(evidence.argmax(), (4, 4)) == (1, 2)
-    assert width(picture) > 500
+    assert width(picture) > 900
 
 
 def test_explain_names_an_image_that_cannot_be_read(
@@ -98,3 +102,33 @@ def test_receptive_field_is_the_kernel_after_one_block_and_grows() -> None:
     assert first.sum() == 6 * 6  # 3 x 3 patches of 2 x 2 pixels
     assert last.sum() == 14 * 14
     assert first[16:18, 16:18].all()
+
+
+def test_the_photo_is_drawn_beside_evidence_that_leaves_it_readable(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = np.full((300, 400, 3), 200, np.uint8)
+    photo[160:220, 160:220] = (255, 0, 0)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    kept: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: kept.append(figure))
+    explain(str(weights), tmp_path / "photo.png", tmp_path / "out.png")
+    panels = {axes.get_title(): axes for axes in kept[0].axes}
+    drawn = panels["The photo"].images[0].get_array()
+    assert np.allclose(drawn, photo / 255)  # the whole photo, at its own size
+    below, evidence = panels["Evidence for red"].images
+    alpha = np.asarray(evidence.get_alpha())
+    assert below.get_array().shape == (SHOWN_SIDE, SHOWN_SIDE)
+    assert alpha.min() >= 0
+    assert alpha.max() <= 0.8  # the photo shows through everywhere
+    assert list(evidence.get_extent()) == [-0.5, SHOWN_SIDE - 0.5, SHOWN_SIDE - 0.5, -0.5]
+    plt.close(kept[0])
+
+
+def test_a_model_without_maps_gets_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[list[str]] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: titles.append([a.get_title() for a in figure.axes]))
+    pixels = np.zeros((8, 8))
+    plots.explanation(pixels, pixels, pixels, None, ["a", "b"], [0.9, 0.1], tmp_path / "a.png")
+    assert titles == [["The photo", "What the network saw: 8 x 8 pixels", "Probability, %"]]
+    plt.close("all")

@@ -43,7 +43,7 @@ def test_names_are_drawn_as_they_are(tmp_path: Path, names: list[str]) -> None:
     grey = np.zeros((2, 8, 8))
     plots.image_grid(grey, names, tmp_path / "grid.png", "images")
     plots.confusion_matrix(np.eye(2), names, tmp_path / "confusion.png")
-    plots.explanation(grey[0], np.eye(2), 4, names, [0.7, 0.3], tmp_path / "explained.png")
+    plots.explanation(grey[0], grey[0], grey[0], np.eye(2), names, [0.7, 0.3], tmp_path / "explained.png")
     assert all((tmp_path / f"{name}.png").is_file() for name in ("grid", "confusion", "explained"))
 
 

@@ -1,21 +1,25 @@
 """Pictures of what a model looks at in an image, and of what it has learned."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from convmixer.errors import RequestError
 from convmixer.inference import load_classifier, ranked, softmax
-from convmixer.preprocess import load_image, normalise, resize_and_crop
+from convmixer.preprocess import MAX_SIDE, Preprocessing, load_image, normalise, resize_and_crop
 from convmixer.results import plots
 from convmixer.run_folder import RunFolder, is_run, sample_files
 from convmixer.text import terminal
 
+SHOWN_SIDE = 448  # of the drawn photo, pixels
+
 
 def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
-    """Draw the class-activation map of an image with the likeliest classes beside it, and return them.
+    """Draw an image with its class-activation map and likeliest classes beside it, and return them.
 
     Args:
         weights: Whatever `load_classifier` takes.
@@ -24,8 +28,8 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
         topk: Classes to show, at least 1.
 
     Returns:
-        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the first class,
-        or None for a model without exact maps.
+        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the first class
+        (their mean and the bias are the logit), or None for a model without exact maps.
 
     Raises:
         RequestError: The weights or the image cannot be read.
@@ -37,21 +41,30 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
     classifier = load_classifier(weights)
     p = classifier.preprocessing
     try:
-        seen = resize_and_crop(load_image(image, p.in_chans, p.bits), p)
+        photo = load_image(image, p.in_chans, p.bits)
     except ValueError as error:
         raise RequestError(str(error)) from error
+    seen = resize_and_crop(photo, p)
     logits, maps = classifier.explained(normalise(seen, p)[None])
     probabilities = softmax(logits)[0]
     order = ranked(probabilities, topk)
     classes, shares = [classifier.classes[i] for i in order], [float(probabilities[i]) for i in order]
     evidence = None if maps is None else maps[0, 0]
-    patch = 0 if evidence is None else p.img_size // evidence.shape[1]
     path = out or Path(f"{image.stem}-explained.png")
-    plots.explanation(np.asarray(seen) / 255, evidence, patch, classes, shares, path)
+    plots.explanation(*_panels(photo, seen, p), evidence, classes, shares, path)
     print("\n".join(f"{100 * share:5.1f}%  {terminal(name)}" for name, share in zip(classes, shares, strict=True)))
     print(f"picture: {terminal(path)}")
     rows = None if evidence is None else evidence.round(5).tolist()
     return {"picture": str(path), "classes": classes, "probabilities": shares, "map": rows}
+
+
+def _panels(photo: Image.Image, seen: Image.Image, p: Preprocessing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the photo at screen size, the same cut to what the network saw, and what it saw, all 0 to 1."""
+    whole = photo.copy()
+    whole.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    side = min(SHOWN_SIDE, int(2 * MAX_SIDE * p.crop_pct))  # what Preprocessing allows
+    framed = resize_and_crop(photo, replace(p, img_size=side)) if p.img_size < side else seen
+    return np.asarray(whole) / 255, np.asarray(framed) / 255, np.asarray(seen) / 255
 
 
 def plot(weights: str, out: Path | None = None) -> dict[str, Any]:

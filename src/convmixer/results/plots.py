@@ -16,6 +16,7 @@ matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from convmixer.files import atomic_file
@@ -206,60 +207,71 @@ def receptive_field(fields: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def explanation(
+    photo: np.ndarray,
+    framed: np.ndarray,
     seen: np.ndarray,
     evidence: np.ndarray | None,
-    patch: int,
     classes: Sequence[str],
     shares: Sequence[float],
     path: Path,
 ) -> None:
-    """Draw what the network saw, the class-activation map of its first class over it, and its top classes.
+    """Draw the photo, the evidence for the first class over it, what the network saw, and the likeliest classes.
 
     Args:
-        seen: (S, S) grey or (S, S, 3), 0 to 1.
-        evidence: (h, w), what each patch adds to the logit of the first class; None leaves the map out.
-        patch: Side of a patch, pixels; 0 leaves the grid out.
+        photo: (H, W) grey or (H, W, 3), 0 to 1.
+        framed: The same photo cut to what the network saw, square, in any resolution.
+        seen: (S, S) or (S, S, 3), what the network saw.
+        evidence: (h, w), what each patch adds to the logit of the first class; None leaves the panel out.
         classes: Names in falling order of probability.
         shares: Their probabilities.
         path: The PNG to write.
     """
-    panels = 3 if evidence is not None else 2
+    rows: list[Any] = (
+        [["photo", "seen"], ["bars", "bars"]] if evidence is None else [["photo", "evidence"], ["seen", "bars"]]
+    )
     with drawing(_STYLE, (as_drawn(name, 22) for name in classes)):
-        figure, row = plt.subplots(1, panels, figsize=(3.7 * panels, 3.9), layout="constrained")
-        side = seen.shape[0]
-        row[0].imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        row[0].set_title("What the network saw")
-        if patch > 1:
-            lines = np.arange(0, side + 1, patch) - 0.5
-            row[0].set(xticks=lines, yticks=lines)
-            row[0].set_axisbelow(False)
-            row[0].grid(color="white", alpha=0.35, linewidth=0.5)
+        figure, panels = plt.subplot_mosaic(rows, figsize=(8.2, 7.4), layout="constrained")
+        _picture(panels["photo"], photo, "The photo")
+        _picture(panels["seen"], seen, f"What the network saw: {seen.shape[1]} x {seen.shape[0]} pixels")
         if evidence is not None:
-            _overlay(figure, row[1], seen, evidence, patch, classes[0])
-        for axes in row[:-1]:
-            axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
-        bars = row[-1]
-        bars.barh(range(len(classes)), [100 * share for share in shares], color=BLUE)
-        bars.set(title="Probability, %", xlim=(0, 112), yticks=range(len(classes)))
-        bars.set_yticklabels([as_drawn(name, 22) for name in classes], parse_math=False)
-        bars.invert_yaxis()
-        bars.grid(False, axis="y")
-        for number, share in enumerate(shares):
-            bars.text(100 * share + 1.5, number, f"{100 * share:.1f}", va="center", fontsize=9)
+            _overlay(figure, panels["evidence"], framed, evidence, len(seen), classes[0])
+        _probabilities(panels["bars"], classes, shares)
         save(figure, path)
 
 
-def _overlay(figure: Figure, axes: Axes, seen: np.ndarray, evidence: np.ndarray, patch: int, name: str) -> None:
-    grey = seen if seen.ndim == 2 else seen @ np.array([0.299, 0.587, 0.114])
-    axes.imshow(grey, cmap="gray", vmin=-0.2, vmax=1.2, interpolation="nearest")
-    axes.grid(False)
-    right, bottom = ((length * patch or seen.shape[0]) - 0.5 for length in evidence.shape[::-1])
+def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if max(pixels.shape) < 200 else None)
+    axes.set_title(title)
+    axes.axis("off")
+
+
+def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarray, side: int, name: str) -> None:
+    """Colour a pale grey photo; the less a patch says, the clearer the photo."""
+    grey = framed if framed.ndim == 2 else framed @ np.array([0.299, 0.587, 0.114])
+    _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 22)}")
+    axes.title.set_parse_math(False)
     bound = float(np.abs(evidence).max()) or 1.0
+    right, bottom = (side // n * n / side * len(framed) - 0.5 for n in evidence.shape[::-1])  # whole patches
     shown = axes.imshow(
-        evidence, cmap="RdBu_r", vmin=-bound, vmax=bound, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
+        evidence,
+        cmap="RdBu_r",
+        vmin=-bound,
+        vmax=bound,
+        alpha=0.8 * np.sqrt(np.abs(evidence) / bound),
+        extent=(-0.5, right, bottom, -0.5),
+        interpolation="nearest",
     )
-    axes.set_title(f"Evidence for {as_drawn(name, 22)}", parse_math=False)
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="score of each patch; mean + bias = logit")
+    bar = figure.colorbar(ScalarMappable(shown.norm, shown.cmap), ax=axes, shrink=0.85)  # without the alpha
+    bar.set_label("red: for it, blue: against it")
+
+
+def _probabilities(axes: Axes, classes: Sequence[str], shares: Sequence[float]) -> None:
+    axes.barh(range(len(classes)), [100 * share for share in shares], color=BLUE, height=0.6)
+    axes.set(title="Probability, %", xlim=(0, 118), ylim=(max(len(classes), 4) - 0.4, -0.6))
+    axes.set_yticks(range(len(classes)), [as_drawn(name, 22) for name in classes], parse_math=False)
+    axes.grid(False, axis="y")
+    for number, share in enumerate(shares):
+        axes.text(100 * share + 1.5, number, f"{100 * share:.1f}", va="center", fontsize=9)
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
