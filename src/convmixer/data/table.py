@@ -89,7 +89,7 @@ def _unused(rows: Rows, columns: Columns, base: Path, paths: Sequence[str]) -> U
     rest = [path for file in walked.files if (path := f"{folder}/{file}") not in named]
     unused.add(NOT_NAMED, *filter(is_image, rest))
     unused.add(NO_IMAGE, *(path for path in rest if not is_image(path)))
-    unused.update(walked.unused)
+    unused.update(walked.unused, folder)
     return unused
 
 

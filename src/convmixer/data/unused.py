@@ -27,12 +27,13 @@ class Unused:
             kept = self.names.setdefault(reason, [])
             kept.extend(names[: KEPT - len(kept)])
 
-    def update(self, other: "Unused") -> None:
-        """Add what another one has counted."""
+    def update(self, other: "Unused", folder: str = "") -> None:
+        """Add what another one has counted, whose names are relative to a folder."""
         for reason, count in other.counts.items():
             self.counts[reason] += count
             kept = self.names.setdefault(reason, [])
-            kept.extend(other.names[reason][: KEPT - len(kept)])
+            names = other.names[reason][: KEPT - len(kept)]
+            kept.extend(f"{folder}/{name}" if folder else name for name in names)
 
     def notes(self) -> list[str]:
         """Return a line per reason."""
