@@ -43,6 +43,7 @@ SLOW = {
 }
 PARSED = {
     r"convmixer train cifar10 .*": "hours",
+    r"convmixer train '?(https|s3)://\S+": "needs a server; test_data_remote.py",
     r"convmixer (tune flowers|train flowers --config tune/).*": "hours; test_tuning.py searches",
     r"convmixer compare mixers cifar10 .*": "needs CIFAR-10, or a database",
     r"convmixer compare smoke digits --out studies/second --reuse .*": "test_studies_run.py reuses a study",

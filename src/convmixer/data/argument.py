@@ -15,6 +15,10 @@ HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 BUILT_IN = ("digits", *HUB_NAMES)
 TABLES = (".csv", ".tsv")
 SHARDS = (".parquet", ".tar")
+PROTOCOLS = ("http", "https", "s3", "gs")
+_SECRET = re.compile(
+    r"[?&](x-(amz|goog)-signature|signature|sig|token|access_token|key|api_key|password)=", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Argument:
         path: The file or folder; None for data that must be fetched or come with a package.
         repository: "owner/name" on the hub, or None.
         inside: The folder inside the repository.
+        url: The shards on a server, or None.
         notes: What was taken and how to mean the other thing, if there are two.
     """
 
@@ -34,14 +39,15 @@ class Argument:
     repository: str | None = None
     inside: str = ""
     notes: tuple[str, ...] = ()
+    url: str | None = None
 
 
 def read_argument(spec: str, recorded: bool = False) -> Argument:
     """Return what a data argument names.
 
     Args:
-        spec: "digits", "cifar10", "cifar100", a path, or "owner/name" or "owner/name/configuration" on the hub, with
-            "hf-hub:" in front if a path could be meant.
+        spec: "digits", "cifar10", "cifar100", a path, the URL of shards (see `remote.fetch_shards`), or "owner/name"
+            or "owner/name/configuration" on the hub, with "hf-hub:" in front if a path could be meant.
         recorded: The argument was read from weights or a record, not typed: then a name without "hf-hub:" in front is
             a path, and the hub is never asked for it.
 
@@ -52,6 +58,8 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
         return _built_in(spec)
     if spec.startswith(HUB):
         return _on_hub(spec.removeprefix(HUB), ())
+    if "://" in spec:
+        return _at_url(spec)
     path = Path(spec).expanduser()
     if _exists(path):
         other = _is_hub_name(spec) and not path.suffix
@@ -63,7 +71,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
     if not _is_hub_name(spec) or path.suffix in (*TABLES, *SHARDS):
         raise RequestError(
             f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
-            "or a hub name owner/name or owner/name/configuration"
+            "a URL of shards, or a hub name owner/name or owner/name/configuration"
         )
     if Path(spec.split("/")[0]).is_dir():
         raise RequestError(
@@ -93,6 +101,18 @@ def _on_hub(name: str, notes: tuple[str, ...]) -> Argument:
         raise RequestError(f"{name!r} is no name of a data set on the hub: write {HUB}owner/name")
     owner, repository, *inside = name.split("/")
     return Argument(HUB + name, None, f"{owner}/{repository}", "/".join(inside), notes)
+
+
+def _at_url(url: str) -> Argument:
+    protocol, _, rest = url.partition("://")
+    if protocol not in PROTOCOLS:
+        raise RequestError(f"{url}: data are read from {', '.join(PROTOCOLS)} or this disk, not from {protocol}")
+    if "@" in rest.split("/")[0] or _SECRET.search(url):
+        raise RequestError(
+            f"this {protocol}:// URL holds a password or a signature, which the run and its weights would keep: use "
+            "~/.netrc, or s3:// or gs:// with your credentials"
+        )
+    return Argument(url, url=url)
 
 
 def _is_hub_name(spec: str) -> bool:

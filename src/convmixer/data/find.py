@@ -1,6 +1,7 @@
 """What a data argument means: finds the images, labels, splits and class names behind it. Decodes no image."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from convmixer.data.hub import download
 from convmixer.data.labels import split_of
 from convmixer.data.options import Options
 from convmixer.data.parquet import find_parquet
+from convmixer.data.remote import fetch_shards
 from convmixer.data.shards import find_tars
 from convmixer.data.sources import Arrays
 from convmixer.data.table import find_table
 from convmixer.data.walk import Walk, walk
 from convmixer.errors import RequestError
+from convmixer.files import cache_folder
 
 NOT_READ = "beside the shards that are read"
 
@@ -38,6 +41,8 @@ def find(spec: str, recorded: bool = False, options: Options | None = None) -> F
     if argument.spec == "digits":
         options.check_used("the data set digits", "group")
         found = find_digits()
+    elif argument.url:
+        found = _find_remote(argument.url, recorded, options or Options())
     else:
         path = argument.path or download(argument) / argument.inside
         found = find_path(path, options, argument.repository and spec.removeprefix(HUB), not argument.repository)
@@ -61,6 +66,14 @@ def find_path(path: Path, options: Options, name: str | None = None, own_disk: b
             return _find_shards(walked, kind, files, name, options, own_disk)
     options.check_used(f"{path}, a folder whose class folders are the labels,", "group")
     return find_folder(walked, name)
+
+
+def _find_remote(url: str, recorded: bool, options: Options) -> Found:
+    files, kind, notes = fetch_shards(url, recorded)
+    root = cache_folder("shards")
+    name = re.split(r"[?#]", url)[0].rstrip("/").rpartition("/")[2]
+    found = _read_shards(root, kind, files, name, options, own_disk=False)
+    return replace(found, notes=[*notes, *found.notes])
 
 
 def _read_shards(path: Path, kind: str, files: Sequence[Path], name: str, options: Options, own_disk: bool) -> Found:
