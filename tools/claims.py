@@ -1,4 +1,4 @@
-"""Write docs/claims.md: each claim of the paper with what our records say of it.
+"""Write docs/claims.md: each claim of the paper, and what our records say about it.
 
     python tools/claims.py
 
@@ -24,9 +24,9 @@ page from [results/claims.yaml](../results/claims.yaml) and the records; a test 
 
 Each verdict is about a difference, paired over seeds: **supported** if its whole 95% interval agrees with the claim,
 **contradicted** if the whole interval disagrees, else **not decided**. The claims, and the smallest differences that
-matter, stood in the study files before the runs. The runs are short and small beside the paper's: each section says
-how the settings differ."""
-HEADS = ("test", "difference (95% interval)", "n", "verdict", "the paper's", "how its settings differ")
+matter, were written in the study files before the runs. The runs are short and small compared with the paper's: each
+section says how the settings differ."""
+HEADS = ("test", "difference (95% interval)", "n", "verdict", "the paper's difference", "how its settings differ")
 
 
 def page() -> str:
@@ -95,7 +95,8 @@ def _section(claim: dict[str, Any], tests: list[dict[str, Any]]) -> list[str]:
 
 def _row(test: dict[str, Any]) -> tuple[str, ...]:
     paper = test["paper"] or {}
-    theirs = f"{paper['difference']:+.2f}: {paper['says']} ({paper['source']})" if "difference" in paper else "–"
+    says = paper.get("says", "").replace(" beside ", " vs. ")  # the plans of finished studies are not edited
+    theirs = f"{paper['difference']:+.2f}: {says} ({paper['source']})" if "difference" in paper else "–"
     unit = "" if test["measure"] == "test_top1" or not test["n"] else " images/s"
     settings = " ".join(test["settings"].split()) or "–"
     return test["says"], difference_text(test) + unit, str(test["n"]), test["verdict"], theirs, settings

@@ -43,7 +43,7 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
 def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any]) -> None:
     """Print what the chosen weights were measured to."""
     console.print(f"chosen   {results['chosen']}")
-    for split, use in (("val", "chose the epoch"), ("test", "read once, now")):
+    for split, use in (("val", "used to choose the epoch"), ("test", "read once, now")):
         if results[f"{split}_n"]:
             top1, top5, n = (results[f"{split}_{key}"] for key in ("top1", "top5", "n"))
             console.print(f"{split:<8} top-1 {top1:.2f}%  top-5 {top5:.2f}%  of {n} images ({use})")

@@ -110,14 +110,14 @@ def _show(result: dict[str, Any], data: str) -> None:
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("MACs per image", f"{result['macs'] / 1e6:,.1f} million")
     table.add_row(
-        "memory of training", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB at batch {result['batch_size']}"
+        "training memory", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB at batch {result['batch_size']}"
     )
     table.add_row("computed by", f"{result['device']}, {result['precision']}, {result['kernels']}")
     table.add_row(
         "speed", f"{result['images_per_second']:,.0f} images/s, {result['seconds_per_step'] * 1e3:.1f} ms/step"
     )
     table.add_row("an epoch", f"{_time(result['seconds_per_epoch'])} ({result['steps_per_epoch']} steps)")
-    table.add_row("all", f"{_time(result['seconds_total'])} ({result['epochs']} epochs)")
+    table.add_row("total", f"{_time(result['seconds_total'])} ({result['epochs']} epochs)")
     for line in result["advice"]:
         table.add_row("advice", line)
     Console().print(table)
