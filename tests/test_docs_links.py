@@ -39,7 +39,7 @@ def test_files_named_in_the_text_exist() -> None:
 def test_rooms_named_by_the_architecture_exist() -> None:
     package = ROOT / "src" / "convmixer"
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text[text.index("## The rooms") : text.index("## The way of an image")]
+    table = text[text.index("## The rooms") : text.index("## What happens to an image")]
     named = re.findall(
         r"`([\w/.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     )
