@@ -32,7 +32,7 @@ RUN = {
     r"convmixer (val runs|predict|plot|explain|models|info)\b.*": [],
     r"convmixer export runs/flowers --format (web|onnx)\b.*": ["--limit", "4"],
     r"convmixer convert runs/flowers .*": [],
-    r"convmixer compare --list": [],
+    r"convmixer compare (--list|runs/flowers runs/small .*)": [],
     r"convmixer data flowers\b.*": [],
     r"convmixer (verify studies/smoke|compare smoke digits .*--resume).*": [],
 }
@@ -160,6 +160,7 @@ def trained(workplace: Path) -> Path:
     os.chdir(workplace)
     assert main(["train", "flowers", "--out", "runs/flowers", *TINY]) == 0
     os.chdir(here)
+    shutil.copytree(workplace / "runs" / "flowers", workplace / "runs" / "small")
     return workplace
 
 

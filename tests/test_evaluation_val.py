@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from convmixer import cli, kernels
 from convmixer.errors import RequestError
 from convmixer.evaluation.batchnorm import batchnorm_disagreement, recalibrate
-from convmixer.evaluation.metrics import evaluate, metrics, per_class, wilson
+from convmixer.evaluation.metrics import evaluate, metrics, per_class
 from convmixer.evaluation.val import val
 from convmixer.inference import predict_files
 from convmixer.models.convmixer import ConvMixer
@@ -52,12 +52,6 @@ def test_metrics_by_hand() -> None:
 def test_top5_counts_the_five_best() -> None:
     logits = torch.arange(8.0).flip(0).repeat(8, 1)  # class 0 is the likeliest
     assert metrics(logits, torch.arange(8))["top5"] == 100 * 5 / 8
-
-
-def test_wilson_is_statsmodels() -> None:
-    assert wilson(9260, 10000) == pytest.approx((0.92070, 0.93097), abs=1e-5)  # the usual formula, by hand
-    assert wilson(0, 10)[0] == 0
-    assert wilson(10, 10)[1] == pytest.approx(1)
 
 
 def test_per_class_by_hand() -> None:

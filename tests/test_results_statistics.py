@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
+from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict, wilson
 
 
 def test_interval_equals_scipy() -> None:
@@ -57,3 +57,9 @@ def test_nothing_paired_is_not_decided() -> None:
     assert verdict(None, "better", 1.0) == "not decided"
     with pytest.raises(ValueError, match="unknown relation"):
         verdict(Interval(0, 0, 0, 3), "worse", 1.0)
+
+
+def test_wilson_is_statsmodels() -> None:
+    assert wilson(9260, 10000) == pytest.approx((0.92070, 0.93097), abs=1e-5)  # the usual formula, by hand
+    assert wilson(0, 10)[0] == 0
+    assert wilson(10, 10)[1] == pytest.approx(1)

@@ -19,7 +19,7 @@ from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS
-from convmixer.run_folder import RECORD, STUDY_RECORDS
+from convmixer.run_folder import RECORD, STUDY_RECORDS, is_run
 
 if TYPE_CHECKING:
     from convmixer.data.options import Options
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(add("explain", _explain, "draw what a model looks at in an image"))
     _add_plot(add("plot", _plot, "draw what a model has learned"))
     _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
-    _add_compare(add("compare", _compare, "run a study: train its arms alike and write a report with verdicts"))
+    _add_compare(add("compare", _compare, "run a study with verdicts, or put runs of your own side by side"))
     _add_tune(add("tune", _tune, "search settings on a validation split and write the best as a recipe"))
     _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
     _add_models(add("models", _models, "list the models"))
@@ -482,10 +482,15 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_compare(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("study", nargs="?", help="a shipped study (see --list) or the path of a study file")
-    sub.add_argument("data", nargs="?", help="data set (default: the study's own)")
+    sub.add_argument(
+        "what",
+        nargs="*",
+        metavar="STUDY [DATA] | RUN RUN ...",
+        help="a shipped study (see --list) or the path of a study file, and a data set (default: the study's own); "
+        "or run folders, to put your own runs side by side",
+    )
     sub.add_argument("--list", action="store_true", help="list the shipped studies")
-    sub.add_argument("--out", type=Path, help="study folder (default: studies/<study>)")
+    sub.add_argument("--out", type=Path, help="folder (default: studies/<study>; of runs: comparison)")
     sub.add_argument("--resume", action="store_true", help="go on with the study in that folder")
     sub.add_argument("--budget", metavar="TIME", help="start no run that would not end within this time, such as 2h")
     sub.add_argument("--reuse", type=Path, metavar="DIR", help="take equal runs from this study instead of training")
@@ -500,13 +505,16 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         titles = list_titles()
         print("\n".join(f"{name:<12} {title}" for name, title in titles.items()))
         return {"studies": titles}
-    if not args.study:
-        raise RequestError("name a study: one of `convmixer compare --list`, or a study file")
+    runs = _runs_to_compare(args)
+    if runs:
+        from convmixer.results.comparison import compare_runs
+
+        return compare_runs(runs, args.out)
     from convmixer.studies.run import compare
 
     return compare(
-        args.study,
-        args.data,
+        args.what[0],
+        args.what[1] if len(args.what) > 1 else None,
         args.out,
         resume=args.resume,
         budget=args.budget,
@@ -516,6 +524,33 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         heartbeat_seconds=args.heartbeat,
         reuse=args.reuse,
     )
+
+
+def _runs_to_compare(args: argparse.Namespace) -> list[Path]:
+    """Return the run folders that `compare` was given, or none if it was given a study.
+
+    Raises:
+        RequestError: It could be both, or is neither.
+    """
+    from convmixer.studies.schema import list_studies
+
+    if not args.what:
+        raise RequestError("name a study (one of `convmixer compare --list`, or a study file), or two or more runs")
+    runs = [is_run(name) for name in args.what]
+    if runs[0] and args.what[0] in list_studies():
+        name = args.what[0]
+        raise RequestError(f"{name} is a shipped study and a run folder here: write ./{name} to mean the folder")
+    study = args.what[0] in list_studies() or args.what[0].endswith((".yaml", ".yml"))
+    if not runs[0] and len(args.what) <= 2 and (study or not any(runs)):
+        return []
+    if not all(runs):
+        other = args.what[runs.index(False)]
+        raise RequestError(f"{other} is not a run folder: name a study and data, or only runs")
+    defaults = {"resume": False, "budget": None, "reuse": None, "dry_run": False, "worker": False, "storage": None}
+    given = [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
+    if given:
+        raise RequestError(f"{', '.join(given)}: for studies only; runs are compared as they are")
+    return list(map(Path, args.what))
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 Also recognises the other folders that convmixer writes. Reads only file names and first bytes. Standard library only.
 """
 
+import hashlib
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -18,8 +19,24 @@ STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl
 SEARCH = "tune.json"
 MISTAKES = "mistakes.html"
 
+_DIGEST = "# sha256: "  # begins the last line of the settings
 _PICTURES = (".png", ".jpg", ".jpeg")
 _SHIPPED = Path(__file__).parent / "pretrained"
+
+
+def sealed(text: str) -> str:
+    """Return the text of a settings file with its digest as the last line."""
+    return f"{text}{_DIGEST}{_digest(text)}\n"
+
+
+def intact(text: str) -> bool:
+    """Return whether a settings file is as it was written; older ones have no digest and count as intact."""
+    body, mark, digest = text.rpartition(_DIGEST)
+    return not mark or digest.strip() == _digest(body)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class RunFolder:

@@ -1,6 +1,5 @@
 """Accuracy, loss, calibration and per-class results, from logits and labels."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torchmetrics.functional import classification as tm
 
 from convmixer.errors import RequestError
 from convmixer.inference import Logits, finite, torch_logits
+from convmixer.results.statistics import wilson
 
 ECE_BINS = 15
 
@@ -79,14 +79,6 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         "ece": float(ece),
         "ci95": [100 * bound for bound in wilson(correct, n)],
     }
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a share of `correct` in `n`, 0 to 1; 95% by default."""
-    share, spread = correct / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -91,3 +91,11 @@ def verdict(difference: Interval | None, relation: str, matters: float) -> str:
     if low >= least and high <= most:
         return SUPPORTED
     return CONTRADICTED if high < least or low > most else UNDECIDED
+
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a share of `correct` in `n`, 0 to 1; 95% by default."""
+    share, spread = correct / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from convmixer.results.fonts import drawing
 from convmixer.results.plots import depthwise_kernels, patch_filters
 from convmixer.results.study import StudyResults
 
@@ -65,12 +66,10 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
     """Return name -> (what it shows, themed SVG) of every picture that the records allow."""
     drawn: dict[str, tuple[str, str]] = {}
 
-    def add(name: str, title: str, draw: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
-        with plt.rc_context({**_STYLE, "svg.hashsalt": name}):  # a fixed salt: equal numbers give equal files
-            figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
-            if draw(results, axes):
-                drawn[name] = (title, _themed(figure, name))
-            plt.close(figure)
+    def add(name: str, title: str, plot: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
+        svg = draw(name, height, lambda axes: plot(results, axes))
+        if svg:
+            drawn[name] = (title, svg)
 
     arms, claims = len(results.plan["arms"]), len(results.plan["claims"])
     tall = 3.6 + 0.2 * ((arms + 1) // 2)  # with room for the legend
@@ -87,6 +86,22 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
     add("train-loss", "Training loss", _curves("train_loss", "training loss"), tall)
     add("val-top1", "Validation accuracy", _curves("top1", "validation top-1, %"), tall)
     return drawn
+
+
+def draw(name: str, height: float, plot: Callable[[Axes], bool], texts: Sequence[str] = ()) -> str | None:
+    """Return a picture as themed SVG, or None if there is nothing to draw.
+
+    Args:
+        name: Of the picture, different from all others on its page.
+        height: Of the figure, inches.
+        plot: Draws into the axes, and returns whether there was anything.
+        texts: Names that it will hold, in any script.
+    """
+    with drawing({**_STYLE, "svg.hashsalt": name}, texts):  # a fixed salt: equal numbers give equal files
+        figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
+        svg = _themed(figure, name) if plot(axes) else None
+        plt.close(figure)
+    return svg
 
 
 def standalone(svg: str) -> str:
@@ -179,7 +194,7 @@ def _claims(results: StudyResults, axes: Axes) -> bool:
     axes.grid(axis="y", visible=False)
     for name, (marker, colour) in look.items():
         axes.plot([], [], marker, color=colour, label=name)
-    return _legend(axes, len(claims), columns=3)
+    return legend(axes, len(claims), columns=3)
 
 
 def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes], bool]:
@@ -197,7 +212,7 @@ def _against(key: str, label: str, unit: float) -> Callable[[StudyResults, Axes]
                 points += 1
         axes.set(xlabel=label, ylabel="test top-1, %")
         axes.set_xlim(0, 1.1 * axes.dataLim.x1 if points else 1)
-        return _legend(axes, points)
+        return legend(axes, points)
 
     return draw
 
@@ -216,12 +231,13 @@ def _curves(key: str, label: str) -> Callable[[StudyResults, Axes], bool]:
             lines += 1
         axes.set(xlabel="epoch (line: mean, band: all seeds)", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _legend(axes, lines)
+        return legend(axes, lines)
 
     return draw
 
 
-def _legend(axes: Axes, entries: int, columns: int = 2) -> bool:
+def legend(axes: Axes, entries: int, columns: int = 2) -> bool:
+    """Put the legend below the axes if there are entries, and return whether there are."""
     if entries:
         handles: Sequence[Any] = axes.get_legend_handles_labels()[0]
         figure = axes.figure

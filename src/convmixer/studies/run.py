@@ -14,11 +14,11 @@ from convmixer import records
 from convmixer.config import Config, override, parse_seconds
 from convmixer.errors import RequestError
 from convmixer.files import write_atomic
+from convmixer.results.runs import read_metrics
 from convmixer.run_folder import BEST, MODEL, STUDY, RunFolder, StudyFolder, is_run
 from convmixer.studies.plan import Plan, duration, identity, load_splits, make_plan, probe_all, run_name
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
 from convmixer.studies.schema import Study, load_study
-from convmixer.train.folder import read_metrics
 
 REPORT_SEED_PICTURES = 0  # index of the seed whose filters and kernels the report shows
 

@@ -1,7 +1,6 @@
 """Writes the files of a run: settings, metrics, log, model card. Nothing here computes."""
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ from convmixer.data.datasets import DataSplits
 from convmixer.errors import RequestError
 from convmixer.files import naming, write_atomic
 from convmixer.preprocess import Preprocessing
-from convmixer.run_folder import CONFIG, LOCK, METRICS, MISTAKES, RECORD, STEPS, RunFolder, is_run
+from convmixer.run_folder import CONFIG, LOCK, METRICS, MISTAKES, RECORD, STEPS, RunFolder, intact, is_run, sealed
 from convmixer.text import markdown, terminal
 
 COLUMNS = (
@@ -36,15 +35,6 @@ COLUMNS = (
 )
 STEP_COLUMNS = ("step", "train_loss", "lr", "images_per_second")
 _NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", "build", "schedule")
-_DIGEST = "# sha256: "  # begins the last line of the settings
-
-
-def read_metrics(run: RunFolder) -> list[dict[str, float]]:
-    """Return what a run measured at each epoch: epoch, losses, val top-1 and seconds, if they were measured."""
-    with run.metrics.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    keys = ("epoch", "train_loss", "val_loss", "top1", "seconds")
-    return [{key: float(row[key]) for key in keys if row.get(key)} for row in rows]
 
 
 class RunFiles(RunFolder):
@@ -72,7 +62,7 @@ class RunFiles(RunFolder):
     def write_config(self, contents: Mapping[str, Any]) -> None:
         """Write the settings."""
         text = yaml.safe_dump(dict(contents), sort_keys=False, allow_unicode=True)
-        write_atomic(self.config, f"{text}{_DIGEST}{_digest(text)}\n".encode())
+        write_atomic(self.config, sealed(text).encode())
 
     def read_config(self) -> dict[str, Any]:
         """Return the contents of the settings file.
@@ -81,8 +71,7 @@ class RunFiles(RunFolder):
             RequestError: The folder is not a run, or its settings are damaged.
         """
         text = self._read_text(self.config, "is not a run folder")
-        body, mark, digest = text.rpartition(_DIGEST)
-        if mark and digest.strip() != _digest(body):
+        if not intact(text):
             raise RequestError(
                 f"{self.config} was damaged or changed after it was written: copy it again, or if you changed it on "
                 "purpose, delete its last line"
@@ -286,10 +275,6 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows({key: _round(row.get(key)) for key in columns} for row in rows)
     return text.getvalue().encode()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _next_free(name: str) -> Path:

@@ -22,9 +22,9 @@ from convmixer.config import Config, difference, override, parse_seconds, to_dic
 from convmixer.errors import RequestError
 from convmixer.files import write_atomic
 from convmixer.processes import is_dead, sign
+from convmixer.results.runs import read_metrics
 from convmixer.run_folder import SEARCH, STUDY_QUEUE, RunFolder, is_run
 from convmixer.studies.queue import HEARTBEAT_SECONDS, open_storage
-from convmixer.train.folder import read_metrics
 from convmixer.train.run import resume, train
 from convmixer.tuning.space import Space, load_space, suggest, values_of
 
