@@ -30,7 +30,11 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | 
 
 # settings, the check of their values, and the check in words
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("epochs batch_size grad_accum lr eps checkpoint_seconds fallback_lr_scale", lambda x: x > 0, "above 0"),
+    (
+        "epochs batch_size grad_accum lr eps checkpoint_seconds process_timeout fallback_lr_scale",
+        lambda x: x > 0,
+        "above 0",
+    ),
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("views unfreeze_epochs", lambda x: x >= 0, "at least 0"),
@@ -160,6 +164,9 @@ class Config:
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
     checkpoint_seconds: float = setting(
         60.0, "time between checkpoints inside an epoch; each epoch ends with one too"
+    )
+    process_timeout: float = setting(
+        600.0, "seconds that one of several processes waits for another before it gives up"
     )
 
     def __post_init__(self) -> None:

@@ -5,17 +5,22 @@ Started by `torchrun`; alone, every function here does nothing.
 
 import contextlib
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.rendezvous import rendezvous
 
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
+from convmixer.train.meeting import Meeting, PeerLost, under_torchrun
 
 T = TypeVar("T")
+_OF_A_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
+_meeting: Meeting | None = None  # of the process group that is open
 
 
 def world_size() -> int:
@@ -29,32 +34,79 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Connect the processes for the duration of a run: NCCL on GPUs, gloo elsewhere."""
-    if world_size() == 1 or dist.is_initialized():
+def process_group(device: torch.device, seconds: float) -> Iterator[bool]:
+    """Connect the processes for the duration of a run: NCCL on GPUs, gloo elsewhere.
+
+    Args:
+        device: Where this process computes.
+        seconds: How long a process waits for another one before it gives up.
+
+    Yields:
+        Whether torchrun started the processes again after one was lost.
+
+    Raises:
+        PeerLost: Another process does not answer.
+    """
+    global _meeting
+    if dist.is_initialized() or not (world_size() > 1 or under_torchrun()):
+        yield False
+        return
+    with _naming_the_lost():
+        _meeting = Meeting(rank(), world_size(), seconds)
+        try:
+            with _group(device, _meeting):
+                yield _meeting.restarted
+        finally:
+            _meeting = None
+
+
+@contextlib.contextmanager
+def _group(device: torch.device, meeting: Meeting) -> Iterator[None]:
+    if world_size() == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        dist.init_process_group(backend, store=_store_of_attempt(), rank=rank(), world_size=world_size())
-    else:
-        dist.init_process_group(backend)
+    limit = timedelta(seconds=meeting.seconds)
+    dist.init_process_group(backend, store=meeting.store, rank=rank(), world_size=world_size(), timeout=limit)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _store_of_attempt() -> dist.Store:
-    """Return torchrun's store with names that differ after each restart.
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Turn torch's errors of connections, which name source files and no remedy, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _OF_A_CONNECTION.search(text)):
+            raise
+        raise PeerLost(f"process {rank()} on {socket.gethostname()} lost another process: {text[:300]}") from error
 
-    torchrun keeps one store for all attempts, with the addresses of the processes that died: a process that reads one
-    of those waits forever. Several machines may count their attempts differently, so they keep torchrun's own names.
-    """
-    store, _, _ = next(rendezvous("env://"))
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+def everywhere(work: Callable[[], T]) -> T:
+    """Do something that takes very different times in each process; see `Meeting.everywhere`."""
+    return work() if _meeting is None else _meeting.everywhere(work)
+
+
+def check_equal(facts: dict[str, Any]) -> None:
+    """Raise RequestError if processes differ in what must be the same, e.g. the data of their machines."""
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, (socket.gethostname(), facts))
+    (first_host, first), *others = found
+    for number, (host, other) in enumerate(others, 1):
+        for name in facts:
+            if other[name] != first[name]:
+                raise RequestError(
+                    f"the processes differ in {name}: {shown(first[name])} in process 0 on {first_host}, "
+                    f"{shown(other[name])} in process {number} on {host}"
+                )
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

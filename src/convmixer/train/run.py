@@ -1,13 +1,13 @@
 """Train: settings in, run folder out; and resume, which continues a run as if it had never stopped."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convmixer.config import Config, override
+from convmixer._version import __version__
+from convmixer.config import Config, override, to_dict
 from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.files import remove_leftovers
@@ -15,11 +15,11 @@ from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import is_run
 from convmixer.train.budget import length_of
 from convmixer.train.checkpoint import load_checkpoint
-from convmixer.train.distributed import on_first, process_group, rank
+from convmixer.train.distributed import check_equal, everywhere, on_first, process_group, rank
 from convmixer.train.folder import RunFiles, check_empty, describe
 from convmixer.train.lock import RunLock
 from convmixer.train.session import OnEpoch, Run, summary
-from convmixer.train.setup import Build, prepare
+from convmixer.train.setup import Build, Job, prepare
 
 
 def train(
@@ -52,13 +52,14 @@ def train(
         RequestError: The settings, the data or the folder do not allow it.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is saved then.
     """
-    if out is not None and _restarted_by_torchrun() and is_run(out):
-        return resume(out, on_epoch=on_epoch)
     started = time.time()
-    with _processes(config):
-        if out is not None and rank() == 0:
-            check_empty(out)  # checked now and below; a refusal leaves no folder
-        job = prepare(data, config, build)
+    with _processes(config) as restarted:
+        if out is not None and restarted and on_first(lambda: is_run(out)):
+            return _continue(RunFiles(out), data, on_epoch=on_epoch)
+        if out is not None:
+            on_first(lambda: check_empty(out))  # checked now and below; a refusal leaves no folder
+        job = everywhere(lambda: prepare(data, config, build))
+        _check_equal(job)
         epochs, steps = length_of(job, started)
         name = recipe_name or data.rstrip("/").rpartition("/")[2]
         folder = on_first(lambda: RunFiles.create(out, name))
@@ -97,29 +98,53 @@ def resume(
             can be read.
     """
     folder = RunFiles(path)
-    contents = folder.read_config()
-    if results := folder.read_results():
-        print(f"{path} is finished already")
+    # another machine need not see the folder
+    settings = folder.read_config()["settings"] if rank() == 0 or is_run(path) else {}
+    with _processes(override(Config(), settings | ({"device": device} if device else {}))):
+        return _continue(folder, data, device, max_bad_fraction, on_epoch)
+
+
+def _continue(
+    folder: RunFiles,
+    data: str | None,
+    device: str | None = None,
+    max_bad_fraction: float | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, Any]:
+    """Continue a run in processes that are connected; the first one reads the folder for all."""
+    contents = on_first(folder.read_config)
+    if results := on_first(folder.read_results):
+        if rank() == 0:
+            print(f"{folder.path} is finished already")
         return summary(folder, results)
     if max_bad_fraction is not None:
         contents["settings"]["max_bad_fraction"] = max_bad_fraction
     config = override(Config(), contents["settings"] | ({"device": device} if device else {}))
-    with _processes(config), _alone(folder) as lock:
+    with _alone(folder) as lock:
         if max_bad_fraction is not None and rank() == 0:
             folder.write_config(contents)
-        state = load_checkpoint(folder.checkpoints)
+        state = on_first(lambda: load_checkpoint(folder.checkpoints))
         build = (contents["build"]["name"], contents["build"]["arguments"])
         known = Preprocessing(**contents["preprocessing"]) if state else None
-        job = prepare(data or contents["data"]["spec"], config, build, known, recorded=data is None)
+        spec = data or contents["data"]["spec"]
+        job = everywhere(lambda: prepare(spec, config, build, known, recorded=data is None))
+        _check_equal(job)
         if job.data.checksum != contents["data"]["checksum"]:
-            raise RequestError(f"the data of {path} have changed since it began: start a new run")
+            raise RequestError(f"the data of {folder.path} have changed since it began: start a new run")
         run = Run(job, folder, contents, time.time(), lock, on_epoch)
         run.restore(state)
         return run.to_the_end()
 
 
-def _processes(config: Config) -> contextlib.AbstractContextManager[None]:
-    return process_group(choose_device(config.device))
+def _check_equal(job: Job) -> None:
+    """Refuse processes of which one, on another machine, would train on something else."""
+    facts = {"version": __version__, "data": job.data.checksum, "model": job.build, "precision": job.config.precision}
+    settings = to_dict(job.config)
+    check_equal(facts | {name: settings[name] for name in settings if name not in ("device", "workers")})
+
+
+def _processes(config: Config) -> contextlib.AbstractContextManager[bool]:
+    return process_group(choose_device(config.device), config.process_timeout)
 
 
 @contextlib.contextmanager
@@ -138,8 +163,3 @@ def _alone(folder: RunFiles) -> Iterator[RunLock | None]:
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)
-
-
-def _restarted_by_torchrun() -> bool:
-    """Return whether torchrun restarted these processes after one died, with the same command line."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
