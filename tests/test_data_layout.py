@@ -88,10 +88,10 @@ def test_splits_in_class_folders() -> None:
 
 
 def test_what_could_be_splits_or_classes_is_asked_about() -> None:
-    with pytest.raises(RequestError, match=r"early, late all hold the folders cat, dog: if they are splits"):
+    with pytest.raises(RequestError, match=r"early, late all contain the folders cat, dog: if they are splits"):
         layout("early/cat early/dog late/cat late/dog")
     assert placed("cat/images dog/images")["dog/images"] == "train:dog"
-    with pytest.raises(RequestError, match="train may be a split or a class beside car, bus"):
+    with pytest.raises(RequestError, match="train may be a split, or a class like car, bus"):
         layout("car bus train/steam train/diesel=5")
     assert placed("train/cat=50 train/dog=50 test/cat more=500 extra")["more"] == NO_SPLIT
 

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_cannot_go_on_is_not_saved(tmp_path: Path) -> None:
     config = Config(
         model="convmixer_16_2_p1_k3", workers=0, lr=1e30, clip_norm=0.0, schedule="constant", checkpoint_seconds=1e-6
     )
-    with pytest.raises(FloatingPointError, match="the checkpoint before is kept"):
+    with pytest.raises(FloatingPointError, match="the previous checkpoint is kept"):
         train("digits", config, out=tmp_path / "run")
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
     assert state is not None

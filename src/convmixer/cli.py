@@ -32,7 +32,7 @@ Command = Callable[[argparse.Namespace], dict[str, Any]]
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names of files and classes need not be text
+        sys.stdout.reconfigure(errors="replace")  # file and class names may not be encodable here
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
     if extra:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except RequestError as error:
         return _fail(args, error, 2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args, error, 1)
     if args.json:
         print(json.dumps(_finite(result)), flush=True)
-    return 1 if result.get("failed") else 0  # a study writes its report of what did not fail
+    return 1 if result.get("failed") else 0  # a study with failed runs still writes its report
 
 
 def _finite(value: Any) -> Any:
@@ -103,16 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_val(add("val", _val, "measure accuracy and calibration on a split"))
     _add_predict(add("predict", _predict, "classify image files"))
     _add_data(add("data", _data, "show what a data set holds, with a picture of its classes"))
-    _add_plan(add("plan", _plan, "parameters, MACs, memory and time before training"))
+    _add_plan(add("plan", _plan, "estimate parameters, MACs, memory and time before training"))
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
-    _add_benchmark(add("benchmark", _benchmark, "measure speed and memory beside the peers"))
+    _add_benchmark(add("benchmark", _benchmark, "measure speed and memory against other runtimes"))
     _add_export(add("export", _export, "write an ONNX, OpenVINO or torch.export file, or a web page"))
     _add_convert(add("convert", _convert, "write weights in our format, with other sizes or classes"))
     _add_explain(add("explain", _explain, "draw what a model looks at in an image"))
     _add_plot(add("plot", _plot, "draw what a model has learned"))
-    _add_serve(add("serve", _serve, "a page and an HTTP API on one model"))
-    _add_compare(add("compare", _compare, "run a study with verdicts, or put runs of your own side by side"))
-    _add_tune(add("tune", _tune, "search settings on a validation split and write the best as a recipe"))
+    _add_serve(add("serve", _serve, "serve one model as a web page and an HTTP API"))
+    _add_compare(add("compare", _compare, "run a study with verdicts, or compare your own runs"))
+    _add_tune(add("tune", _tune, "search hyperparameters on a validation split and write the best as a recipe"))
     _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
@@ -188,7 +188,7 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", nargs="?", help="data set, see docs/data.md (default: digits)")
     sub.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<number>)")
     sub.add_argument(
-        "--resume", type=Path, metavar="RUN", help="continue the run in this folder; DATA: where its data are now"
+        "--resume", type=Path, metavar="RUN", help="continue the run in this folder; give DATA if its data have moved"
     )
     _add_settings(sub)
 
@@ -214,21 +214,26 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_meaning(sub: argparse.ArgumentParser) -> None:
-    """Add the flags that say what weights expect, for weights that do not carry it; used instead of what they say."""
-    group = sub.add_argument_group("what the weights expect (default: as they say, else a guess that is printed)")
+    """Add the flags that describe the input a model expects.
+
+    Needed for weights that do not store this; in weights that do, the flags override it.
+    """
+    group = sub.add_argument_group(
+        "input that the model expects (default: as stored with the weights, else a guess, which is printed)"
+    )
     group.add_argument("--img-size", type=int, metavar="S", help="side of the input in pixels")
     group.add_argument("--mean", type=_numbers, metavar="A,B,C", help="mean of each channel, of values from 0 to 1")
     group.add_argument("--std", type=_numbers, metavar="A,B,C", help="standard deviation of each channel")
     group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image that the centre crop keeps")
     group.add_argument("--interpolation", choices=("bicubic", "bilinear", "nearest"), help="filter for resizing")
-    group.add_argument("--act", choices=("gelu", "relu"), help="activation; weights of others do not tell it")
+    group.add_argument("--act", choices=("gelu", "relu"), help="activation function, if the weights do not store it")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers divided by commas, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
 
 
 def _meaning(args: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +246,9 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
     sub.add_argument("data", nargs="?", help="data set (default: the run's own)")
     sub.add_argument(
-        "--split", choices=("train", "val", "test"), help="default: test; of data without one, all images"
+        "--split",
+        choices=("train", "val", "test"),
+        help="default: test, or all images if the data have no test split",
     )
     sub.add_argument("--limit", type=int, metavar="N", help="evaluate a seeded sample of N images")
     sub.add_argument("--batch-size", type=int, default=64)
@@ -322,18 +329,24 @@ def _recalibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_benchmark(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("task", choices=("train", "infer"))
-    sub.add_argument("--model", help="a ConvMixer; the sizes below are put over its own")
+    sub.add_argument("--model", help="name of a ConvMixer; the sizes below override its own")
     for flag in ("--dim", "--depth", "--kernel-size", "--patch-size", "--img-size", "--num-classes"):
         sub.add_argument(flag, type=int, metavar="N")
     sub.add_argument("--act", choices=("gelu", "relu"))
-    sub.add_argument("--batch-size", type=int, metavar="N", help="default: 64 up to 64 pixels, else 4")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="default: 64 for images of up to 64 pixels, else 4")
     sub.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="bf16", help="default: bf16")
     sub.add_argument("--threads", type=int, help="default: the cores that this process may use")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    sub.add_argument("--peers", metavar="A,B", help="measure these peers alone; none: ours alone (default: all)")
+    sub.add_argument("--peers", metavar="A,B", help="other runtimes to measure; none: only ours (default: all)")
     sub.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: 7)")
-    sub.add_argument("--sample-seconds", type=float, default=0.3, help="least time of a turn (default: 0.3)")
-    sub.add_argument("--compile-limit", type=int, default=300, metavar="SECONDS", help="0: leave out what compiles")
+    sub.add_argument("--sample-seconds", type=float, default=0.3, help="minimum seconds per turn (default: 0.3)")
+    sub.add_argument(
+        "--compile-limit",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="time for a contender to compile before its first step; 0: leave out those that compile (default: 300)",
+    )
     sub.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     sub.add_argument("--record", type=Path, metavar="FILE", help="append a record to this JSON-lines file")
 
@@ -362,7 +375,9 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     sub.add_argument("--out", type=Path, help="file, or folder for web (default: RUN/exports/..., or here)")
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
-    sub.add_argument("--limit", type=int, metavar="N", help="images to check on (default: 1000; 64 above 64 pixels)")
+    sub.add_argument(
+        "--limit", type=int, metavar="N", help="images to check on (default: 1000, or 64 if larger than 64 pixels)"
+    )
     sub.add_argument("--samples", metavar="RUN|FOLDER|none", help="pictures for the web page (default: none)")
     _add_reading(sub)
     _add_meaning(sub)
@@ -376,7 +391,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("weights", help="weights of any dialect, run folder or name")
+    sub.add_argument("weights", help="weights in any known format, run folder or name")
     sub.add_argument("--out", type=Path, required=True, help="folder for the new weights")
     sub.add_argument("--patch-size", type=int, metavar="P", help="resize the patch embedding")
     sub.add_argument("--kernel-size", type=int, metavar="K", help="resize the depthwise kernels")
@@ -384,7 +399,7 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--classes", metavar="A,B,...", help="names of the classes; known ones keep their weights")
     sub.add_argument("--in-chans", type=int, metavar="C", help="image channels, 1 or 3")
     sub.add_argument("--img-size", type=int, metavar="S", help="side of the input in pixels")
-    sub.add_argument("--act", choices=("gelu", "relu"), help="activation, if the weights of others do not tell it")
+    sub.add_argument("--act", choices=("gelu", "relu"), help="activation function, if the weights do not store it")
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
@@ -428,7 +443,9 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free port")
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), default="auto")
     sub.add_argument(
-        "--token-file", type=Path, help="file with a bearer token to ask for (or set CONVMIXER_TOKEN); default: open"
+        "--token-file",
+        type=Path,
+        help="file with the bearer token that clients must send (or set CONVMIXER_TOKEN); default: none needed",
     )
     sub.add_argument(
         "--allowed-host",
@@ -442,9 +459,11 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="pages that may use the API, such as https://example.org, or *; may be repeated (default: its own)",
+        help="site whose pages may use the API, such as https://example.org, or *; repeatable (default: its own)",
     )
-    sub.add_argument("--root-path", default="", metavar="PATH", help="path in front of all others, behind a proxy")
+    sub.add_argument(
+        "--root-path", default="", metavar="PATH", help="URL prefix under which a proxy serves this page"
+    )
     sub.add_argument("--max-body-mb", type=float, default=16, help="default: 16")
     sub.add_argument("--max-pixels", type=int, default=50_000_000, help="per image (default: 50 million)")
     sub.add_argument("--max-images", type=int, default=32, help="per request (default: 32)")
@@ -454,7 +473,7 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--samples",
         metavar="RUN|FOLDER|none",
-        help="pictures on the page (default: the run's own on this machine only, else none)",
+        help="pictures on the page (default: the run's own samples if only this machine can connect, else none)",
     )
     _add_meaning(sub)
 
@@ -491,9 +510,11 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--list", action="store_true", help="list the shipped studies")
     sub.add_argument("--out", type=Path, help="folder (default: studies/<study>; of runs: comparison)")
-    sub.add_argument("--resume", action="store_true", help="go on with the study in that folder")
-    sub.add_argument("--budget", metavar="TIME", help="start no run that would not end within this time, such as 2h")
-    sub.add_argument("--reuse", type=Path, metavar="DIR", help="take equal runs from this study instead of training")
+    sub.add_argument("--resume", action="store_true", help="continue the study in that folder")
+    sub.add_argument("--budget", metavar="TIME", help="start only runs that would end within this time, such as 2h")
+    sub.add_argument(
+        "--reuse", type=Path, metavar="DIR", help="reuse identical runs of this study instead of training them"
+    )
     sub.add_argument("--dry-run", action="store_true", help="probe every arm, print the plan, train nothing")
     _add_worker(sub, "study")
 
@@ -555,13 +576,11 @@ def _runs_to_compare(args: argparse.Namespace) -> list[Path]:
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data", help="data set, see docs/data.md")
-    sub.add_argument("--out", type=Path, help="folder of the search (default: tune/<recipe>)")
+    sub.add_argument("--out", type=Path, help="folder for the search (default: tune/<recipe>)")
     sub.add_argument("--space", type=Path, metavar="FILE", help="YAML file of settings to search (default: shipped)")
     sub.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 20 without --budget)")
-    sub.add_argument(
-        "--budget", metavar="TIME", help="start no trial that would not end within this time, such as 2h"
-    )
-    sub.add_argument("--resume", action="store_true", help="go on with the search in that folder")
+    sub.add_argument("--budget", metavar="TIME", help="start only trials that would end within this time, such as 2h")
+    sub.add_argument("--resume", action="store_true", help="continue the search in that folder")
     _add_worker(sub, "search")
     _add_settings(sub)
 
@@ -592,7 +611,7 @@ def _add_worker(sub: argparse.ArgumentParser, what: str) -> None:
         "--storage", metavar="URL", help="queue for many machines, postgresql://... (default: SQLite in the folder)"
     )
     sub.add_argument(
-        "--heartbeat", type=int, default=15, metavar="SECONDS", help="a worker silent 8 times as long is dead"
+        "--heartbeat", type=int, default=15, metavar="SECONDS", help="a worker silent for 8 heartbeats counts as dead"
     )
 
 

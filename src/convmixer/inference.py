@@ -1,4 +1,4 @@
-"""Load once, predict many: images in, class names and probabilities out. Torch is imported for torch weights only."""
+"""Load once, predict many: images in, class names and probabilities out. Torch is imported only for torch weights."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ class Classifier:
         describe: What it is: "source", "name", "precision", "device", and the metadata saved with the weights.
         with_maps: The same batch -> logits and class-activation maps, see `models.maps.WithMaps`; None if the
             model has no exact ones.
-        loaded: The torch model behind it, which the kernels may compute; None for an exported file.
+        loaded: The torch model behind it, possibly accelerated by the kernels; None for an exported file.
     """
 
     logits: Logits
@@ -59,7 +59,7 @@ class Classifier:
         return self.with_maps(batch) if maps and self.with_maps else (self.logits(batch), None)
 
     def predict(self, images: Sequence[Image.Image], topk: int = 5) -> list[list[tuple[str, float]]]:
-        """Return for each image the likeliest classes with their probabilities, in falling order.
+        """Return for each image the likeliest classes with their probabilities, in descending order.
 
         Args:
             images: Decoded images of any mode and size; all go through in one batch.
@@ -70,7 +70,7 @@ class Classifier:
         return self.top(np.stack([preprocess(image, self.preprocessing) for image in images]), topk)
 
     def top(self, batch: np.ndarray, topk: int) -> list[list[tuple[str, float]]]:
-        """Return what `predict` does for a batch that is preprocessed already, (B, C, H, W)."""
+        """Return what `predict` returns, for a batch that is already preprocessed, (B, C, H, W)."""
         probabilities = softmax(self.logits(batch))
         return [
             [(self.classes[i], float(row[i])) for i in best]
@@ -79,7 +79,7 @@ class Classifier:
 
 
 def finite(logits: np.ndarray) -> np.ndarray:
-    """Return logits that are numbers; all that computes with a model's outputs asks here first.
+    """Return the logits if all are finite; every function that uses a model's outputs calls this first.
 
     Raises:
         RequestError: One is NaN or infinite.
@@ -104,7 +104,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def ranked(values: np.ndarray, topk: int) -> np.ndarray:
-    """Return the indices of the largest values along the last axis, in falling order; equal ones in theirs."""
+    """Return the indices of the largest values along the last axis, in descending order; ties keep their order."""
     order: np.ndarray = np.argsort(-values, axis=-1, kind="stable")[..., :topk]
     return order
 
@@ -123,17 +123,17 @@ def load_classifier(
         precision: "auto" (bf16 if the device computes it natively), "fp32", "tf32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run on the device of their runtime.
         calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
-        expected: What the weights expect instead of what they say, see `models.weights.load_model`: "act" and fields
-            of `Preprocessing`.
+        expected: Overrides of the input settings stored with the weights, see `models.weights.load_model`: "act" and
+            fields of `Preprocessing`.
 
     Raises:
-        RequestError: It cannot be loaded or not with this precision.
+        RequestError: It cannot be loaded, or not with this precision.
     """
     if is_exported(source):
         if expected:
             flags = ", ".join("--" + name.replace("_", "-") for name in expected)
             raise RequestError(
-                f"{source} carries what it expects: leave out {flags}, or export the weights with them"
+                f"{source} stores its own preprocessing: leave out {flags}, or export the weights with them"
             )
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
@@ -143,7 +143,10 @@ def load_classifier(
     where = choose_device(device)
     how = precision if precision == "int8" else choose_precision(precision, where)
     if how == "int8" and (calibration is None or not has_kernels(where, how)):
-        raise RequestError("int8 needs training images and the CPU: measure it with `val`, use it by `export`")
+        raise RequestError(
+            "int8 is not available here: it needs training images to calibrate on, and a CPU with kernels. Measure "
+            "it with `val --precision int8`, or use it through `export --precision int8`"
+        )
     loaded = load_model(source, **(expected or {}))
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}
     maps = torch_maps(loaded.model, where, "fp32" if how == "int8" else how)
@@ -186,7 +189,9 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
 
 
 def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> LogitsAndMaps | None:
-    """Return what `torch_logits` does and class-activation maps too, or None for a model without exact ones."""
+    """Return a function like that of `torch_logits` that also gives class-activation maps; None if there are no exact
+    ones.
+    """
     from convmixer.models.maps import WithMaps, has_maps
 
     if not has_maps(model):
@@ -196,7 +201,9 @@ def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> Lo
 
 @dataclass(frozen=True)
 class _LogitsOf:
-    """The first output of a run; a class, since a fitted estimator is pickled with it."""
+    """The first output of a run; a class and not a closure, because a fitted estimator that holds it must be
+    picklable.
+    """
 
     run: Callable[[np.ndarray], tuple[Any, ...]]
 
@@ -222,7 +229,7 @@ class _TorchRun:
         model.eval()
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = model(torch.from_numpy(batch).to(device))
-        for module, training in modes:  # a model that serves is in eval mode already, since other threads may run it
+        for module, training in modes:  # a served model is in eval mode already, because other threads may run it
             module.training = training
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)

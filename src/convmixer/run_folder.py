@@ -40,7 +40,7 @@ def _digest(text: str) -> str:
 
 
 class RunFolder:
-    """The paths of one run. Making one touches no file.
+    """The paths of one run. Creating the object touches no file.
 
     Args:
         path: The folder.
@@ -68,7 +68,7 @@ class RunFolder:
 
 
 class StudyFolder:
-    """The paths of one study. Making one touches no file.
+    """The paths of one study. Creating the object touches no file.
 
     Args:
         path: The folder.
@@ -94,7 +94,7 @@ def study_of_weights(weights: Path) -> tuple[StudyFolder, str]:
 
 
 def is_run(path: Path | str) -> bool:
-    """Return whether a folder is a run: it holds the config.yaml that a training writes first.
+    """Return whether a folder is a run: it holds the config.yaml that training writes first.
 
     A config.yaml of another program does not count: ours begins with the command.
     """
@@ -112,7 +112,7 @@ def is_study(path: Path | str) -> bool:
 
 
 def is_search(path: Path | str) -> bool:
-    """Return whether a folder is a search of settings: it holds the plan that `convmixer tune` writes first."""
+    """Return whether a folder is a hyperparameter search: it holds the plan that `convmixer tune` writes first."""
     return _is_file(Path(path) / SEARCH) and _exists(Path(path) / STUDY_QUEUE)
 
 
@@ -122,14 +122,14 @@ def is_web_export(path: Path | str) -> bool:
 
 
 def is_weights(path: Path | str) -> bool:
-    """Return whether a folder holds weights: model.safetensors beside its config.json."""
+    """Return whether a folder holds weights: model.safetensors and its config.json."""
     return all(_is_file(Path(path) / name) for name in (MODEL, MODEL_CONFIG))
 
 
 def is_own_output(path: Path | str) -> bool:
     """Return whether convmixer wrote this folder, so that its pictures are not data.
 
-    It is a run, study, search, export or weights. A folder with nothing but such folders, as `runs` is, counts too.
+    It is a run, study, search, export or weights. A folder that holds only such folders, like `runs`, counts too.
     """
     path = Path(path)
     return _is_output(path) or _holds_only_outputs(path)
@@ -149,7 +149,7 @@ def run_of(path: Path | str) -> Path | None:
 
 
 def sample_files(source: Path | str, most: int = 12) -> list[Path]:
-    """Return a few sample images kept beside weights: in their run folder, or in the folder of shipped weights.
+    """Return a few sample images kept with weights: in their run folder, or in the folder of shipped weights.
 
     Args:
         source: Weights or an exported file, anywhere in a run folder, or the name of shipped weights.

@@ -1,7 +1,7 @@
 """Which folders of an image folder are splits and which are classes: decided by names and structure alone.
 
-A folder is a split if a word of its name says so (`training_set`). Folders that could be either are refused by name,
-not guessed.
+A folder is a split if a word of its name says so (`training_set`). If a folder could be either, an error names it;
+nothing is guessed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ Folder = tuple[str, ...]  # the parts of a path relative to the data's root
 GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # a folder that names no class
 NO_CLASS = "not in a class folder"
 NO_CLASS_FOLDERS = "a split without class folders"
-NO_SPLIT = "beside the splits, but not named train, val or test"
+NO_SPLIT = "next to the splits, but not named train, val or test"
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Tree:
     """Folders that hold images, at any depth.
 
     Args:
-        images: Images directly in it.
+        images: Number of images directly in it.
         below: Its folders that hold images, by name.
     """
 
@@ -31,7 +31,7 @@ class Tree:
     below: dict[str, "Tree"] = field(default_factory=dict)
 
     def total(self) -> int:
-        """Return the images in it, at any depth."""
+        """Return the number of images in it, at any depth."""
         return self.images + sum(tree.total() for tree in self.below.values())
 
     def is_wrapper(self) -> bool:
@@ -45,7 +45,7 @@ class Layout:
     """Where the class folders are.
 
     Args:
-        splits: "train", "val" or "test" to the folder that holds its class folders; the key is "" if `inside`.
+        splits: "train", "val" or "test" -> the folder that holds its class folders; the only key is "" if `inside`.
         inside: Split folders are in the class folders, not around them.
         skipped: Folders that are not used, and why.
         notes: How it was read, if not obvious.
@@ -137,20 +137,20 @@ def _split_folders(tree: Tree) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _ask_about_one_split(tree: Tree, splits: Mapping[str, str]) -> None:
-    """Refuse if the only split holds fewer images than the folders beside it: it may be a class."""
+    """Refuse if the only split holds fewer images than the folders next to it: it may be a class."""
     others = [name for name in tree.below if name not in splits.values()]
     if len(splits) > 1 or len(others) < 2:
         return
     (name,) = splits.values()
     if sum(tree.below[other].total() for other in others) > tree.below[name].total():
         raise RequestError(
-            f"{name} may be a split or a class beside {_some(others)}: rename it if it is a class, "
+            f"{name} may be a split, or a class like {_some(others)}: rename it if it is a class, "
             f"or give the folder {name} as the data if it is the split"
         )
 
 
 def _inner(tree: Tree, splits: Mapping[str, str], name: str) -> Folder:
-    """Return the folders to step into before the class folders of a split, as in seg_train/seg_train/CLASS."""
+    """Return the wrapper folders between a split and its class folders, as in seg_train/seg_train/CLASS."""
     node = tree.below[name]
     path: Folder = ()
     all_wrapped = all(tree.below[other].is_wrapper() for other in splits.values())
@@ -163,7 +163,7 @@ def _inner(tree: Tree, splits: Mapping[str, str], name: str) -> Folder:
 
 
 def _without_classes(tree: Tree, splits: Mapping[str, str]) -> dict[str, str]:
-    """Return splits whose only folder is generic (val/images) although train's has class names."""
+    """Return splits whose only folder is generic (val/images) although the train folder has class folders."""
     train = tree.below[splits["train"]].below.keys() if "train" in splits else set()
     found = {}
     for split, name in splits.items():
@@ -189,8 +189,8 @@ def _refuse_equal_folders(tree: Tree) -> None:
     shared = set.intersection(*(set(node.below) for node in nodes))
     if len(shared) > 1 and all(2 * len(shared) >= len(node.below) for node in nodes):
         raise RequestError(
-            f"the folders {_some(tree.below)} all hold the folders {_some(sorted(shared))}: if they are splits, name "
-            "them train, val and test; if they are classes, give a table of path and label"
+            f"the folders {_some(tree.below)} all contain the folders {_some(sorted(shared))}: if they are splits, "
+            "name them train, val and test; if they are classes, give a table of path and label"
         )
 
 

@@ -1,6 +1,6 @@
-"""Which image is in which split: one image, one split, one label; and the splits that are made from train.
+"""Assigns every image to one split with one label, and makes missing splits from train.
 
-Only the seed decides what is random. Images with equal contents, and images of one group, are never parted.
+All randomness comes from the seed. Identical images, and images of one group, always stay in the same split.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from convmixer.data.options import Options
 from convmixer.errors import RequestError
 
-TEST_FRACTION = 0.2  # of data that come without a test split
+TEST_FRACTION = 0.2  # of train, if the data have no test split
 TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
-KEPT_IN = ("test", "val", "train")  # a copy stays in the first of these
+KEPT_IN = ("test", "val", "train")  # of several copies, only those in the first of these stay
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Conflicts:
     """Images that cannot all stay.
 
     Args:
-        contradicting: Split -> bool (N,): the same contents also occur with another label.
+        contradicting: Split -> bool (N,): an identical image has a different label.
         elsewhere: Split -> bool (N,): a copy of it stays in another split.
         copies: How many images are copies of others.
         notes: What was found, in words.
@@ -93,7 +93,7 @@ def _spread(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 def group_names(
     options: Options, columns: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Return the name of the group of every image by split, "" for one that belongs to none; nothing without groups.
+    """Return split -> the group name of every image, "" for an image in no group; {} if `--group` is not given.
 
     Args:
         options: Its `group` is a column or a regular expression.
@@ -110,11 +110,16 @@ def group_names(
     try:
         pattern = re.compile(options.group)
     except re.error as error:
-        raise RequestError(f"--group {options.group!r} is no column and no regular expression: {error}") from error
+        raise RequestError(
+            f"--group {options.group!r} is neither a column nor a valid regular expression: {error}"
+        ) from error
     found = {split: [_group_of(pattern, path) for path in paths] for split, paths in names.items()}
     if not any(any(groups) for groups in found.values()):
         example = next((path for paths in names.values() for path in paths), "")
-        raise RequestError(f"--group {options.group!r} is no column and matches no path, such as {example!r}")
+        raise RequestError(
+            f"--group {options.group!r} is neither a column nor a regular expression that matches a path, "
+            f"such as {example!r}"
+        )
     return found
 
 
@@ -135,7 +140,9 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
     for split, names in groups.items():
         for name in set(names) - {""}:
             if (other := seen.setdefault(name, split)) != split:
-                raise RequestError(f"group {name!r} is in {other} and in {split}: the data's own splits part groups")
+                raise RequestError(
+                    f"group {name!r} is in {other} and in {split}: the data's own splits separate images of one group"
+                )
     single = sum(name == "" for names in groups.values() for name in names)
     note = f"{len(seen)} groups, each in one split"
     return [note + (f"; {single} images belong to none" if single else "")]
@@ -170,8 +177,8 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarra
         labels: int64 (N,).
         fraction: Share of the images, 0 to 1, rounded up; train keeps at least one group of every class.
         seed: Chooses the groups.
-        groups: int64 (N,), group number of each image; images with one number stay together. None: every image by
-            itself.
+        groups: int64 (N,), group number of each image; images with one number stay together. None: every image is its
+            own group.
 
     Returns:
         bool, (N,): True for held out.
@@ -195,7 +202,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarra
 
 
 def _fill(candidates: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
-    """Return candidates in order that hold about `wanted` images together.
+    """Return the candidates, in their order, that together hold about `wanted` images.
 
     They are taken in turn, skipping a group that would overshoot by more than half its size.
     """

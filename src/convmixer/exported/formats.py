@@ -1,6 +1,6 @@
 """The table of export formats. Imports nothing heavy, so that `--help` and running ONNX files need no torch.
 
-To add a format, add a row here and a module beside this one with `write`, `check` and `read`; if it needs a package,
+To add a format, add a row here and a module in this folder with `write`, `check` and `read`; if it needs a package,
 add an extra to pyproject.toml.
 """
 
@@ -18,12 +18,12 @@ class Format:
 
     Args:
         name: What `--format` takes, e.g. "onnx".
-        module: The file beside this one that writes and reads it.
+        module: The file in this folder that writes and reads it.
         suffix: How the name of the file (or folder) ends.
         precisions: What `--precision` takes for it.
-        extra: The extra of this package that brings what it needs; "" if torch is enough.
+        extra: The extra of this package that installs what it needs; "" if torch is enough.
         summary: What it is for, in a few words.
-        beside: Suffixes of the export's further files.
+        more_suffixes: Suffixes of the additional files next to it.
         folder: If the export is a folder, the file that marks it.
     """
 
@@ -33,7 +33,7 @@ class Format:
     precisions: tuple[str, ...]
     extra: str
     summary: str
-    beside: tuple[str, ...] = ()
+    more_suffixes: tuple[str, ...] = ()
     folder: str = ""
 
     def load_module(self) -> Any:
@@ -41,8 +41,8 @@ class Format:
         return importlib.import_module(f"convmixer.exported.{self.module}")
 
     def parts(self, path: Path) -> list[Path]:
-        """Return the files that make up an export, the one that names it first."""
-        return [path, *(path.with_suffix(suffix) for suffix in self.beside)]
+        """Return the files that make up an export, beginning with the one that the user names."""
+        return [path, *(path.with_suffix(suffix) for suffix in self.more_suffixes)]
 
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -50,7 +50,9 @@ FORMATS = {
     row.name: row
     for row in (
         Format("onnx", "onnx", ".onnx", PRECISIONS, "export", "a file for ONNX Runtime"),
-        Format("openvino", "openvino", ".xml", PRECISIONS, "openvino", "two files for OpenVINO", beside=(".bin",)),
+        Format(
+            "openvino", "openvino", ".xml", PRECISIONS, "openvino", "two files for OpenVINO", more_suffixes=(".bin",)
+        ),
         Format("torch", "pt2", ".pt2", ("fp32",), "", "a torch.export program"),
         Format("web", "web", "-web", PRECISIONS, "export", "a page that classifies images", folder="model.js"),
     )

@@ -1,4 +1,4 @@
-"""Says whether the kernels can be used: on a device in a type, for a model, for a single pass."""
+"""Says whether the kernels can be used: for a device and dtype, for a model, for one forward pass."""
 
 import functools
 import sys
@@ -24,13 +24,14 @@ DTYPES = {
 }
 _NATIVE_BF16 = native_bf16()
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
-# own products win at 256 channels and batch 1, the library's at 768, by 2.4 to 3.8 times
+# our matrix multiplications are faster at 256 channels and batch 1; at 768 PyTorch's are 2.4 to 3.8 times as fast
 WIDE_FOR_AMX = 512
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why no kernels compute on a device in a type, or None. Builds the CPU's on first use.
+    """Return why the kernels cannot run on a device with a dtype, or None if they can. Builds the CPU kernels on
+    first use.
 
     Args:
         device: Where the model is.
@@ -46,12 +47,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Return whether torch's own bf16 products on a device are emulated, a hundred times slower than in fp32."""
+    """Return whether torch emulates bf16 matrix multiplications on a device, a hundred times slower than fp32."""
     return device.type == "cpu" and not _NATIVE_BF16
 
 
 def prefers_library(model: nn.Module, precision: str) -> bool:
-    """Return whether a CPU runs a model faster on the kernels of training, whose bf16 products are the library's.
+    """Return whether the training kernels, which use PyTorch's bf16 matrix multiplications, are faster on this CPU.
 
     It does if the model is wide and the CPU has AMX: our own inference kernels do not use its matrix instructions.
     """
@@ -60,7 +61,7 @@ def prefers_library(model: nn.Module, precision: str) -> bool:
 
 
 def has_kernels(device: torch.device, precision: str) -> bool:
-    """Return whether kernels compute on a device in a precision of `DTYPES`; int8 is for inference."""
+    """Return whether the kernels support a precision of `DTYPES` on a device; int8 is for inference only."""
     return why_not(device, DTYPES[precision]) is None
 
 
@@ -88,7 +89,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if about.reason:
         return about.reason
     if about.mixed_dtypes():
-        return "its parameters differ in type"
+        return "its parameters differ in dtype"
     weight = about.weights[0]
     return (
         _settings(model, weight, x) or why_not(weight.device, weight.dtype) or why_not(weight.device, dtype_of(model))

@@ -1,4 +1,4 @@
-"""`convmixer serve`: the page, and an HTTP API for programs, on one model.
+"""`convmixer serve`: one model as a web page, and as an HTTP API for programs.
 
     GET  /             the page                     GET  /v1/model     what is served
     POST /v1/predict   images -> classes            GET  /docs         this API, offline
@@ -7,8 +7,7 @@
 
 A request holds one image as its body, or up to 32 as files of a multipart form. `Limits` bounds what it may ask for,
 `Access` says who may ask. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get a plain 400.
-Requests that arrive together are computed together. File names and paths in a request are never used, and nothing
-of an image is logged.
+Concurrent requests are batched. File names and paths in a request are never used, and no image content is logged.
 """
 
 from collections.abc import AsyncIterator, Sequence

@@ -38,8 +38,8 @@ from convmixer.train.stages import Stage, plans_of
 from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
-WEIGHTS_SECONDS = 10.0  # between two writings of all weights while a classifier is trained on features
-ASK_EVERY = 16  # steps between the moments at which several processes agree to save or stop
+WEIGHTS_SECONDS = 10.0  # between two saves of all weights while a classifier is trained on features
+ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
 SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
 
 
@@ -151,7 +151,7 @@ class Run:
         if plan.freeze == ALL and (reason := features.why_not(self.job)):
             self.console.print(f"freeze   every step computes the frozen layers: {reason}")
         elif plan.freeze == ALL:
-            if self.writes and not resumes:  # checkpoints of this stage hold the classifier alone
+            if self.writes and not resumes:  # checkpoints of this stage hold only the classifier
                 self._save_weights(start, self.job.model, {"epoch": 0, "top1": None})
             cached = features.compute(self.job)
             self.console.print(f"features {cached.said}")
@@ -233,7 +233,9 @@ class Run:
             self._saved_at = time.monotonic()
 
     def _check_finite(self, loss: float) -> None:
-        """Raise if the loss or a weight is not finite; weights count because they change after the last loss."""
+        """Raise if the loss or a weight is not finite; weights are checked too: the optimizer changes them after the
+        last loss.
+        """
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.module.steps_done}"
         elif not all(torch.isfinite(p).all() for p in self.module.model.parameters()):
@@ -243,7 +245,7 @@ class Run:
         there = (self.folder.checkpoints / LATEST).exists()
         raise FloatingPointError(
             f"{what}: lower lr (now {self.config.lr:g}), raise eps or set clip_norm; "
-            + ("the checkpoint before is kept" if there else "no checkpoint was written before")
+            + ("the previous checkpoint is kept" if there else "no checkpoint was written before")
         )
 
     def _exit(self, how: str) -> NoReturn:
@@ -289,7 +291,7 @@ class Run:
             self.folder.log("data_changed", self.module.steps_done, {"epoch": row["epoch"], "what": change})
             self.console.print(
                 f"data     {self.job.data.name} changed while this run trains: {change}; "
-                "the run continues with the changed data; it cannot be resumed on them"
+                "the run continues on the changed data, but cannot be resumed with them"
             )
 
     def _measure_epoch(self) -> dict[str, Any]:
