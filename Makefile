@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-.PHONY: install demo check format test test-slow fuzz benchmark benchmark-train benchmark-infer benchmark-gpu docs clean
+.PHONY: install demo check format test test-slow fuzz dist dist-quick benchmark benchmark-train benchmark-infer benchmark-gpu docs clean
 
 install: $(VENV)/.installed  ## the environment, with the development extras
 
@@ -37,10 +37,16 @@ test: install  ## the whole suite but the slow tests
 	$(PYTEST)
 
 SECONDS ?= 600
-fuzz: install  ## the readers of images and forms, for SECONDS each
+fuzz: install  ## the readers of images, forms and weights, for SECONDS each
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[fuzz]"
-	$(BIN)/python tests/faults/fuzz.py images $(SECONDS)
-	$(BIN)/python tests/faults/fuzz.py forms $(SECONDS)
+	for target in images forms weights; do $(BIN)/python tests/faults/fuzz.py $$target $(SECONDS) || exit 1; done
+
+dist: install  ## the wheel and the sdist, in dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+dist-quick: dist  ## the wheel installed away from the checkout, tried with the packages of this environment
+	$(BIN)/python tools/install_matrix.py quick
 
 test-slow: install  ## the tests that take minutes
 	$(PYTEST) -m slow

@@ -177,7 +177,7 @@ def test_aot_inductor_packages_an_accelerated_model(tmp_path: Any) -> None:
     fast = accelerate(_plain())
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
-            torch.export.export(fast, (X,)), package_path=tmp_path / "m.pt2"
+            torch.export.export(fast, (X,)), package_path=str(tmp_path / "m.pt2")
         )
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(X), fast(X), rtol=1e-3, atol=1e-4)
 

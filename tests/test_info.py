@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from convmixer import __version__, records
 from convmixer.cli import main
-from convmixer.info import info
+from convmixer.info import info, lacks
 from convmixer.kernels import available
 
 
@@ -26,6 +27,28 @@ def test_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("CONVMIXER_KERNELS", "0")
     assert info()["kernels"]["available"] is False
     assert "CONVMIXER_KERNELS=0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "extra", "expected"),
+    [
+        ("torch>=2", "", False),
+        ("torch>=99", "", True),
+        ("a-package-that-nobody-has", "", True),
+        ("a-package-that-nobody-has", "serve", False),  # the package itself lacks it, not the extra
+        ('a-package-that-nobody-has>=1; extra == "serve"', "serve", True),
+        ('a-package-that-nobody-has>=1; extra == "serve"', "export", False),
+        ('a-package-that-nobody-has; python_version < "3" and extra == "serve"', "serve", False),
+        ('torch>=99; extra == "serve"', "serve", True),
+    ],
+)
+def test_a_package_is_missing_if_it_is_needed_and_not_there_or_too_old(line: str, extra: str, expected: bool) -> None:
+    assert lacks(Requirement(line), extra) is expected
+
+
+def test_nothing_is_missing_where_the_suite_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info()["missing"] == {}
+    assert "missing     nothing" in capsys.readouterr().out
 
 
 def test_version_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,13 @@
-"""What this installation runs on: versions, devices, the processor, and its kernels, or why there are none."""
+"""What this installation runs on: versions, devices, the processor, kernels, and what is missing."""
 
+import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from convmixer import kernels
 from convmixer._version import __version__
@@ -14,6 +17,7 @@ from convmixer.kernels.cpu import build
 from convmixer.records import processor_name, version_of
 
 _PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")
+_FOR_DEVELOPERS = ("dev", "fuzz")  # extras that users do not need
 _SHOWN = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -39,9 +43,33 @@ def info() -> dict[str, Any]:
             "library": str(build.library()) if reason is None else None,
         },
         "gpu_kernels": _gpu_kernels(),
+        "missing": missing(),
     }
     _print(described)
     return described
+
+
+def missing() -> dict[str, list[str]]:
+    """Return what is not installed or too old, as pip names it, by extra; "" is the package itself."""
+    try:
+        about = importlib.metadata.metadata("convmixer")
+        needed = [Requirement(line) for line in importlib.metadata.requires("convmixer") or []]
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return {}
+    extras = [name for name in about.get_all("Provides-Extra") or [] if name not in _FOR_DEVELOPERS]
+    found = {name: [str(r.name) + str(r.specifier) for r in needed if lacks(r, name)] for name in ["", *extras]}
+    return {name: packages for name, packages in found.items() if packages}
+
+
+def lacks(requirement: Requirement, extra: str) -> bool:
+    """Return whether an extra, or with "" the package itself, needs something that is not there."""
+    asked, always = (
+        requirement.marker is None or requirement.marker.evaluate({"extra": name}) for name in (extra, "")
+    )
+    if not asked or (extra and always):
+        return False
+    version = version_of(requirement.name)
+    return version is None or not requirement.specifier.contains(version, prereleases=True)
 
 
 def _devices() -> list[str]:
@@ -54,6 +82,15 @@ def _gpu_kernels() -> dict[str, Any]:
     if torch.cuda.is_available():
         reason = kernels.cuda.why_not(torch.device("cuda"), torch.bfloat16) or ""
     return {"available": not reason, "why_not": reason or None, "triton": version_of("triton")}
+
+
+def _in_words(missing: Mapping[str, list[str]]) -> list[str]:
+    """Return a line for each extra that lacks something, and for the package itself."""
+    lines = []
+    for extra, packages in missing.items():
+        name = f"convmixer[{extra}]" if extra else "convmixer"
+        lines.append(f"{', '.join(packages)}: pip install '{name}'")
+    return lines or ["nothing"]
 
 
 def _print(described: dict[str, Any]) -> None:
@@ -73,3 +110,4 @@ def _print(described: dict[str, Any]) -> None:
     print(
         f"on GPU      {'not used: ' + on_gpu['why_not'] if on_gpu['why_not'] else 'Triton ' + str(on_gpu['triton'])}"
     )
+    print("\n".join(f"missing     {line}" for line in _in_words(described["missing"])))

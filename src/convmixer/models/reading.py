@@ -9,6 +9,7 @@ import json
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,7 +53,8 @@ def read_file(path: Path) -> Any:
         return read_safetensors(path)[0]
     try:
         _check_pickles(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch finds odd in damaged bytes
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RequestError, MemoryError):
         raise

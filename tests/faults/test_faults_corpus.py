@@ -1,0 +1,17 @@
+"""The inputs that fuzzing kept are read again: each gives a result or a refusal, in no time."""
+
+from pathlib import Path
+
+import pytest
+from targets import targets
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+@pytest.mark.parametrize("name", ["images", "forms", "weights"])
+def test_nothing_but_a_refusal_comes_of_the_kept_inputs(name: str, tmp_path: Path) -> None:
+    kept = sorted((CORPUS / name).iterdir())
+    assert kept
+    read = targets(tmp_path)[name]
+    for file in kept:
+        read(file.read_bytes())
