@@ -1,7 +1,9 @@
 """Two machines train as one; a pulled cable and a machine that vanishes lose at most the steps since a checkpoint."""
 
 import json
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from convmixer.run_folder import LAST, LATEST, MODEL, RunFolder
+from convmixer.train.checkpoint import load_checkpoint
 from machines import Machine, torchrun, two_machines, why_not
 from test_train_processes import ARGUMENTS, ENVIRONMENT, run
 
@@ -86,3 +89,52 @@ def test_a_cable_pulled_for_20_seconds_changes_nothing(machines: tuple[Machine, 
         assert "resuming" not in output
     expected, found = weights(whole), weights(out)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def step_of(run: Path) -> int:
+    """Return the step of the checkpoint that a resumed run begins from."""
+    state = load_checkpoint(RunFolder(run).checkpoints)
+    assert state is not None
+    return int(state["module"]["steps_done"])
+
+
+def resumed_at(output: str) -> int:
+    found = re.search(r"resuming .* at step (\d+) of 300", output)
+    assert found, output
+    return int(found[1])
+
+
+def test_without_one_machine_the_other_goes_on(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
+    """`--nnodes 1:2 --max-restarts 2`: from the last checkpoint, alone."""
+    out = tmp_path / "run"
+    more = (*LONG, "--process-timeout", "15")
+    processes = [start(machine, out, *more, nodes="1:2", restarts=2) for machine in machines]
+    wait_for_steps(out, 20)
+    machines[1].die()
+    output, _ = processes[0].communicate(timeout=240)
+    assert processes[0].returncode == 0, output
+    assert re.search(r"process 0 on \S+ lost another one", output), output
+    assert resumed_at(output) >= 20
+    assert json.loads(RunFolder(out).record.read_text())["results"]["processes"] == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_lost_machine_ends_the_other_and_no_checkpoint(
+    machines: tuple[Machine, Machine], tmp_path: Path, kept: int
+) -> None:
+    """Of the first machine with torchrun's store, the second one's torchrun may be the quicker to notice."""
+    out = tmp_path / "run"
+    processes = [start(machine, out, *LONG, "--process-timeout", "15") for machine in machines]
+    wait_for_steps(out, 20)
+    machines[1 - kept].die()
+    output, _ = processes[kept].communicate(timeout=240)
+    assert processes[kept].returncode == 1, output
+    lines = [line for line in output.splitlines() if line.startswith("convmixer train:")]
+    assert len(lines) == 1 or kept == 1, output
+    assert all(re.search(r"process \d on \S+ lost another one .*continue with --resume", line) for line in lines)
+    step = step_of(out)
+    assert step >= 20
+    command = [sys.executable, "-m", "convmixer", "train", "--resume", str(out)]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert resumed_at(again.stdout) == step

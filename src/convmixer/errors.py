@@ -1,4 +1,4 @@
-"""The one exception that means "the request was wrong"; the command line turns it into one line and exit status 2."""
+"""The exceptions that the command line turns into one line: a wrong request (status 2), and a lost process (1)."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class RequestError(ValueError):
     """What was asked for cannot be done; the message says what is wrong and what to do."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the same training does not answer any more."""
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from convmixer.errors import RequestError, shown
-from convmixer.train.meeting import Meeting, PeerLost, under_torchrun
+from convmixer.errors import PeerLost, RequestError, shown
+from convmixer.train.meeting import Meeting, under_torchrun
 
 T = TypeVar("T")
 _OF_A_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
+_SOURCE = re.compile(r"^\[\S+:\d+\] ")  # the line of torch's source that an error begins with
 _meeting: Meeting | None = None  # of the process group that is open
 
 
@@ -82,10 +83,13 @@ def _naming_the_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = _SOURCE.sub("", " ".join(str(error).split()))[:200]
         if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _OF_A_CONNECTION.search(text)):
             raise
-        raise PeerLost(f"process {rank()} on {socket.gethostname()} lost another process: {text[:300]}") from error
+        raise PeerLost(
+            f"process {rank()} on {socket.gethostname()} lost another one ({text}); the last checkpoint is kept, "
+            "continue with --resume"
+        ) from error
 
 
 def everywhere(work: Callable[[], T]) -> T:

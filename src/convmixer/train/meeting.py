@@ -20,17 +20,13 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from convmixer.errors import RequestError
+from convmixer.errors import PeerLost, RequestError
 
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 2.0
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR of Linux
 
 T = TypeVar("T")
-
-
-class PeerLost(RuntimeError):
-    """Another process does not answer any more."""
 
 
 def under_torchrun() -> bool:
