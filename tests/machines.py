@@ -53,6 +53,10 @@ class Machine:
         self.processes.append(process)
         return process
 
+    def give_up_soon(self) -> None:
+        """Let connections end after some 20 s without an answer, not 15 minutes."""
+        _ip("netns", "exec", self.name, "sysctl", "-w", "net.ipv4.tcp_retries2=5")
+
     def pull(self) -> None:
         """Pull the cable."""
         _ip("-n", self.name, "link", "set", self.card, "down")

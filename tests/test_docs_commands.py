@@ -54,7 +54,7 @@ PARSED = {
 }
 OTHER = {
     r"make \S+( OPTIONS=.*)?": "its target exists",
-    r"torchrun --nproc-per-node \d+ -m convmixer .*": "parsed; test_train_processes.py",
+    r"torchrun (--nnodes \d+ )?--nproc-per-node \d+ (--rdzv-\S+ \S+ )*-m convmixer .*": "test_train_machines.py",
     r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve_api.py sends the same form",
     r"docker (build|run) .*": "test_serve_docker.py",
     r"source .venv/bin/activate|pip install .*": "the installation",

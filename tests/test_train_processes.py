@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from convmixer.run_folder import LAST, LATEST, MODEL, RunFolder
+from data_sets import write_folder
 
 ARGUMENTS = [
     *("train", "digits", "--model", "convmixer_16_2_p1_k3", "--epochs", "2", "--batch-size", "128", "--lr", "0.01"),
@@ -110,3 +112,22 @@ def test_a_killed_process_is_restarted_and_the_result_is_the_same(tmp_path: Path
     assert "resuming" in output, output
     expected, found = weights(whole), weights(disturbed)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["other", "missing"])
+def test_processes_with_other_data_are_refused(tmp_path: Path, second: str) -> None:
+    """As if the machines of two processes had other files under one name."""
+    folders = [write_folder(tmp_path / "0", range(200)), tmp_path / "1"]
+    if second == "other":
+        write_folder(folders[1], range(1, 201))
+    script = (
+        f"exec {sys.executable} -m convmixer train {tmp_path}/$RANK {' '.join(ARGUMENTS[2:])} --out {tmp_path}/run"
+    )
+    command = [sys.executable, *torchrun(2), "--no-python", "sh", "-c", script]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    said = {line for line in done.stderr.splitlines() if line.startswith("convmixer train:")}
+    expected = "the processes differ in data: " if second == "other" else r"no data .*\(process 1 on \S+\)"
+    assert any(re.search(expected, line) for line in said), done.stderr
+    assert not (tmp_path / "run").exists()
