@@ -26,27 +26,27 @@ def test_a_run_of_one_epoch_has_curves_over_its_steps(tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 20)) > 50
 
 
-def steps_of(rows: StepRows, first: int, last: int, epoch: int) -> None:
-    """Take steps whose loss is their number; `epoch` is its length in steps."""
+def steps_of(rows: StepRows, first: int, last: int, epoch: int, total: int) -> None:
+    """Take steps of a run of `total` whose loss is their number; `epoch` is its length in steps."""
     for step in range(first, last + 1):
         begins = (step - 1) // epoch * epoch + 1
-        rows.add(step, torch.tensor(float(sum(range(begins, step + 1)))), 0.1, step % epoch == 0)
+        rows.add(step, torch.tensor(float(sum(range(begins, step + 1)))), 0.1, step / total, step % epoch == 0)
         if step % epoch == 0:
             rows.new_epoch()
 
 
 def test_a_long_run_keeps_few_rows_whose_loss_is_the_mean_of_their_steps() -> None:
-    rows = StepRows(10 * MOST_ROWS, 64)
-    steps_of(rows, 1, 30, epoch=25)
+    rows = StepRows(64)
+    steps_of(rows, 1, 30, epoch=25, total=10 * MOST_ROWS)
     assert [(row["step"], row["train_loss"]) for row in rows.rows] == [(10, 5.5), (20, 15.5), (25, 23), (30, 28)]
 
 
 def test_rows_go_on_from_a_state_in_the_middle_of_a_row() -> None:
-    whole, first, second = (StepRows(3 * MOST_ROWS, 64) for _ in range(3))
-    steps_of(whole, 1, 12, epoch=10)
-    steps_of(first, 1, 4, epoch=10)
+    whole, first, second = (StepRows(64) for _ in range(3))
+    steps_of(whole, 1, 12, epoch=10, total=3 * MOST_ROWS)
+    steps_of(first, 1, 4, epoch=10, total=3 * MOST_ROWS)
     second.restore(first.state(), 4)
-    steps_of(second, 5, 12, epoch=10)
+    steps_of(second, 5, 12, epoch=10, total=3 * MOST_ROWS)
     assert [(r["step"], r["train_loss"]) for r in second.rows] == [(r["step"], r["train_loss"]) for r in whole.rows]
     second.restore(None, 12)
     assert second.rows == []

@@ -7,9 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from convmixer import records
 from convmixer.config import Config
-from convmixer.errors import RequestError
 from convmixer.models.convmixer import ConvMixer
 from convmixer.recipes import load_recipe
 from convmixer.train.checkpoint import load_checkpoint
@@ -134,22 +132,6 @@ def test_measuring_the_speed_changes_nothing() -> None:
     assert module.steps_done == 0
     assert not module.optimizer.state
     assert all(torch.equal(before[key], value) for key, value in module.model.state_dict().items())
-
-
-def test_a_time_budget_shortens_the_run_and_its_schedule(tmp_path: Path) -> None:
-    config = Config(model="convmixer_16_2_p1_k3", workers=0, batch_size=64, epochs=100_000, max_time="15s", lr=0.02)
-    result = train("digits", config, out=tmp_path / "run")
-    assert result["seconds"] < 40  # a machine may be busy; without the limit this takes hours
-    assert 0 < result["epochs"] < 100_000
-    last = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")
-    assert float(last[2]) < 0.02  # the rate came down within the budget
-    (record,) = records.read(tmp_path / "run" / "record.jsonl")
-    assert record.config["max_time"] == "15s"
-
-
-def test_a_budget_too_short_for_a_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="too short"):
-        train("digits", Config(model="convmixer_16_2_p1_k3", workers=0, max_time="1s"), out=tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path: Path) -> None:

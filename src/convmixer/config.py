@@ -31,7 +31,7 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | 
 # settings, the check of their values, and the check in words
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "epochs batch_size grad_accum lr eps checkpoint_seconds process_timeout fallback_lr_scale",
+        "batch_size grad_accum lr eps checkpoint_seconds process_timeout fallback_lr_scale",
         lambda x: x > 0,
         "above 0",
     ),
@@ -131,7 +131,7 @@ class Config:
     mixup_switch_prob: float = setting(0.5, "probability of cutmix if both are on")
     smoothing: float = setting(0.0, "label smoothing")
     # optimisation
-    epochs: int = setting(10, "passes over the training set")
+    epochs: int = setting(10, "passes over the training set; 0: as many as fit into max_time")
     batch_size: int = setting(64, "images per optimiser step, over all processes and accumulation steps")
     grad_accum: int = setting(1, "parts that a batch is computed in, to save memory")
     optimizer: str = setting(
@@ -158,7 +158,9 @@ class Config:
         ("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    max_time: str | None = setting(None, "time budget such as 30m or 2h; the schedule is fitted to it")
+    max_time: str | None = setting(
+        None, "time for all of the run, such as 30m or 2h, instead of epochs; with both, or freeze, at most this time"
+    )
     test: bool = setting(True, "read the test split once, at the end")
     draw: bool = setting(True, "draw pictures of the data and the result into the run folder")
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
@@ -194,6 +196,8 @@ class Config:
             raise RequestError("views needs freeze all: with other layers trained, every epoch has views of its own")
         if self.max_time is not None:
             parse_seconds(self.max_time)
+        if self.epochs < (self.max_time is None):
+            raise RequestError(f"epochs must be above 0, not {self.epochs}, unless max_time is given")
 
 
 def _text(value: Any) -> str:
@@ -273,6 +277,9 @@ def _bool(value: Any) -> bool:
 def override(base: Config, values: Mapping[str, Any]) -> Config:
     """Return `base` with fields replaced by outside values.
 
+    A `max_time` among the values takes the place of the base's epochs, unless layers are frozen: a classifier needs
+    little time.
+
     Args:
         base: The settings to start from.
         values: Setting name to value, as YAML or the command line gives them; "-" in a name counts as "_".
@@ -287,6 +294,8 @@ def override(base: Config, values: Mapping[str, Any]) -> Config:
         if name not in hints:
             raise unknown("setting", str(key), hints)
         clean[name] = coerce(name, value, hints[name])
+    if clean.get("max_time") and not clean.get("freeze", base.freeze):
+        clean.setdefault("epochs", 0)
     return dataclasses.replace(base, **clean)
 
 

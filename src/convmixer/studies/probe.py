@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from convmixer.config import Config, override, to_dict
+from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.device import count_memory
 from convmixer.errors import RequestError
 from convmixer.probe import Build, fresh, median_seconds
@@ -48,17 +48,18 @@ def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
     job = prepare(data, config, build)
     set_up = time.perf_counter() - started
     memory = count_memory(job.device)
-    step = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
+    step = statistics.median(measure_speed(job.module(config.epochs or 1), job.train_loader(workers=0)))
     peak = memory()
     infer = infer_speed(job.model, job.preprocessing, job.config.precision)
     splits = (job.data.val, job.data.test)
     val, test = (len(split) if split else 0 for split in splits)
     images = config.epochs * job.steps_per_epoch * job.batch_size
+    needed = set_up + images * step / job.batch_size + (val * config.epochs + test) / infer
     return {
         "train_images_per_second": job.batch_size / step,
         "infer_images_per_second": infer,
         "peak_memory_bytes": peak,
-        "seconds": set_up + images * step / job.batch_size + (val * config.epochs + test) / infer,
+        "seconds": needed if config.epochs else parse_seconds(str(config.max_time)),
         "precision": job.config.precision,
         "device": job.device.type,
         "threads": torch.get_num_threads(),
@@ -91,7 +92,7 @@ def step_cost(data: str, config: Config, make: Callable[[str, dict[str, Any]], B
         key = json.dumps(build)
         if key not in known:
             job = prepare(data, config, build)
-            known[key] = statistics.median(measure_speed(job.module(config.epochs), job.train_loader(workers=0)))
+            known[key] = statistics.median(measure_speed(job.module(config.epochs or 1), job.train_loader(workers=0)))
         return known[key]
 
     return cost

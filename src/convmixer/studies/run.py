@@ -250,7 +250,7 @@ class Runner:
         whole = statistics.median(done) if done else float(self.plan["probes"][arm]["seconds"])
         run_folder = self.folder.run(run)
         epochs = [row["epoch"] for row in read_metrics(run_folder)] if run_folder.metrics.exists() else []
-        return whole * (1 - max(epochs, default=0.0) / self.study.config(arm, seed).epochs)
+        return whole * (1 - max(epochs, default=0.0) / max(self.study.config(arm, seed).epochs, 1))
 
     def _say_next(self, run: str) -> None:
         done, total = len(self.queue.records()), len(self.plan["runs"])

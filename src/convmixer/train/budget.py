@@ -1,57 +1,194 @@
-"""How long a run gets: the settings' epochs, or fewer if a time budget allows only fewer."""
+"""A time budget that holds: what share of it is used at each step, and when training must end so that the rest fits.
 
-import math
+The learning rate follows the share. Each step's share is on disk before the step is taken, so a run that died repeats
+its steps at the same rates. What comes after the last step (evaluation, weights, pictures) is estimated from what it
+took so far, and scaled by the machine's speed of the moment, which a gauge measures from time to time.
+"""
+
 import statistics
+import struct
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from convmixer.config import parse_seconds
-from convmixer.errors import RequestError
-from convmixer.train.distributed import from_first, rank
-from convmixer.train.engine import measure_speed
-from convmixer.train.module import TrainingModule
+import torch
+
+from convmixer.train.distributed import from_first, rank, world_size
+from convmixer.train.module import TrainingModule, autocast
+from convmixer.train.plans import Plan
 from convmixer.train.scores import score
 from convmixer.train.setup import Job
 
-FINISH_SECONDS = 10.0  # kept of a time budget for the pictures and the last files
+GAUGE_EVERY = 0.02  # share of the budget between two measurements of the machine's speed
+GAUGE_IMAGES, GAUGE_SECONDS = 16, 0.05
+PROBED_IMAGES = 512
+SLACK = 1.2  # what is kept for the end is this factor more than the estimate
+_OVER = -1.0  # instead of a share: the training ended here
+_ENTRY = struct.Struct("<dd")  # share of the budget, seconds since the run began
 
 
-def length_of(job: Job, started: float) -> tuple[float, int]:
-    """Return epochs and steps: the settings', or fewer if a time budget allows only fewer.
+class Budget:
+    """The time of a run, and how much of it each step has used.
 
-    Raises:
-        RequestError: Not one step fits.
+    Args:
+        seconds: All of it, with loading and the last evaluation.
+        elapsed: Returns the seconds that the run has taken.
+        path: Where the steps' shares are kept.
     """
-    config, per_epoch = job.config, job.steps_per_epoch
-    all_epochs = config.epochs + config.unfreeze_epochs
-    wanted = all_epochs * per_epoch
-    if config.max_time is None:
-        return float(all_epochs), wanted
-    module = job.module(config.epochs)
-    step = statistics.median(measure_speed(module, job.train_loader(workers=config.workers)))
-    val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
-    per_image = seconds_per_image(module, job) if val or test else 0.0
-    left = parse_seconds(config.max_time) - (time.time() - started) - FINISH_SECONDS - (val + test) * per_image
-    epochs = left / (per_epoch * step + val * per_image)
-    epochs = float(math.floor(epochs)) if epochs >= 1 else epochs
-    steps = from_first(min(wanted, int(epochs * per_epoch)))
-    if steps < 1:
-        raise RequestError(f"max_time {config.max_time} is too short: a step takes {step:.2g} s, allow more")
-    if rank() == 0:
-        print(f"max_time {config.max_time}: a step takes {step * 1000:.0f} ms, so {steps} of {wanted} steps fit")
-    return steps / per_epoch, steps
+
+    def __init__(self, seconds: float, elapsed: Callable[[], float], path: Path) -> None:
+        self.seconds, self.elapsed, self.path = seconds, elapsed, path
+        self.kept = 0.05 * seconds  # for the end
+        self.speed = 1.0  # seconds that something takes now, by those that it took at the start
+        self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
+        self.writing = 5.0  # and those of pictures and files at the end
+        self.steps: list[tuple[float, float]] = []
+        self._anchor: tuple[float, float] | None = None  # seconds and share from which the shares go on evenly
+        self._gauge: Callable[[], float] | None = None
+        self._gauged_at, self._first = 0.0, 0.0
+        self._gauged = [1.0]
+
+    def restore(self, step: int, keep: bool) -> float:
+        """Read the shares of a run that died, and return the seconds that it took.
+
+        Args:
+            step: The steps that it has done.
+            keep: Take the steps after these again at their shares; False: the budget has changed.
+        """
+        content = self.path.read_bytes() if rank() == 0 and self.path.exists() else b""
+        whole = len(content) // _ENTRY.size * _ENTRY.size
+        steps = list(_ENTRY.iter_unpack(content[:whole]))
+        if not keep:
+            steps = steps[:step]
+        while len(steps) < step:  # a machine that lost power keeps the checkpoint, which was synchronised
+            steps.append(steps[-1] if steps else (1e-3, 0.0))
+        self.steps = from_first(steps)
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(b"".join(_ENTRY.pack(*entry) for entry in self.steps))
+        return max((seconds for _, seconds in self.steps), default=0.0)
+
+    def share(self, step: int) -> float:
+        """Return the share of the time for training that is used at the end of a step, from above 0 to 1."""
+        if step >= len(self.steps):
+            self._add(from_first(self._now()))
+        return abs(self.steps[step][0])
+
+    def progress(self, plan: Plan, step: int) -> float:
+        """Return how far a stage is at the end of a step, above 0 to 1: by time, or by its steps if that is more."""
+        begins = abs(self.steps[plan.first - 1][0]) if plan.first else 0.0
+        by_time = (self.share(step) - begins) / max(plan.until - begins, 1e-9)
+        by_steps = (step + 1 - plan.first) / plan.steps if plan.steps else 0.0
+        return min(1.0, max(by_time, by_steps))
+
+    def seconds_of(self, done: int) -> float:
+        """Return what the steps took so far."""
+        return max(self.steps[done - 1][1] - self.steps[0][1], 1e-9)
+
+    def ends_stage(self, plan: Plan, done: int) -> bool:
+        """Return whether a stage that is not the last has used its share of the time."""
+        return plan.until < 1 and abs(self.steps[done - 1][0]) >= plan.until
+
+    def is_over(self, done: int) -> bool:
+        """Return whether the training ends after that many steps, because the next one would not fit."""
+        if done >= len(self.steps):
+            if not from_first(self._left() < 0.5 * self.step_seconds()):
+                return False
+            self._add(_OVER)
+        return self.steps[done][0] == _OVER
+
+    def step_seconds(self) -> float:
+        """Return what a step takes, from the last few."""
+        last = [seconds for _, seconds in self.steps[-8:]]
+        return statistics.median(b - a for a, b in pairwise(last)) if len(last) > 1 else 0.0
+
+    def epochs(self, steps_per_epoch: int, done: int) -> float:
+        """Return how many epochs fit into the whole budget, by what steps and the ends of epochs take now."""
+        one = steps_per_epoch * self.step_seconds() + self.speed * self.end_of_epoch
+        return done / steps_per_epoch + max(0.0, self._left()) / max(one, 1e-9)
+
+    def keep(self) -> None:
+        """Estimate anew what the end will take; the shares go on evenly from here."""
+        wanted = SLACK * self.speed * (self.end_of_epoch + self.evaluation + self.writing)
+        self.kept = min(wanted, 0.5 * self.seconds)
+        if self.steps:
+            self._anchor = (self.elapsed(), abs(self.steps[-1][0]))
+
+    def look(self) -> None:
+        """Measure the machine's speed if that is due."""
+        if self._gauge is None or world_size() > 1:  # several processes would have to look together
+            return
+        if self.elapsed() - self._gauged_at > GAUGE_EVERY * self.seconds:
+            self._gauged.append(self._gauge() / self._first)
+            self.speed = statistics.median(self._gauged[-3:])  # one that was interrupted does not count
+            self._gauged_at = self.elapsed()
+            self.keep()
+
+    def measure(self, module: TrainingModule, job: Job) -> None:
+        """Measure what evaluation takes, and the speed of the machine that later ones are compared with."""
+        images = _images_to_gauge(job)
+
+        def gauge() -> float:
+            began = time.perf_counter()
+            _score(module, job, [images] * times)
+            return time.perf_counter() - began
+
+        counts = [len(part) for part in (job.data.val, job.data.test if job.config.test else None) if part]
+        per_image = seconds_per_image(module, job, 0.02 * self.seconds) if counts else 0.0
+        val = len(job.data.val) if job.data.val else 0
+        self.end_of_epoch, self.evaluation = 0.1 + val * per_image, sum(counts) * per_image
+        times = 1
+        gauge()  # warms up
+        times = max(1, round(GAUGE_SECONDS / gauge()))
+        self._first, self._gauge, self._gauged_at = gauge(), gauge, self.elapsed()
+        self.keep()
+
+    def _now(self) -> float:
+        now = self.elapsed()
+        if self._anchor is None:
+            self._anchor = (now, abs(self.steps[-1][0]) if self.steps else 0.0)
+        (began, share), ends = self._anchor, self.seconds - self.kept
+        part = (now + self.step_seconds() - began) / max(ends - began, 1e-9)
+        last = abs(self.steps[-1][0]) if self.steps else 1e-3  # the first rate is above 0
+        return min(1.0, max(last, share + (1 - share) * part))
+
+    def _left(self) -> float:
+        return self.seconds - self.kept - self.elapsed()
+
+    def _add(self, share: float) -> None:
+        entry = (share, self.elapsed())
+        self.steps.append(entry)
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(_ENTRY.pack(*entry))
 
 
-def seconds_per_image(module: TrainingModule, job: Job) -> float:
-    """Return the seconds that evaluation takes for one image, measured on up to 512."""
+def _score(module: TrainingModule, job: Job, batches: list[Any]) -> None:
+    model = module.evaluated if module.model is job.model else job.model  # else it trains on features
+    score(model, batches, len(job.data.classes), job.device, partial(autocast, job.config.precision, job.device))
+
+
+def _images_to_gauge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    p = job.preprocessing
+    shape = (GAUGE_IMAGES, p.in_chans, p.img_size, p.img_size)
+    return torch.zeros(shape, device=job.device), torch.zeros(GAUGE_IMAGES, dtype=torch.int64, device=job.device)
+
+
+def seconds_per_image(module: TrainingModule, job: Job, most_seconds: float = 60.0) -> float:
+    """Return the seconds that evaluation takes for one image, measured on up to 512 or for a time."""
     loader = job.eval_loader("val") or job.eval_loader("test")
     batches: list[Any] = []
     start = time.perf_counter()
     assert loader is not None
     for batch in loader:
         batches.append(batch)
-        if sum(len(labels) for _, labels in batches) >= 512:
+        images = sum(len(labels) for _, labels in batches)
+        if images >= PROBED_IMAGES or time.perf_counter() - start > most_seconds / 2:
             break
     # once, however many batches this process has: it adds up over processes
-    score(module.evaluated, batches, len(job.data.classes), job.device, module.autocast)
+    _score(module, job, batches)
     return (time.perf_counter() - start) / max(sum(len(labels) for _, labels in batches), 1)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class FeatureLoader:
             yield tuple(values[chosen] for values in self.views[keys[0][0] % len(self.views)])
 
 
-def head_module(job: Job, epochs: float) -> TrainingModule:
+def head_module(job: Job, epochs: float, progress: Callable[[int], float] | None = None) -> TrainingModule:
     """Return what trains the classifier on features; its weights are those of the job's model.
 
     It computes in fp32. Mixing and erasing are left out, as they need images.
@@ -107,7 +107,7 @@ def head_module(job: Job, epochs: float) -> TrainingModule:
         grad_accum=1,
         precision="fp32",
     )
-    return job.module(epochs, 0, lr, nn.Sequential(nn.Dropout(c.drop_rate), found[1]), config)
+    return job.module(epochs, 0, lr, nn.Sequential(nn.Dropout(c.drop_rate), found[1]), config, progress)
 
 
 def why_not(job: Job) -> str | None:

@@ -51,9 +51,9 @@ def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any])
     console.print(f"files    {terminal(folder.path)}{drawn}")
 
 
-def epoch_line(row: Mapping[str, Any], epochs: float, better: bool) -> str:
-    """Return what is printed after an epoch: a row of the metrics, the run's length, if it is the best."""
-    text = f"epoch {row['epoch']:g}/{epochs:g}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"
+def epoch_line(row: Mapping[str, Any], length: str, better: bool) -> str:
+    """Return what is printed after an epoch: a row of the metrics, where it is in the run, if it is the best."""
+    text = f"epoch {row['epoch']:g}{length}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"
     if row["top1"] is not None:
         text += f"  val loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}%"
     text += f"  {row['images_per_second']:.0f} images/s, loader {100 * row['loader_share']:.0f}% of the time"

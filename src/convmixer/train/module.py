@@ -22,7 +22,7 @@ from convmixer.train.distributed import average_statistics, rank, world_size
 from convmixer.train.freeze import frozen_modules
 from convmixer.train.graph import StepGraph
 from convmixer.train.optim import build_optimizer, set_rate
-from convmixer.train.schedule import rate_at_step
+from convmixer.train.schedule import learning_rate, rate_at_step
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -42,6 +42,7 @@ class TrainingModule(pl.LightningModule):
         steps_per_epoch: Optimiser steps per epoch.
         epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
         first_step: Steps of the run before this module's.
+        progress: Returns how far the run is at the end of a step, 0 to 1; None: as its number says.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class TrainingModule(pl.LightningModule):
         steps_per_epoch: int,
         epochs: float,
         first_step: int = 0,
+        progress: Callable[[int], float] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.num_classes = model, config, num_classes
-        self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
+        self.steps_per_epoch, self.epochs, self.progress = steps_per_epoch, epochs, progress
         self.place = next(model.parameters()).device
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.place.type, enabled=config.precision == "fp16")
@@ -83,6 +85,8 @@ class TrainingModule(pl.LightningModule):
     @property
     def rate(self) -> float:
         """The learning rate of the next step."""
+        if self.progress:
+            return learning_rate(self.config.schedule, self.progress(self.steps_done), 1.0, self.config.lr)
         c, done = self.config, self.steps_done - self.first_step
         return rate_at_step(c.schedule, done, self.steps_per_epoch, self.epochs, c.lr)
 

@@ -36,23 +36,24 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         RequestError: Settings or data do not allow it.
     """
     job = prepare(data, config)
-    module = job.module(config.epochs)
+    module = job.module(config.epochs or 1)
     loader = job.train_loader()
     step = statistics.median(measure_speed(module, loader))
     per_image = seconds_per_image(module, job) if job.data.val or job.data.test else 0.0
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
     per_epoch = job.steps_per_epoch * step + val * per_image
+    epochs = config.epochs or int(parse_seconds(str(config.max_time)) / per_epoch)  # as many as fit
     result = {
         "model": job.build[0],
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "macs": macs(job.build, job.preprocessing.img_size, job.preprocessing.in_chans, len(job.data.classes)),
         "peak_memory_bytes": _peak_memory(data, config),
         "seconds_per_epoch": per_epoch,
-        "seconds_total": per_epoch * config.epochs + test * per_image,
+        "seconds_total": per_epoch * epochs + test * per_image,
         "seconds_per_step": step,
         "images_per_second": job.batch_size / step,
         "batch_size": job.batch_size,
-        "epochs": config.epochs,
+        "epochs": epochs,
         "steps_per_epoch": job.steps_per_epoch,
         "kernels": job.kernels,
         "device": job.device.type,

@@ -13,11 +13,10 @@ class Progress:
 
     Args:
         console: Where.
-        total: Steps of the whole run.
         batch_size: Images per step.
     """
 
-    def __init__(self, console: Console, total: int, batch_size: int) -> None:
+    def __init__(self, console: Console, batch_size: int) -> None:
         self.batch_size = batch_size
         self._bar = Bar(
             TextColumn("step"),
@@ -29,18 +28,18 @@ class Progress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("train", total=total, speed="-")
+        self._task = self._bar.add_task("train", total=None, speed="-")
         self._last: tuple[float, int] | None = None
 
-    def update(self, step: int) -> None:
-        """Show that a step is done; cheap, since it is drawn only a few times a second."""
-        now = time.monotonic()
+    def update(self, step: int, done: float) -> None:
+        """Show that a step is done, and the share of the run; cheap, as it is drawn only a few times a second."""
+        now, total = time.monotonic(), max(step, round(step / max(done, 1e-6)))
         if self._last is None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, total=total)
             self._last = (now, step)
         elif now - self._last[0] > 0.5:
             speed = (step - self._last[1]) * self.batch_size / (now - self._last[0])
-            self._bar.update(self._task, completed=step, speed=f"{speed:.0f}")
+            self._bar.update(self._task, completed=step, total=total, speed=f"{speed:.0f}")
             self._last = (now, step)
 
     def __enter__(self) -> "Progress":

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from convmixer._version import __version__
-from convmixer.config import Config, override, to_dict
+from convmixer.config import Config, override, parse_seconds, to_dict
 from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.files import remove_leftovers
 from convmixer.preprocess import Preprocessing
 from convmixer.run_folder import is_run
-from convmixer.train.budget import length_of
 from convmixer.train.checkpoint import load_checkpoint
 from convmixer.train.distributed import check_equal, everywhere, on_first, process_group, rank
 from convmixer.train.folder import RunFiles, check_empty, describe
 from convmixer.train.lock import RunLock
+from convmixer.train.plans import schedule_of
 from convmixer.train.session import OnEpoch, Run, summary
 from convmixer.train.setup import Build, Job, prepare
+
+LEAST_SECONDS = 2.0  # that a run needs after its data are read
 
 
 def train(
@@ -60,10 +62,10 @@ def train(
             on_first(lambda: check_empty(out))  # checked now and below; a refusal leaves no folder
         job = everywhere(lambda: prepare(data, config, build))
         _check_equal(job)
-        epochs, steps = length_of(job, started)
+        seconds = on_first(lambda: _budget(config, started))
         name = recipe_name or data.rstrip("/").rpartition("/")[2]
         folder = on_first(lambda: RunFiles.create(out, name))
-        schedule = {"epochs": epochs, "steps": steps, "steps_per_epoch": job.steps_per_epoch}
+        schedule = schedule_of(job.config, job.steps_per_epoch, seconds)
         contents = describe(
             job.config, config, recipe, recipe_name, job.spec, job.data, job.preprocessing, job.build, schedule
         )
@@ -72,6 +74,21 @@ def train(
             run = Run(job, folder, contents, started, lock, on_epoch, quiet)
             run.begin()
             return run.to_the_end()
+
+
+def _budget(config: Config, started: float) -> float | None:
+    """Return the seconds that a run gets, or None if only its epochs count.
+
+    Raises:
+        RequestError: They are over before the first step.
+    """
+    seconds, spent = parse_seconds(config.max_time) if config.max_time else None, time.time() - started
+    if seconds and spent + LEAST_SECONDS > seconds:
+        raise RequestError(
+            f"max_time {config.max_time} is too short: reading the data took {spent:.1f} s, and the end takes "
+            f"{LEAST_SECONDS:g} s or more: allow more"
+        )
+    return seconds
 
 
 def resume(

@@ -1,5 +1,6 @@
 """A run under way: what happens after each step, after each epoch and at the end."""
 
+import dataclasses
 import math
 import signal
 import time
@@ -13,32 +14,38 @@ import torch.nn as nn
 from rich.console import Console
 
 from convmixer import records
-from convmixer.config import parse_seconds, to_dict
+from convmixer.config import to_dict
 from convmixer.data.watch import Watch
 from convmixer.files import write_atomic
 from convmixer.models.inspection import kernel_growth
 from convmixer.models.weights import load_model, save_model
-from convmixer.run_folder import BEST, LAST, LATEST, MODEL
+from convmixer.run_folder import BEST, LAST, LATEST, MODEL, SHARES
 from convmixer.seal import make_seal
 from convmixer.text import terminal
 from convmixer.train import features, gallery
-from convmixer.train.budget import FINISH_SECONDS
+from convmixer.train.budget import Budget
 from convmixer.train.checkpoint import save_checkpoint
 from convmixer.train.distributed import any_process, copy_from_first, rank, sum_over_processes, world_size
 from convmixer.train.engine import StopSignals, fit
+from convmixer.train.fits import FEWEST_EPOCHS, what_fits
 from convmixer.train.folder import Board, RunFiles, model_card
 from convmixer.train.freeze import ALL
 from convmixer.train.lock import RunLock
 from convmixer.train.messages import epoch_line, say_results, say_settings
 from convmixer.train.module import TrainingModule, autocast
+from convmixer.train.plans import plans_of
 from convmixer.train.progress import Progress
 from convmixer.train.scores import Scores, score
 from convmixer.train.setup import Job
-from convmixer.train.stages import Stage, plans_of
+from convmixer.train.stages import Stage
 from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
 WEIGHTS_SECONDS = 10.0  # between two saves of all weights while a classifier is trained on features
+FINISH_SECONDS = 0.7  # for what a run writes at its end, without pictures
+DRAWN_AT_END = 4.0  # what the pictures at the end take, by those at the start
+KNOWN_AFTER = 10  # steps whose speed says how many epochs fit
+ENDLESS = 10**9  # steps of a stage that only the time ends
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
 SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
 
@@ -68,19 +75,19 @@ class Run:
         self.on_epoch = on_epoch
         self.job, self.folder, self.contents, self.started, self.lock = job, folder, contents, started, lock
         self.config, self.schedule = job.config, contents["schedule"]
-        self.total_steps, self.steps_per_epoch = self.schedule["steps"], job.steps_per_epoch
-        self.plans = plans_of(self.config, self.schedule["epochs"], self.total_steps, self.steps_per_epoch)
+        self.steps_per_epoch, self.plans = job.steps_per_epoch, plans_of(self.config, self.schedule)
         self.console = Console(quiet=quiet or rank() != 0, soft_wrap=True, highlight=False, markup=False)
         self.rows: list[dict[str, Any]] = []
-        self.steps = StepRows(self.total_steps, job.batch_size, job.device)
+        self.steps = StepRows(job.batch_size, job.device)
         self.best: dict[str, Any] = {}
         self.seconds_before = 0.0  # of earlier sessions
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
-        self.budget = parse_seconds(self.config.max_time) - FINISH_SECONDS if self.config.max_time else math.inf
+        seconds = self.schedule.get("seconds")  # runs of older versions have none
+        self.budget = Budget(seconds, self._seconds, folder.checkpoints / SHARES) if seconds else None
         self._weights_at = -math.inf
         self._saved_at = time.monotonic()
-        self._out_of_time = self._told_to_stop = self._best_is_new = False
+        self._out_of_time = self._told_to_stop = self._best_is_new = self._said_length = False
         self._board = Board(folder.tensorboard)
         self._watch = Watch(job.spec, job.data.checksum, job.data.options) if self.writes else None
         self.data_changed: list[float] = []  # epochs at whose end the data were found changed
@@ -98,31 +105,39 @@ class Run:
     def begin(self) -> None:
         """Write and show everything that is decided, before the first step."""
         say_settings(self.console, self.job, self.folder, self.contents)
-        self._enter(0)
         if self.writes:
             self.folder.write_config(self.contents)
             self.folder.write_metrics([])
             self.folder.log("start", 0, {"command": self.contents["command"]})
             self._show_images()
+        self._enter(0)
 
     def _show_images(self) -> None:
+        began = time.perf_counter()
         if self.config.draw:
             gallery.augmented(self.job, self.folder.pictures / "augmented.png")
             gallery.samples(self.job.data, self.folder.samples)
+        if self.budget:
+            self.budget.writing = FINISH_SECONDS + DRAWN_AT_END * (time.perf_counter() - began)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go back to a checkpoint; to the beginning if there is none."""
-        self._enter(state.get("stage", 0) if state else 0, resumes=state is not None)
+        if self.budget:
+            done = state["module"]["steps_done"] if state else 0
+            self.seconds_before = self.budget.restore(done, keep=True)
+        self._enter(state.get("stage", 0) if state else 0, state.get("first_step", 0) if state else 0, state)
         if state:
+            before = self.seconds_before
             self.module.restore(state["module"])
             self.stage.best = state.get("best_head")
             self._best_is_new = self.stage.best is not None
             self.rows, self.best, self.seconds_before = state["rows"], state["best"], state["seconds"]
             self.training_seconds, self.trained_images = state["training_seconds"], state["trained_images"]
+            self.seconds_before = max(before, self.seconds_before)
             self.data_changed = state.get("data_changed", [])
             self.steps.restore(state.get("steps"), self.module.steps_done)
         step = self.module.steps_done
-        self.console.print(f"resuming {terminal(self.folder.path)} at step {step} of {self.total_steps}")
+        self.console.print(f"resuming {terminal(self.folder.path)} at step {step}{self._length()}")
         if self.writes:
             self.folder.rewind_log(step)
             self.folder.write_metrics(self.rows)
@@ -133,18 +148,18 @@ class Run:
 
     def to_the_end(self) -> dict[str, Any]:
         """Train what is left, measure the chosen weights, and return the result."""
-        with self.signals, Progress(self.console, self.total_steps, self.job.batch_size) as self.bar:
+        with self.signals, Progress(self.console, self.job.batch_size) as self.bar:
             self._train()
             while self.stage_number + 1 < len(self.plans) and not self._out_of_time:
                 self._write_weights()
                 self.stage.finish()
-                self._enter(self.stage_number + 1)
+                self._enter(self.stage_number + 1, self.module.steps_done)
                 self._train()
         return self._finish()
 
-    def _enter(self, number: int, resumes: bool = False) -> None:
-        """Begin a stage; if the run `resumes` in it, `module.restore` follows."""
-        plan, start = self.plans[number], self.folder.checkpoints / "start"
+    def _enter(self, number: int, first_step: int = 0, resumes: Any = None) -> None:
+        """Begin a stage after that many steps; if the run resumes in it, `module.restore` follows."""
+        plan, start = dataclasses.replace(self.plans[number], first=first_step), self.folder.checkpoints / "start"
         cached = None
         if plan.freeze and resumes and (start / MODEL).exists():
             self.job.model.load_state_dict(load_model(start).model.state_dict())
@@ -155,11 +170,16 @@ class Run:
                 self._save_weights(start, self.job.model, {"epoch": 0, "top1": None})
             cached = features.compute(self.job)
             self.console.print(f"features {cached.said}")
-        self.stage_number, self.stage = number, Stage(self.job, plan, cached)
+        self.stage_number, self.stage = number, Stage(self.job, plan, cached, self.budget)
+        if self.budget:
+            self.budget.measure(self.module, self.job)
 
     def _train(self) -> None:
         """Take the steps of the stage that are left."""
-        left = self.stage.plan.end - self.module.steps_done
+        end, done = self.stage.plan.end, self.module.steps_done
+        left = ENDLESS if end is None else end - done
+        if self.budget and done and (self.budget.is_over(done) or self.budget.ends_stage(self.stage.plan, done)):
+            left, self._out_of_time = 0, self.budget.is_over(done)
         if left > 0:
             self.loader = self.stage.train_loader()
             self._new_epoch()
@@ -170,7 +190,7 @@ class Run:
                 if not self._signalled_soon(error):
                     raise
                 self._exit("stopped; the last checkpoint is kept;")
-        if self._told_to_stop and self.module.steps_done < self.total_steps:
+        if self._told_to_stop and not self._is_last_step():
             self._exit("stopped and saved;")
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
@@ -187,27 +207,60 @@ class Run:
         if self.lock:
             self.lock.check()
         done = self.module.steps_done
-        self.bar.update(done)
-        ends_epoch = done % self.steps_per_epoch == 0 or done == self.stage.plan.end
-        self.steps.add(done, self.module.loss_sum, self.module.optimizer.param_groups[0]["lr"], ends_epoch)
+        self.bar.update(done, self._share_done())
+        self._say_if_short(done)
+        over = self._stage_is_over(done)
+        ends_epoch = done % self.steps_per_epoch == 0 or over
+        rate = self.module.optimizer.param_groups[0]["lr"]
+        self.steps.add(done, self.module.loss_sum, rate, self._share_done(), ends_epoch)
         if ends_epoch:
             self._end_epoch()
+            over = over or self._stage_is_over(done)  # the epoch's end took time too
         stop = self._wants_to_stop(ends_epoch)
-        if self._out_of_time and not ends_epoch:
-            self._end_epoch()
-            ends_epoch = True
         if ends_epoch or stop or self._checkpoint_is_due():
             self._save_checkpoint()
         if ends_epoch:
             self._new_epoch()
-        return stop
+        return stop or over
+
+    def _stage_is_over(self, done: int) -> bool:
+        """Return whether the stage ends after a step, by its number or by the time."""
+        if self.budget:
+            self.budget.look()
+            self._out_of_time = self.budget.is_over(done)
+            if self._out_of_time or self.budget.ends_stage(self.stage.plan, done):
+                return True
+        return done == self.stage.plan.end
+
+    def _say_if_short(self, done: int) -> None:
+        """Once, when the speed is known, say if the time is too short to learn much in it."""
+        if not self.budget or self._said_length or (done != KNOWN_AFTER and self._share_done() < 0.05):
+            return
+        self._said_length = True
+        epochs = self.budget.epochs(self.steps_per_epoch, done)
+        if epochs < FEWEST_EPOCHS and not self.stage.features:
+            reading = self.loader.waited_seconds / self.budget.seconds_of(done)
+            self.console.print(f"time     {what_fits(self.job, epochs, min(1.0, reading))}")
+
+    def _is_last_step(self) -> bool:
+        last = self.stage_number + 1 == len(self.plans)
+        return self._out_of_time or (last and self.module.steps_done == self.stage.plan.end)
+
+    def _share_done(self) -> float:
+        """Return how far the run is, 0 to 1."""
+        if self.budget:
+            return self.budget.share(self.module.steps_done - 1)
+        return float(self.module.steps_done / self.schedule["steps"])
+
+    def _length(self) -> str:
+        """Return the length of the run, to put after the number of a step."""
+        return f" ({self.config.max_time} in all)" if self.budget else f" of {self.schedule['steps']}"
 
     def _wants_to_stop(self, ends_epoch: bool) -> bool:
         if world_size() > 1 and not ends_epoch and self.module.steps_done % ASK_EVERY:
             return False
-        self._out_of_time = any_process(self._seconds() > self.budget, self.job.device)
         self._told_to_stop = any_process(self.signals.received is not None, self.job.device)
-        return self._out_of_time or self._told_to_stop
+        return self._told_to_stop
 
     def _checkpoint_is_due(self) -> bool:
         # only the first process writes, so the others need not know
@@ -220,6 +273,7 @@ class Run:
             state = {
                 "module": self.module.state(),
                 "stage": self.stage_number,
+                "first_step": self.stage.plan.first,
                 "best_head": self.stage.best,
                 "rows": self.rows,
                 "steps": self.steps.state(),
@@ -263,13 +317,14 @@ class Run:
         self.steps.new_epoch()
 
     def _end_epoch(self) -> None:
+        began = time.perf_counter()
         row = self._measure_epoch()
         self.rows.append(row)
         better = not self.best or not self.job.data.val or _rank(row) > _rank(self.best)
         if better:
             self.best = row
             self.stage.keep_best()
-        self.console.print(epoch_line(row, self.schedule["epochs"], better and bool(self.job.data.val)))
+        self.console.print(epoch_line(row, self._place(), better and bool(self.job.data.val)))
         self._best_is_new |= better
         # an epoch on features takes less time than writing the weights of a large model
         if not self.stage.features or time.monotonic() - self._weights_at > WEIGHTS_SECONDS:
@@ -283,6 +338,13 @@ class Run:
             self._look_at_data(row)
         if self.on_epoch:
             self.on_epoch(row)
+        if self.budget:
+            self.budget.end_of_epoch = (time.perf_counter() - began) / self.budget.speed
+            self.budget.keep()
+
+    def _place(self) -> str:
+        """Return where an epoch is in the run, to put after its number."""
+        return f", {100 * self._share_done():.0f}% of the time" if self.budget else f"/{self.schedule['epochs']:g}"
 
     def _look_at_data(self, row: dict[str, Any]) -> None:
         assert self._watch is not None
@@ -397,6 +459,7 @@ class Run:
             "kernels": self.job.kernels,
             "processes": world_size(),
             "threads": torch.get_num_threads(),
+            **({"max_time_share": self._seconds() / self.budget.seconds} if self.budget else {}),
             **({"data_changed_in_epochs": self.data_changed} if self.data_changed else {}),
         }
 
@@ -409,6 +472,9 @@ class Run:
         card = model_card(self.contents, results, self.folder.mistakes.exists())
         write_atomic(self.folder.card, card.encode(errors="replace"))  # class names may not be valid text
         results["seconds"] = self._seconds()
+        if self.budget:
+            results["max_time_share"] = results["seconds"] / self.budget.seconds
+            self.console.print(f"time     {results['seconds']:.0f} s, {results['max_time_share']:.1%} of max_time")
         record = records.RunRecord(
             name=self.folder.path.name,
             command=self.contents["command"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,7 @@ class Job:
         lr: float | None = None,
         model: nn.Module | None = None,
         config: Config | None = None,
+        progress: Callable[[int], float] | None = None,
     ) -> TrainingModule:
         """Return what trains the model for that many epochs.
 
@@ -77,6 +79,7 @@ class Job:
             first_step: Steps of the run before.
             lr: Peak learning rate; None: the settings'.
             model, config: What to train instead of the job's model, with which settings.
+            progress: See `TrainingModule`.
         """
         config = config or self.config
         return TrainingModule(
@@ -86,6 +89,7 @@ class Job:
             steps_per_epoch=self.steps_per_epoch,
             epochs=epochs,
             first_step=first_step,
+            progress=progress,
         )
 
     def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader | DeviceLoader:
@@ -221,12 +225,17 @@ def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None)
     return preprocessing_of(data, dataclasses.replace(config, mean=mean, std=std))
 
 
+def automatic_model(img_size: int) -> str:
+    """Return the model for images of a side, with a grid of 16 x 16 patches: an equal cost at every side."""
+    return f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5"
+
+
 def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     """Return the model's name and arguments: those of the weights, or of the settings."""
     if loaded and config.model == "auto":
         name, args = loaded.metadata["name"], dict(loaded.metadata["model_args"])
-    elif config.model == "auto":  # a grid of 16 x 16 patches at any image size: an equal cost
-        name, args = f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5", {}
+    elif config.model == "auto":
+        name, args = automatic_model(img_size), {}
     else:
         name, args = config.model, {}
         if loaded and isinstance(loaded.model, ConvMixer) and model_args(name):

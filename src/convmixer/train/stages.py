@@ -1,52 +1,19 @@
 """The stages of a run: with `freeze`, first without the frozen layers, then perhaps with all; else just one."""
 
 import copy
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from convmixer.config import Config
 from convmixer.train import features
+from convmixer.train.budget import Budget
 from convmixer.train.features import Features
 from convmixer.train.freeze import classifier_of, freeze
+from convmixer.train.plans import Plan
 from convmixer.train.scores import Scores, score
 from convmixer.train.setup import Job
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is trained in a stage, and when.
-
-    Args:
-        freeze: The layers that are not trained, as the setting says; None: none.
-        first: Steps of the run before.
-        epochs: Its length; may be a fraction.
-        steps: Its length.
-        lr: Peak learning rate.
-    """
-
-    freeze: str | None
-    first: int
-    epochs: float
-    steps: int
-    lr: float
-
-    @property
-    def end(self) -> int:
-        """Steps of the run after it."""
-        return self.first + self.steps
-
-
-def plans_of(config: Config, epochs: float, steps: int, steps_per_epoch: int) -> list[Plan]:
-    """Return the stages of a run of that many epochs and steps, all stages together."""
-    later = min(config.unfreeze_epochs * steps_per_epoch, steps - 1) if config.unfreeze_epochs else 0
-    first = Plan(config.freeze, 0, epochs - later / steps_per_epoch, steps - later, config.lr)
-    if not later:
-        return [first]
-    lr = config.unfreeze_lr or config.lr / 10
-    return [first, Plan(None, first.steps, later / steps_per_epoch, later, lr)]
 
 
 class Stage:
@@ -56,21 +23,23 @@ class Stage:
         job: What is trained.
         plan: Which layers, and when.
         cached: Features to train the classifier on; None: train on images.
+        budget: The run's time; None: only its steps count.
 
     Attributes:
         module: What takes the steps.
         best: With features, the classifier's best weights so far.
     """
 
-    def __init__(self, job: Job, plan: Plan, cached: Features | None) -> None:
+    def __init__(self, job: Job, plan: Plan, cached: Features | None, budget: Budget | None = None) -> None:
         freeze(job.model, plan.freeze)
+        progress = partial(budget.progress, plan) if budget else None
         self.job, self.plan, self.features = job, plan, cached
         if cached:
-            self.module = features.head_module(job, plan.epochs)
+            self.module = features.head_module(job, plan.epochs, progress)
             self._whole = copy.deepcopy(job.model)
             self._val: Any = cached.val_batches()
         else:
-            self.module = job.module(plan.epochs, plan.first, plan.lr)
+            self.module = job.module(plan.epochs, plan.first, plan.lr, progress=progress)
             self._val = job.eval_loader("val")
         self.best: dict[str, torch.Tensor] | None = None
 

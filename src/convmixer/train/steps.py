@@ -1,6 +1,5 @@
 """What single steps show: loss, rate and speed as rows of a table, about 500 however long the run."""
 
-import math
 import time
 from typing import Any
 
@@ -14,7 +13,6 @@ class StepRows:
     """Collects a row for every few steps, and one at the end of each epoch.
 
     Args:
-        total_steps: Steps of the whole run.
         batch_size: Images per step.
         device: Where the losses are added.
 
@@ -23,12 +21,11 @@ class StepRows:
             images_per_second.
     """
 
-    def __init__(self, total_steps: int, batch_size: int, device: torch.device | None = None) -> None:
-        least = WAIT_EVERY if device and device.type == "cuda" else 1
-        self.every = max(least, math.ceil(total_steps / MOST_ROWS))
+    def __init__(self, batch_size: int, device: torch.device | None = None) -> None:
+        self.least = WAIT_EVERY if device and device.type == "cuda" else 1
         self.batch_size = batch_size
         self.rows: list[dict[str, Any]] = []
-        self._seen, self._sum = 0, 0.0  # step and sum of losses at the last row
+        self._seen, self._sum, self._part = 0, 0.0, 0  # step, sum of losses and part of the run at the last row
         self.restart_clock()
 
     def new_epoch(self) -> None:
@@ -40,19 +37,22 @@ class StepRows:
         """Leave out the time since the last row."""
         self._began, self._from = time.perf_counter(), -1
 
-    def add(self, step: int, loss_sum: torch.Tensor, rate: Any, ends_epoch: bool) -> None:
+    def add(self, step: int, loss_sum: torch.Tensor, rate: Any, done: float, ends_epoch: bool) -> None:
         """Take in a step that is done.
 
         Args:
             step: Its number, from 1.
             loss_sum: Sum of the losses of the epoch's steps so far.
             rate: Its learning rate, a number or a tensor.
+            done: How far the run is, 0 to 1.
             ends_epoch: Whether the next step is of a new epoch.
         """
         if self._from < 0:
             self._from = step - 1
-        if step % self.every and not ends_epoch:
+        few = step - self._seen < self.least or int(done * MOST_ROWS + 1e-9) == self._part
+        if few and not ends_epoch:
             return
+        self._part = int(done * MOST_ROWS + 1e-9)
         total = float(loss_sum)
         mean = (total - self._sum) / (step - self._seen)
         speed = (step - self._from) * self.batch_size / max(time.perf_counter() - self._began, 1e-9)
@@ -62,10 +62,11 @@ class StepRows:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"rows": self.rows, "seen": self._seen, "sum": self._sum}
+        return {"rows": self.rows, "seen": self._seen, "sum": self._sum, "part": self._part}
 
     def restore(self, state: dict[str, Any] | None, step: int) -> None:
         """Go back to a `state` at a step; None, of a checkpoint from before there were rows, leaves none."""
         state = state or {"rows": [], "seen": step, "sum": 0.0}
         self.rows, self._seen, self._sum = list(state["rows"]), state["seen"], state["sum"]
+        self._part = state.get("part", 0)
         self.restart_clock()

@@ -1,0 +1,63 @@
+"""What would fit into a time budget that is short: a smaller model, a smaller image, fewer trained layers."""
+
+import re
+from collections.abc import Iterator
+
+from convmixer.errors import RequestError
+from convmixer.probe import macs
+from convmixer.train.setup import Job, automatic_model
+
+FEWEST_EPOCHS = 5.0  # in fewer, little is learned
+SMALLER = ((256, 8), (256, 4), (128, 8), (128, 4), (64, 8), (64, 4), (32, 4))  # width and depth
+
+
+def what_fits(job: Job, epochs: float, reading: float) -> str:
+    """Return what to say about a budget in which that many epochs fit: what it is, and what would let five fit.
+
+    Args:
+        job: What is trained.
+        epochs: How many fit.
+        reading: Share of the time that the steps wait for images, 0 to 1.
+    """
+    said = f"max_time {job.config.max_time} is short: about {epochs:.1f} epochs fit"
+    share = (epochs / FEWEST_EPOCHS - reading) / max(1 - reading, 1e-9)  # of what a step computes may remain
+    if share <= 0:
+        return f"{said}; {100 * reading:.0f}% of the time is spent waiting for images, see docs/data.md"
+    found = [*_freezing(job), *_model(job, share), *_size(job, share)]
+    return f"{said}; five or more would with {' or '.join(found)}" if found else said
+
+
+def _freezing(job: Job) -> Iterator[str]:
+    if job.config.weights and not job.config.freeze:
+        yield "--freeze"
+
+
+def _model(job: Job, share: float) -> Iterator[str]:
+    """Give the largest smaller ConvMixer with the same patches and kernels that costs at most a share."""
+    match = re.fullmatch(r"convmixer_(\d+)_(\d+)(_p\d+_k\d+)?", job.build[0])
+    tail = (match and match[3]) or f"_p{max(1, round(job.preprocessing.img_size / 16))}_k5"
+    most = share * _macs(job, job.build, job.preprocessing.img_size)
+    for dim, depth in SMALLER:
+        name = f"convmixer_{dim}_{depth}{tail}"
+        if _macs(job, (name, {}), job.preprocessing.img_size) <= most:
+            yield f"--model {name}"
+            return
+
+
+def _size(job: Job, share: float) -> Iterator[str]:
+    """Give the largest smaller side that costs at most a share; an automatic model costs the same at every side."""
+    side = job.preprocessing.img_size
+    if job.build[0] == automatic_model(side):
+        return
+    most = share * _macs(job, job.build, side)
+    for smaller in (round(side * part / 8) for part in (6, 5, 4, 3, 2)):
+        try:
+            if 0 < _macs(job, job.build, smaller) <= most:
+                yield f"--img-size {smaller}"
+                return
+        except RequestError:  # it takes images of one size alone
+            return
+
+
+def _macs(job: Job, build: tuple[str, dict[str, object]], side: int) -> int:
+    return macs(build, side, job.preprocessing.in_chans, len(job.data.classes))
