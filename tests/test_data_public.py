@@ -71,7 +71,7 @@ def test_facial_expressions(tmp_path: Path) -> None:
         load(tmp_path / "data" / "legend.csv")
     options = Options(image_root=str(tmp_path / "images"), label_column="emotion")
     assert (
-        "classes 'Happiness' and 'happiness' differ in capitals only"
+        "classes 'Happiness' and 'happiness' differ only in capitals"
         in load(tmp_path / "data" / "legend.csv", options=options).notes
     )
 

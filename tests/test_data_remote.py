@@ -65,7 +65,7 @@ def test_a_list_names_shards_beside_it(server: FileServer) -> None:
         with pytest.raises(RequestError, match=reason):
             find(f"{server.url}/set/bad.txt")
     server.files["/set/long.txt"] = b"a.tar\n" * 4_000_000
-    with pytest.raises(RequestError, match="more than the 16777216 that such a file may have"):
+    with pytest.raises(RequestError, match="more than the limit of 16777216 for such a file"):
         find(f"{server.url}/set/long.txt")
 
 

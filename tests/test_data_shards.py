@@ -167,7 +167,7 @@ def test_paths_in_place_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load(write_table(tmp_path / "train.parquet", described, image=lost, label=NUMBERS))
     write_table(tmp_path / "hub" / "train.parquet", described, image=whole, label=NUMBERS)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
-    with pytest.raises(RequestError, match="a stranger's paths are not followed"):
+    with pytest.raises(RequestError, match="paths in untrusted files are not followed"):
         load("hf-hub:owner/name")
 
 
@@ -180,10 +180,10 @@ def test_what_is_no_single_label_is_refused(tmp_path: Path) -> None:
     refused("an image has exactly one label", pa.array([[0, 1]] * 60))
     refused("NaN", pa.array([0.0, float("nan")] * 30))
     refused("between classes, such as 0.5", pa.array([0.5, 1.0] * 30))
-    refused("holds 'nan', which is no label", pa.array(["a", "nan"] * 30))
+    refused("holds 'nan', which is not a label", pa.array(["a", "nan"] * 30))
     refused("have no label in column 'label'", pa.array([0, None] * 30))
     refused(r"two class names 'cat' and 'cat' are equal", pa.array([0, 1] * 30), ["cat", "cat"])
-    refused("differ only in how Unicode", pa.array([0, 1] * 30), ["caf\u00e9", "cafe\u0301"])
+    refused("differ only in Unicode normalisation", pa.array([0, 1] * 30), ["caf\u00e9", "cafe\u0301"])
     refused("only 2 class names", pa.array([0, 2] * 30), ["a", "b"])
 
 
@@ -221,7 +221,7 @@ def test_labels_of_shards_in_any_member(tmp_path: Path) -> None:
         data = load(shard(tar, sample))
         assert data.classes == tuple(f"digit {i}" for i in range(10))
     assert (
-        "not used, a member that is no image and no label: 120 (train.tar:0000.json, train.tar:0000.txt"
+        "not used, a member that is neither an image nor a label: 120 (train.tar:0000.json, train.tar:0000.txt"
         in " ".join(data.notes)
     )
     shard(tar, lambda i: members(i, json=json.dumps({"kind": label(i), "size": 8})))
@@ -241,7 +241,7 @@ def test_members_that_could_be_two_things_are_asked_about(tmp_path: Path) -> Non
         load(tar)
     data = load(tar, options=Options(path_column="png"))
     assert sum(map(len, parts(data))) == 60
-    assert any("no image and no label: 60 (train.tar:0000.jpg" in note for note in data.notes)
+    assert any("neither an image nor a label: 60 (train.tar:0000.jpg" in note for note in data.notes)
     shard(tar, lambda i: members(i, txt=f"a scan of {label(i)}, number {i}"))
     with pytest.raises(RequestError, match="look like captions; if they are classes: --label-column txt"):
         load(tar)

@@ -46,7 +46,7 @@ def test_classes_of_one_number_keep_their_order() -> None:
         ("path,label\nreal.png,x\n,x\n", "line 3: no path"),
         ("path,label\nreal.png,x,y\n", "line 2: 3 cells, the first line has 2"),
         ("path,label\na.png,x\n", r"'a.png' of 'path' is not there: .*--image-root, .*--path-column"),
-        ("path,label\nhttps://example.org/a.png,x\n", "is an address and never fetched"),
+        ("path,label\nhttps://example.org/a.png,x\n", "is a URL, which is never fetched"),
         ("path,label,split\nreal.png,x,hidden\n", "split 'hidden' is not"),
         ("path,label,split\nreal.png,x,train\nreal.png,y,test\n", "class 'y' is in test but"),
         (
@@ -56,7 +56,7 @@ def test_classes_of_one_number_keep_their_order() -> None:
         ("a,b,label\nreal.png,real.png,x\n", "which column is the image.*a, b: say it with --path-column"),
         ("image_id,dx,sex\nreal,a,m\nreal,b,m\nreal,a,f\n", r"which column is the label\?.*dx, sex.*--label-column"),
         ("path,number\nreal.png,1\nreal.png,2\nreal.png,3\n", "which column is the label"),  # a name for each row
-        ("path,label\nreal.png,caf\u00e9\nreal.png,cafe\u0301\n", "differ only in how Unicode spells them"),
+        ("path,label\nreal.png,caf\u00e9\nreal.png,cafe\u0301\n", "differ only in Unicode normalisation"),
     ],
 )
 def test_wrong_csv(tmp_path: Path, text: str, reason: str) -> None:
@@ -192,7 +192,7 @@ def test_options_name_columns(tmp_path: Path) -> None:
     check(load(table, options=Options(label_column="dx")))
     with pytest.raises(RequestError, match=r"--path-column: .*image, mask, dx, age; unknown column 'imag'"):
         load(table, options=Options(path_column="imag"))
-    with pytest.raises(RequestError, match=r"--image-root .* is no folder"):
+    with pytest.raises(RequestError, match=r"--image-root .* is not a folder"):
         load(table, options=Options(image_root=str(tmp_path / "nowhere")))
 
 

@@ -63,11 +63,11 @@ def test_images_of_any_form_are_the_same_images(
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (COLOUR[0], r"\(16, 12, 3\) is one image alone: expected \(N, H, W\) grey or \(N, H, W, 3\) colour"),
-        (torch.from_numpy(COLOUR[0]).permute(2, 0, 1), "is one image alone"),
-        (Image.fromarray(COLOUR[0]), "one image alone"),
-        ("cat.png", "one image alone"),
-        (Path("cat.png"), "one image alone"),
+        (COLOUR[0], r"\(16, 12, 3\) is a single image: expected \(N, H, W\) grey or \(N, H, W, 3\) colour"),
+        (torch.from_numpy(COLOUR[0]).permute(2, 0, 1), "is a single image"),
+        (Image.fromarray(COLOUR[0]), "single image"),
+        ("cat.png", "single image"),
+        (Path("cat.png"), "single image"),
         (["cat.png"] * 20, "no file 'cat.png'"),
         (COLOUR.reshape(20, -1), "is a table of shape .* reshape its rows"),
         (COLOUR[..., :2], "neither 1, 3 nor 4 channels: expected"),

@@ -146,7 +146,7 @@ def test_timms_arguments_say_the_preprocessing(tmp_path: Path) -> None:
     torch.save({"state_dict": small(), "args": argparse.Namespace(**args)}, tmp_path / "w.pth.tar")
     loaded = load_model(tmp_path / "w.pth.tar")
     assert loaded.preprocessing == Preprocessing(64, 3, (0.5,) * 3, (0.25,) * 3, "bilinear", 0.9)
-    assert "its args say 64 px" in loaded.found
+    assert "from its args: 64 px" in loaded.found
     assert "assumed" not in loaded.found
     torch.save({"state_dict": small(), "args": {"input_size": [3, 48, 48], "mean": None}}, tmp_path / "w.pth")
     loaded = load_model(tmp_path / "w.pth")

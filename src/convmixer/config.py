@@ -1,4 +1,5 @@
-"""Every setting of a training run in one frozen dataclass, and how outside values become one. Standard library only.
+"""Every setting of a training run in one frozen dataclass, and its construction from outside values. Standard library
+only.
 
 A recipe returns a whole `Config`; the command line and YAML files replace fields by their real names. Nothing here
 parses arguments or touches a device.
@@ -23,7 +24,7 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | 
         default: The value if it is not given.
         doc: The line that `--help` shows.
         choices: The values allowed; none: all.
-        alone: The value of a flag without one; None: such a flag is an error.
+        alone: The value if the flag is given without one; None: that is an error.
     """
     return field(default=default, metadata={"doc": doc, "choices": choices, "alone": alone})
 
@@ -50,7 +51,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of one training run. The defaults follow no paper; `recipes` has the papers' settings."""
+    """All settings of one training run. The defaults are ours; `recipes` has the papers' settings."""
 
     # model
     model: str = setting(
@@ -63,14 +64,14 @@ class Config:
     freeze: str | None = setting(
         None,
         "layers that keep the starting weights; all: all but the classifier, which then trains in seconds; N: "
-        "stem and N blocks; none: no layer",
+        "stem and N blocks; none: train all layers",
         alone="all",
     )
     views: int = setting(
         0, "with freeze all: augmented views of each training image to learn from; 0: the image as it is"
     )
     unfreeze_epochs: int = setting(0, "with freeze: further epochs, in which all layers are trained")
-    unfreeze_lr: float | None = setting(None, "with freeze: peak learning rate of those; none: a tenth of lr")
+    unfreeze_lr: float | None = setting(None, "with freeze: peak learning rate of those epochs; none: a tenth of lr")
     drop_rate: float = setting(0.0, "dropout before the classifier")
     stem_init: str = setting(
         "default", "whiten: the first filters make the patches of the training images white", ("default", "whiten")
@@ -91,10 +92,10 @@ class Config:
     )
     image_root: str | None = setting(None, "folder that the paths of a table are relative to; none: found")
     group: str | None = setting(
-        None, "column, or regular expression on paths, of what an image belongs to: a group stays in one split"
+        None, "column, or regular expression on paths, that gives an image's group: a group stays in one split"
     )
     weight_column: str | None = setting(
-        None, "column of how much each training image counts in the loss, beside the others; none: all alike"
+        None, "column with each training image's relative weight in the loss; none: all count equally"
     )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
     workers: int = setting(1, "data-loading processes; 0: load in the training process")
@@ -108,7 +109,7 @@ class Config:
     train_interpolation: str = setting(
         "bicubic", "resizing filter for training", ("bicubic", "bilinear", "nearest", "random")
     )
-    pad_crop: int = setting(0, "pixels that the image is moved by at most, its border mirrored; 0: off")
+    pad_crop: int = setting(0, "largest random shift in pixels, with the border mirrored; 0: off")
     hflip: float = setting(0.0, "probability of a horizontal flip")
     hflip_mode: str = setting(
         "random", "alternate: half of the images are flipped, in the next epoch the others", ("random", "alternate")
@@ -132,19 +133,19 @@ class Config:
     smoothing: float = setting(0.0, "label smoothing")
     # optimisation
     epochs: int = setting(10, "passes over the training set; 0: as many as fit into max_time")
-    batch_size: int = setting(64, "images per optimiser step, over all processes and accumulation steps")
-    grad_accum: int = setting(1, "parts that a batch is computed in, to save memory")
+    batch_size: int = setting(64, "images per optimizer step, over all processes and accumulation steps")
+    grad_accum: int = setting(1, "number of parts in which a batch is computed, to save memory")
     optimizer: str = setting(
         "adamw", "adamw, muon (AdamW for stem, head and vectors), sgd, lion, or another of timm's"
     )
     lr: float = setting(0.01, "peak learning rate")
-    fallback_lr_scale: float = setting(1.0, "with muon: learning rate of AdamW's part, as a factor on lr")
+    fallback_lr_scale: float = setting(1.0, "with muon: learning rate of the AdamW part, as a factor on lr")
     layer_decay: float = setting(1.0, "factor on the learning rate for each layer further from the classifier")
-    momentum: float = setting(0.9, "momentum of sgd, muon and others that have one")
+    momentum: float = setting(0.9, "momentum of sgd, muon and other optimizers that have one")
     weight_decay: float = setting(0.01, "weight decay")
     decay_norm_and_bias: bool = setting(False, "decay biases and other 1-D parameters too")
-    eps: float = setting(1e-3, "epsilon of AdamW and its kin")
-    betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW and its kin")
+    eps: float = setting(1e-3, "epsilon of AdamW and similar optimizers")
+    betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW and similar optimizers")
     clip_norm: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: off")
     schedule: str = setting(
         "piecewise", "learning rate over time, stepped at every step", ("piecewise", "cosine", "constant")
@@ -154,7 +155,7 @@ class Config:
     seed: int = setting(0, "seed of the split, the initial weights, the data order and every augmentation")
     precision: str = setting(
         "auto",
-        "auto: bf16 if the device computes it natively or the CPU kernels run, else fp32; tf32: a GPU's",
+        "auto: bf16 if the device computes it natively or the CPU kernels run, else fp32; tf32: GPUs only",
         ("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
@@ -193,7 +194,9 @@ class Config:
             if getattr(self, name) and self.freeze is None:
                 raise RequestError(f"{name} needs freeze: add --freeze, or leave {name} out")
         if self.views and self.freeze != "all":
-            raise RequestError("views needs freeze all: with other layers trained, every epoch has views of its own")
+            raise RequestError(
+                "views needs freeze all: if other layers are trained, every epoch draws new views anyway"
+            )
         if self.max_time is not None:
             parse_seconds(self.max_time)
         if self.epochs < (self.max_time is None):
@@ -255,7 +258,7 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
         if kind is int and float(value) != int(float(value)):
             raise ValueError
         if kind is int:
-            return value if isinstance(value, int) else int(float(value))  # seeds have more digits than a float
+            return value if isinstance(value, int) else int(float(value))  # a large seed would lose digits as a float
         return kind(value)
     except (TypeError, ValueError, KeyError, OverflowError):
         wanted = getattr(annotation, "__name__", str(annotation))

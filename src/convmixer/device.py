@@ -1,4 +1,4 @@
-"""Where to compute, in which precision, and what memory that takes. torch is imported when needed."""
+"""Choose device and precision, and measure memory. torch is imported when needed."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def gpu_names() -> list[str]:
-    """Return the CUDA devices' names; none if torch is not loaded, since nothing computes on them then."""
+    """Return the CUDA devices' names; none if torch is not loaded, because then nothing computes on them."""
     torch = sys.modules.get("torch")
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
 
@@ -74,9 +74,10 @@ def native_bf16(device: "torch.device | None" = None) -> bool:
 def choose_precision(name: str = "auto", device: "torch.device | None" = None) -> str:
     """Return "fp32", "tf32", "bf16" or "fp16": for "auto" bf16 if it is native, else fp32.
 
-    bf16 and fp16 mean automatic mixed precision: products in 16 bits, weights and normalisation in fp32. With tf32
-    everything is stored in fp32, and the GPU rounds the inputs of products to 10 bits of mantissa. On a GPU this call
-    switches TF32 on for tf32, and off for any other precision.
+    bf16 and fp16 mean automatic mixed precision: matrix multiplications and convolutions in 16 bits, weights and
+    normalisation in fp32. With tf32 everything is stored in fp32, and the GPU rounds the inputs of matrix
+    multiplications and convolutions to 10 bits of mantissa. On a GPU this call switches TF32 on for tf32, and off for
+    any other precision.
 
     Raises:
         RequestError: The name is not known, or it is tf32 and the device is not a GPU.
@@ -85,7 +86,7 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
         raise RequestError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
     on_gpu = device is not None and device.type == "cuda"
     if name == "tf32" and not on_gpu:
-        raise RequestError("precision tf32 is a GPU's way to multiply: choose fp32 or bf16 here")
+        raise RequestError("precision tf32 needs a GPU: choose fp32 or bf16 here")
     if on_gpu:
         _allow_tf32(name == "tf32")
     if name == "auto":
@@ -99,7 +100,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most memory that this process has held since it began or since `forget_peak`."""
+    """Return the peak memory of this process since it started or since `forget_peak`."""
     return _status("VmHWM")
 
 
@@ -116,7 +117,7 @@ def count_memory(device: "torch.device") -> Callable[[], int]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    forget_peak()  # that of loading
+    forget_peak()  # of loading
     before = resident_bytes()
     return lambda: max(0, peak_resident_bytes() - before)
 

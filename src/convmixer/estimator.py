@@ -39,9 +39,9 @@ from convmixer.run_folder import is_run
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
-MOST_COPIES = 1000  # of one image, by its weight
+MOST_COPIES = 1000  # of one image, if its weight is a whole number
 WEIGHT = "weight"  # the column of weights in the table of images
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that a PNG file gives back as they are
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that PNG stores without loss
 RECIPE = "recipe"
 FITTED = ("classes_", "run_", "classifier_")
 SETTINGS = {field.name: RECIPE for field in dataclasses.fields(Config)} | {"val_fraction": 0.0, "test_fraction": 0.0}
@@ -51,9 +51,9 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     """An image classifier.
 
     Args:
-        recipe: Name of the recipe whose settings are the start.
+        recipe: Name of the recipe that the settings start from.
         out: Folder for the run; if there is one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ... The
-            images that are not files are kept beside it, in FOLDER-images. None: nothing is kept on disk.
+            images that are not files are kept in FOLDER-images. None: nothing is kept on disk.
         verbose: 0: only warnings; 1: print settings, epochs and results.
         **settings: Any setting of `Config`, e.g. epochs=10, weights="convmixer_256_8.cifar10". The word "recipe"
             stands for the recipe's value and is the default, except that `val_fraction` and `test_fraction` are 0:
@@ -83,7 +83,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     ) -> "ConvMixerClassifier":
         """Train on labelled images: on all of them, unless `val_fraction` or `test_fraction` hold some out.
 
-        The process's random generators are left as they were; `seed` decides everything.
+        The process's random generators are not changed; all randomness comes from `seed`.
 
         Args:
             X: Grey (N, H, W) or colour (N, H, W, 3), uint8, or floats from 0 to 1, or uint16 if grey; (N, 3, H, W)
@@ -137,7 +137,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     def _logits(self, X: Images) -> np.ndarray:
         """Return float64 (N, classes) in the order of `classes_`."""
         check_is_fitted(self)
-        images, _ = as_images(X)  # said in `fit`, and of every batch it would be too much
+        images, _ = as_images(X)  # its notes are printed in `fit`; for every batch they would be too many
         p, known = self.classifier_.preprocessing, self.classifier_.classes
         order = [known.index(tidy_name(str(label))) for label in self.classes_]
         found = np.zeros((len(images), len(order)))
@@ -148,7 +148,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         return found
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings that are not left to the recipe."""
+        """Return the settings that override the recipe."""
         values = {name: getattr(self, name) for name in SETTINGS}
         given = {name: value for name, value in values.items() if not (isinstance(value, str) and value == RECIPE)}
         return given if self.out is not None else {"draw": False} | given
@@ -168,7 +168,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     @contextlib.contextmanager
     def _folders(self) -> Iterator[tuple[Path, Path]]:
-        """Give a folder for the images and one for the run; both are gone after it if nothing is to be kept."""
+        """Yield a folder for the images and one for the run; both are deleted afterwards if nothing is to be kept."""
         if self.out is None:
             with tempfile.TemporaryDirectory(prefix="convmixer-") as name:
                 yield Path(name), Path(name) / "run"
@@ -201,7 +201,7 @@ ConvMixerClassifier.__init__.__signature__ = _signature()  # type: ignore[attr-d
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's random generators as they were."""
+    """Restore the state of Python's, numpy's and torch's random generators afterwards."""
     import torch
 
     python, numpy = random.getstate(), np.random.get_state()
@@ -214,7 +214,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return N labels and the classes of the images that are there at least once.
+    """Return N labels, and the classes of the images with a weight above 0.
 
     Raises:
         ValueError: They are not one label per image, or their texts cannot be names of classes.
@@ -239,16 +239,16 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(set(names)) < len(names) or not all(name and name == name.strip() for name in names):
         raise RequestError(f"labels must have different texts without spaces around them, not {names}")
     if missing := [name for name in names if name.lower() in NO_LABEL]:
-        raise RequestError(f"the label {missing[0]!r} says that a label is missing: leave those images out")
+        raise RequestError(f"the label {missing[0]!r} means that the label is missing: leave those images out")
     check_names(names)
     return labels, classes
 
 
 def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return how often each image is there, (N,) int64, and how much it counts in the loss, (N,), or None: alike.
+    """Return the copies of each image, (N,) int64, and its weight in the loss, (N,), or None if all are equal.
 
     Raises:
-        ValueError: The weights are no such numbers.
+        ValueError: The weights are not N finite numbers of at least 0.
     """
     if sample_weight is None:
         return np.ones(count, np.int64), None
@@ -267,7 +267,7 @@ def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _without_paths(classifier: Classifier) -> Classifier:
-    """Return a classifier that names no file of a folder that is gone."""
+    """Return a classifier whose metadata name no file of a deleted folder."""
     gone = {"source": "ConvMixerClassifier.fit", "found": "ConvMixerClassifier.fit"}
     about = {name: value for name, value in classifier.describe.items() if name != "data"} | gone
     loaded = classifier.loaded
@@ -278,7 +278,7 @@ def _without_paths(classifier: Classifier) -> Classifier:
 
 
 def _without_folder(text: str, table: str) -> str:
-    """Return a message without the folder of the table, which is gone when somebody reads it."""
+    """Return a message without the folder of the table, which is deleted before anybody reads it."""
     return text.replace(table, "X").replace(f"{Path(table).parent}/", "")
 
 
@@ -287,7 +287,7 @@ def _images_of(out: Path) -> Path:
 
 
 def _unused(folder: Path) -> Path:
-    """Return the folder, or if a run is there, the first of folder-2, folder-3, ... where none is."""
+    """Return the folder, or if it holds a run, the first of folder-2, folder-3, ... that does not."""
     names = (f"{folder}-{number}" for number in itertools.count(2))
     path = folder
     while is_run(path) or _images_of(path).exists():
@@ -314,7 +314,7 @@ def _write(
 
 
 def _saved(image: Image.Image, folder: Path, number: int) -> str:
-    if image.mode.startswith("I"):  # PNG holds 16 bits of them; the table finds out how many are used
+    if image.mode.startswith("I"):  # stored as 16-bit PNG; reading the table finds out how many bits are used
         image = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
     elif image.mode not in PNG_MODES:
         image = to_mode(image, 1 if image.mode == "F" else 3)

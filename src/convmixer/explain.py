@@ -19,7 +19,7 @@ SHOWN_SIDE = 448  # of the drawn photo, pixels
 
 
 def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
-    """Draw an image with its class-activation map and likeliest classes beside it, and return them.
+    """Draw an image next to its class-activation map and likeliest classes, and return them.
 
     Args:
         weights: Whatever `load_classifier` takes.
@@ -28,8 +28,8 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
         topk: Classes to show, at least 1.
 
     Returns:
-        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the first class
-        (their mean and the bias are the logit), or None for a model without exact maps.
+        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the likeliest
+            class (their mean and the bias are the logit), or None for a model without exact maps.
 
     Raises:
         RequestError: The weights or the image cannot be read.
@@ -125,7 +125,7 @@ def read_growth(log: Path) -> list[dict[str, Any]]:
 
 
 def _probe(weights: str, p: Any) -> Any:
-    """Return images to take gradients at: the samples beside the weights, else noise with the spread of the data."""
+    """Return images to compute gradients at: the samples saved with the weights, else noise like the data's."""
     import torch
 
     from convmixer.preprocess import preprocess

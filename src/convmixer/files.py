@@ -30,11 +30,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` when the block ends, as `write_atomic` does.
 
-    If the block raises, `path` stays as it was and nothing is left beside it.
+    If the block raises, `path` keeps its old contents and the temporary file is deleted.
 
     Args:
         path: The file; missing folders are made.
-        keep: Where the file that was at `path` goes; None: it is deleted.
+        keep: Where to move the file that was at `path`; None: it is deleted.
     """
     temporary = temporary_name(path)
     try:
@@ -48,7 +48,7 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        # name the file that is wanted, not the temporary one; a write to a full disk names none
+        # name the target, not the temporary file; the error of a full disk names none
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -58,13 +58,13 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside a file, for this process to write to; `remove_leftovers` knows it."""
+    """Return a hidden name next to a file, for this process to write to; `remove_leftovers` recognises it."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}")
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give errors of the file system in the block the name of a file: a write to a full disk says no name."""
+    """Add the name of a file to file-system errors in the block: the error of a full disk names none."""
     try:
         yield
     except OSError as error:
@@ -77,11 +77,11 @@ def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut: renaming a file changes its folder, not the file."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that may be written but not read, or a system that opens no folders
+    except OSError:  # a folder without read permission, or a system that cannot open folders
         return
     try:
         os.fsync(handle)
-    except OSError:  # some network file systems cannot
+    except OSError:  # some network file systems cannot sync folders
         pass
     finally:
         os.close(handle)
@@ -97,7 +97,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return where to keep what can be made again: $XDG_CACHE_HOME/convmixer, ~/.cache/convmixer by default.
+    """Return the folder for files that can be made again: $XDG_CACHE_HOME/convmixer, by default ~/.cache/convmixer.
 
     Args:
         *parts: Names of folders below it; nothing is created.

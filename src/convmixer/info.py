@@ -1,4 +1,4 @@
-"""What this installation runs on: versions, devices, the processor, kernels, and what is missing."""
+"""The command `info`: versions, devices, the processor, the kernels, and what is missing."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""From an image file to the model's input: the one evaluation path, for training, prediction, export and serving.
+"""From an image file to the model's input: the same evaluation path for training, prediction, export and serving.
 
 PIL and numpy only, no torch, so that an exported model predicts without it. Nothing here is random.
 """
@@ -22,7 +22,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BITS = (8, 10, 12, 14, 16)  # bits per value that cameras and scanners use in 16-bit files
 MAX_SIDE = 4096  # of a model's input, pixels; 32 images of this size take 6 GB
-MAX_ASPECT = 32  # beyond this only the middle of the long side is resized: a 1 x 80,000,000 image must not blow up
+MAX_ASPECT = 32  # beyond this only the middle of the long side is resized, or a 1 x 80,000,000 image fills memory
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -32,7 +32,7 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of its input; saved with the weights.
+    """How an image becomes the model's input; saved with the weights.
 
     Args:
         img_size: Side of the square input, pixels.

@@ -1,6 +1,6 @@
-"""Measure what a model costs, undisturbed: a function in a fresh process, seconds per step, multiply-accumulates.
+"""Measure what a model costs: a function run in a fresh process, seconds per step, multiply-accumulates.
 
-Used by `plan`, `compare` and `benchmark`. What they measure is theirs; how it is measured is here.
+`plan`, `compare` and `benchmark` decide what to measure; this module measures it.
 """
 
 import importlib
@@ -23,7 +23,7 @@ Build = tuple[str, dict[str, Any]]  # what `create_model` is given: a name and i
 
 
 def fresh(function: Callable[..., Any], request: dict[str, Any], **environment: str) -> Any:
-    """Call a function in a new process, so that its memory and speed are its own, and return what it gives.
+    """Call a function in a new process, so that nothing else affects its memory and speed, and return its result.
 
     Args:
         function: Any function of this package that takes and returns what JSON holds.
@@ -44,7 +44,7 @@ def fresh(function: Callable[..., Any], request: dict[str, Any], **environment: 
 
 
 def median_seconds(step: Callable[[], Any], count: int, warm_up: int = 2) -> float:
-    """Return the median time of a step, after some that are not counted."""
+    """Return the median time of a step, after a few warm-up steps."""
     times = []
     for _ in range(warm_up + count):
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def median_seconds(step: Callable[[], Any], count: int, warm_up: int = 2) -> flo
 def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
     """Return the multiply-accumulates of one image's forward pass, counted without computing any.
 
-    Counted on the meta device, where fused attention is seen too; on the CPU the counter misses it.
+    Counted on the meta device, because on the CPU the counter misses fused attention.
 
     Raises:
         RequestError: The model cannot be built with these arguments or does not take this image.
@@ -68,13 +68,13 @@ def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
     try:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, in_chans, img_size, img_size, device="meta"))
-    except Exception as error:  # whatever a library says about an image that does not fit
+    except Exception as error:  # libraries raise many types for an image that does not fit
         raise RequestError(f"{build[0]} with {build[1]} does not take {img_size} px images: {error}") from error
     return int(counter.get_total_flops() // 2)
 
 
 def meta_model(build: Build, in_chans: int, num_classes: int) -> "nn.Module":
-    """Return a model without memory for its weights, to count.
+    """Return a model on the meta device, which allocates no memory for weights.
 
     Raises:
         RequestError: The model cannot be built with these arguments.
@@ -89,7 +89,7 @@ def meta_model(build: Build, in_chans: int, num_classes: int) -> "nn.Module":
             return create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs).eval()
     except RequestError:
         raise
-    except Exception as error:  # whatever a library says about sizes that do not go together
+    except Exception as error:  # libraries raise many types if sizes do not fit together
         raise RequestError(f"{name} cannot be built with {kwargs}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Which process is this, and does it still run? For locks and queues that several machines share.
+"""Identify processes, and say whether they still run, for locks and queues that several machines share.
 
 Standard library only.
 """
@@ -12,34 +12,34 @@ from typing import Any
 
 
 def sign() -> dict[str, Any]:
-    """Return what tells this process from every other, as plain JSON: host, boot, PID namespace, number, start."""
+    """Return what identifies this process, as plain JSON: host, boot, PID namespace, pid, start time."""
     return _machine() | {"pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_here(holder: Mapping[str, Any]) -> bool:
-    """Return whether a process that signed ran where this one runs: same machine, boot and container."""
+    """Return whether a process with this signature ran on the same machine, boot and container as this one."""
     return all(holder.get(key) == value for key, value in _machine().items())
 
 
 def is_alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether a process that signed here still runs; a later one may have the same number."""
+    """Return whether the process with this signature still runs here; another one may have got its pid."""
     pid = holder.get("pid")
     return isinstance(pid, int) and pid > 0 and process_exists(pid) and holder.get("started") == _started(pid)
 
 
 def is_dead(holder: Any) -> bool:
-    """Return whether a process that signed ran here and has ended; one elsewhere, or unknown, counts as alive."""
+    """Return whether the process with this signature ran here and has ended; any other counts as alive."""
     return isinstance(holder, Mapping) and is_here(holder) and not is_alive(holder)
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time into the block; the others wait.
+    """Run the block in one process of this machine at a time; the others wait.
 
     Args:
         path: A folder, or a lock file, which is made if it is missing.
     """
-    import fcntl  # only where a lock is taken: not every system has it
+    import fcntl  # imported only if a lock is taken: not every system has it
 
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -50,7 +50,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def process_exists(number: int) -> bool:
-    """Return whether a process of this number runs on this machine, whoever owns it."""
+    """Return whether a process with this pid runs on this machine, whoever owns it."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
@@ -61,7 +61,7 @@ def process_exists(number: int) -> bool:
 
 
 def _machine() -> dict[str, Any]:
-    """Return what tells machines apart, and containers, whose process ids are their own."""
+    """Return what identifies a machine or a container, each of which counts its own pids."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": socket.gethostname(), "boot": boot, "pids": os.readlink("/proc/self/ns/pid")}
@@ -69,7 +69,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, as the system counts, or None if the system does not say."""
+    """Return when a process started, in the system's units, or None if the system does not report it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""One measured result with all it takes to judge and repeat it, as JSON lines. Light: no torch, no numpy."""
+"""One measured result, and everything needed to judge and repeat it, as JSON lines. Needs neither torch nor numpy."""
 
 import dataclasses
 import datetime
@@ -57,7 +57,7 @@ class RunRecord:
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine (processor, cores, memory, GPUs), the versions of what computes, and the commit."""
+    """Return the machine (processor, cores, memory, GPUs), the versions of the libraries, and the commit."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -71,7 +71,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the processor's name with family and model if the system says them."""
+    """Return the processor's name, with family and model if the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -84,7 +84,7 @@ def processor_name() -> str:
 
 
 def command_line() -> str:
-    """Return the command that is running, as one would type it."""
+    """Return the running command, as one would type it."""
     program = Path(sys.argv[0]).name.removesuffix(".py")
     return shlex.join(["convmixer" if program in ("convmixer", "__main__") else program, *sys.argv[1:]])
 
@@ -138,7 +138,7 @@ def read(path: Path) -> list[RunRecord]:
 def commit() -> str | None:
     """Return the commit of the source tree with "-dirty" if it has changes, or None outside a checkout.
 
-    An installed package may be inside another project, whose commit says nothing about it.
+    An installed package may be inside another project's checkout, whose commit would be wrong here.
     """
     own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

@@ -54,6 +54,6 @@ def _make_key() -> bytes | None:
         finally:
             os.close(handle)
         with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # of two processes that start together the first one's key stays
+            os.link(draft, path)  # if two processes start together, the first one's key stays
         draft.unlink()
     return _read_key()

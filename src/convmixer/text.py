@@ -7,8 +7,8 @@ names are kept as they are inside the program and in JSON.
 import html as _html
 import re
 
-# Control characters, what turns the direction of writing, separators that break lines, halves of pairs: they move the
-# cursor, hide what follows, or make one line look like two.
+# Control characters, changes of writing direction, line separators, lone surrogates: they move the cursor, hide what
+# follows, or make one line look like two.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -28,7 +28,7 @@ def markup(text: object) -> str:
 
 
 def csv_cell(text: object) -> str:
-    """Return text for a cell of a CSV file. What a spreadsheet would compute gets an apostrophe in front."""
+    """Return text for a cell of a CSV file. What a spreadsheet would take for a formula gets an apostrophe."""
     value = str(text)
     formula = _FORMULA.match(value.lstrip(" ")) and not _NUMBER.fullmatch(value)
     return f"'{value}" if formula else value
@@ -50,7 +50,7 @@ def _code(character: str) -> str:
 
 
 def shortened(text: object, most: int) -> str:
-    """Return text with at most `most` characters: of a longer one the middle is left out, since numbers end names."""
+    """Return text with at most `most` characters, leaving out the middle: names often end in a number."""
     value = str(text)
     tail = max(4, most // 3)
     return value if len(value) <= most else f"{value[: most - tail - 1]}…{value[-tail:]}"

@@ -1,6 +1,6 @@
 """What a data argument names: built-in data, a path, or a data set on the Hugging Face hub. Reads no data.
 
-A name that could mean two things is taken in one way, and a note says which and how to write the other.
+If a name could mean two things, one is chosen, and a note says which and how to name the other.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convmixer.errors import RequestError
 
-HUB = "hf-hub:"  # before owner/name: the hub, whatever is on the disk
+HUB = "hf-hub:"  # in front of owner/name: the hub, even if there is such a path
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 BUILT_IN = ("digits", *HUB_NAMES)
 TABLES = (".csv", ".tsv")
@@ -23,7 +23,7 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True)
 class Argument:
-    """A data argument, read.
+    """What a data argument names.
 
     Args:
         spec: The argument so written that it means the same from every folder.
@@ -31,7 +31,7 @@ class Argument:
         repository: "owner/name" on the hub, or None.
         inside: The folder inside the repository.
         url: The shards on a server, or None.
-        notes: What was taken and how to mean the other thing, if there are two.
+        notes: If it could mean two things, which was chosen and how to name the other.
     """
 
     spec: str
@@ -47,7 +47,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
 
     Args:
         spec: "digits", "cifar10", "cifar100", a path, the URL of shards (see `remote.fetch_shards`), or "owner/name"
-            or "owner/name/configuration" on the hub, with "hf-hub:" in front if a path could be meant.
+            or "owner/name/configuration" on the hub, with "hf-hub:" in front if it could also be a path.
         recorded: The argument was read from weights or a record, not typed: then a name without "hf-hub:" in front is
             a path, and the hub is never asked for it.
 
@@ -67,7 +67,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
         return Argument(os.path.abspath(path), path, notes=(note,) if other else ())
     if recorded:
         hub = f" (if it is a data set on the hub: {HUB}{spec})" if _is_hub_name(spec) else ""
-        raise RequestError(f"the data {spec!r} of the training are not here: name the data{hub}")
+        raise RequestError(f"the training data {spec!r} are not here: name the data{hub}")
     if not _is_hub_name(spec) or path.suffix in (*TABLES, *SHARDS):
         raise RequestError(
             f"no data {spec!r}: give digits, cifar10, cifar100, an existing folder, .csv, .tar or .parquet file, "
@@ -75,7 +75,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
         )
     if Path(spec.split("/")[0]).is_dir():
         raise RequestError(
-            f"no data {spec!r}: the folder {spec.split('/')[0]} is here, but nothing of that name is in it "
+            f"no data {spec!r}: the folder {spec.split('/')[0]} is here, but it holds nothing of that name "
             f"(for the data set on the hub write {HUB}{spec})"
         )
     note = f"{spec}: no such path here, so the data set of that name on the hub is taken; for a path write ./{spec}"
@@ -98,7 +98,7 @@ def _built_in(name: str) -> Argument:
 
 def _on_hub(name: str, notes: tuple[str, ...]) -> Argument:
     if not _is_hub_name(name):
-        raise RequestError(f"{name!r} is no name of a data set on the hub: write {HUB}owner/name")
+        raise RequestError(f"{name!r} is not a data set name on the hub: write {HUB}owner/name")
     owner, repository, *inside = name.split("/")
     return Argument(HUB + name, None, f"{owner}/{repository}", "/".join(inside), notes)
 

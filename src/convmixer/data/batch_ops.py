@@ -1,7 +1,7 @@
 """PIL's image operations on whole batches of uint8 images, on any device, each image with its own parameters.
 
-Tables, blends and nearest sampling give PIL's very bytes; bilinear, bicubic and resizing differ by at most one level,
-where PIL rounds in fixed point. Nothing here is random and nothing waits for the device.
+Tables, blends and nearest sampling give exactly PIL's bytes; bilinear, bicubic and resizing differ by at most one
+level, because PIL rounds in fixed point. Nothing here is random and nothing waits for the device.
 """
 
 import torch
@@ -12,7 +12,7 @@ NEAREST, BILINEAR, BICUBIC = 0, 1, 2
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Return images (B, C, H, W) through tables (B, C or 1, 256), uint8 both."""
+    """Return images (B, C, H, W) with each value looked up in tables (B, C or 1, 256), both uint8."""
     B, C, H, W = images.shape
     values = tables.expand(B, C, 256).gather(2, images.flatten(2).long())
     return values.view(B, C, H, W)
@@ -49,7 +49,7 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """The degenerate is PIL's SMOOTH, which leaves the border as it is."""
+    """The degenerate is PIL's SMOOTH, which does not change the border."""
     kernel = torch.ones(1, 1, 3, 3, device=images.device)
     kernel[0, 0, 1, 1] = 5
     B, C, H, W = images.shape
@@ -91,7 +91,7 @@ def equalize_tables(images: Tensor) -> Tensor:
 
 
 def affine(images: Tensor, matrix: Tensor, sampling: Tensor, fill: Tensor) -> Tensor:
-    """Return images sampled where PIL's AFFINE looks, and `fill` where that is outside.
+    """Return images sampled at the positions of PIL's AFFINE, with `fill` outside the image.
 
     Args:
         images: (B, C, H, W) uint8.

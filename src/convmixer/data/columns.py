@@ -1,4 +1,4 @@
-"""Which column of a table is the path, the label and the split: by name and content, never by a guess."""
+"""Finds the path, label and split columns of a table by name and content, without guessing."""
 
 import re
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ class Columns:
 
     Args:
         path, split: Their numbers; split is None if all rows are train.
-        location: Where the paths lead.
+        location: How the paths are resolved.
         labels: The label of each row.
         label: Number of the label column; None if there is one column per class.
         split_value: The value of the split column that means val; None: its words are the splits.
-        notes: What was understood, if the names do not say it.
-        classes: Numbers of the columns of single classes.
+        notes: How the table was read, if the names do not say it.
+        classes: Numbers of the columns that each stand for one class.
         weight: Number of the column of weights, or None.
     """
 
@@ -63,7 +63,7 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
     """Return the columns of a table.
 
     Raises:
-        RequestError: A column cannot be found without a guess; the message names the flag that says which it is.
+        RequestError: A column cannot be found without guessing; the message names the flag to give.
     """
     split, value = _split_column(rows, options)
     weight = _by_name(rows, "weight_column", options.weight_column) if options.weight_column else None
@@ -96,8 +96,8 @@ def split_of_row(text: str, name: str, value: str | None) -> str:
 
     Args:
         text: The cell; an empty one means train.
-        name: Of its column.
-        value: What means val, everything else being train; None: the words of the cell say it.
+        name: The name of its column.
+        value: The value that means val, all others meaning train; None: the words of the cell name the split.
     """
     if value is not None:
         return "val" if text == value else "train"
@@ -117,7 +117,7 @@ def _by_name(rows: Rows, option: str, wanted: str) -> int:
 
 
 def _known(rows: Rows, names: Sequence[str], without: set[int | None]) -> list[int]:
-    """Return the numbers of the columns that are called one of the names, in the names' order."""
+    """Return the numbers of the columns with one of the names, in the names' order."""
     tidy = [normal(name) for name in rows.names]
     return [n for known in names for n, name in enumerate(tidy) if name == known and n not in without]
 
@@ -163,7 +163,7 @@ def _path_column(rows: Rows, locator: Locator, options: Options, taken: set[int 
 def _nowhere(rows: Rows, number: int, locator: Locator) -> str:
     example = next((text for text in rows.column(number) if text), "")
     if "://" in example:
-        return f"{rows.path}: {example} is an address and never fetched: download the images, give their paths"
+        return f"{rows.path}: {example} is a URL, which is never fetched: download the images, give their paths"
     return (
         f"{rows.path}: no column names images that are in {locator.base}; {example!r} of {rows.names[number]!r} is "
         "not there: say where the images are with --image-root, or which column it is with --path-column"

@@ -42,7 +42,7 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
     Args:
         path: A .csv or .tsv file.
         known: Names that only a header holds, in lower case.
-        is_data: Whether a cell can only be data, since it is the path of an image.
+        is_data: Whether a cell can only be data, because it is the path of an image.
 
     Raises:
         RequestError: It is not text, or a row has more cells than the first.
@@ -101,7 +101,7 @@ def _split(text: str, path: Path, known: set[str]) -> list[tuple[int, list[str]]
 
 
 def _delimiter(text: str, known: set[str]) -> str:
-    """Return what parts the cells: it gives every row as many cells; of several, the one whose header is known."""
+    """Return the delimiter: it gives every row equally many cells; of several, the one whose header is known."""
     regular = {}
     for delimiter in DELIMITERS:
         rows = _probe(text, delimiter)

@@ -1,9 +1,10 @@
 """Data sets with their splits: what a run trains on, selects on, is tested on. All randomness comes from seeds.
 
 Unreadable images are found in two steps. `load_data` reads the header of every image: a file that is empty, too large
-or no image, or an image with two labels, is named in `bad_files`, left out, and counted against `max_bad_fraction`.
-Damage behind a good header shows only on decoding: then training takes the next readable image, evaluation leaves the
-image out, and both mark it in `ImageSet.failed`, over all worker processes, against the same limit.
+or not an image, or an image with two labels, is named in `bad_files`, left out, and counted against
+`max_bad_fraction`. Damage behind a good header shows only on decoding: then training takes the next readable image,
+evaluation leaves the image out, and both mark it in `ImageSet.failed`, over all worker processes, against the same
+limit.
 """
 
 import math
@@ -34,16 +35,16 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import BITS, IMAGENET_MEAN, IMAGENET_STD
 from convmixer.text import terminal
 
-DEFAULT_SIDE = 224  # of data whose images are not square, alike and smaller, pixels
-CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this, all splits together
-CACHE_SIDE = 128  # and up to this side, pixels
-STATISTICS_IMAGES = 2000  # images that mean and deviation of unknown grey data are computed on
+DEFAULT_SIDE = 224  # pixels, unless all images are square, of one size and smaller
+CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this size, over all splits
+CACHE_SIDE = 128  # largest side of images kept in memory, pixels
+STATISTICS_IMAGES = 2000  # images to compute the mean and standard deviation of grey data on
 STATISTICS = {  # mean and standard deviation per channel of the training images
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-ANOTHER_LABEL = "its contents are there with another label too"
+ANOTHER_LABEL = "an identical image has a different label"
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ def load_data(
     """Return the data behind a data argument, split into train, val and test.
 
     Missing splits are made from train, stratified by class, and `notes` says so: val from `seed`, test always the
-    same. With `val_fraction` 0 there is no val split, and data that come with train and val but no test use their val
-    as test. With `test_fraction` 0 no test split is made. Images with equal contents are in one split.
+    same. With `val_fraction` 0 there is no val split, and data with train and val but no test split use their val as
+    test. With `test_fraction` 0 no test split is made. Identical images are in one split.
 
     Args:
         spec: See `argument.read_argument`.
         val_fraction: Share of train, 0 to 1, held out if there is no val split.
-        seed: Of the val split.
+        seed: Seed of the val split.
         max_bad_fraction: Share of unusable images above which this, or later reading, fails.
         img_size: Side to train at, pixels; None: that of the data if square, alike and at most 224, else 224.
         recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
@@ -133,7 +134,7 @@ def load_data(
     if checked.bad:
         few = "; ".join(checked.bad[:20])
         notes.append(f"{len(checked.bad)} of {total} images cannot be used and are left out: {few}")
-        for line in checked.bad[20:]:  # too many for a note, which the run's files repeat
+        for line in checked.bad[20:]:  # too many for a note, which the run's files would repeat
             print(f"unusable image left out: {terminal(line)}", file=sys.stderr)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
@@ -175,7 +176,7 @@ class Checked:
 
     Args:
         scans: Split -> headers and digests.
-        usable: Split -> bool (N,): readable, one label, and not kept in another split.
+        usable: Split -> bool (N,): readable, with one label, and no copy of an image kept in another split.
         rejected: Split -> bool (N,): unreadable, or with two labels.
         together: Split -> int64 (N,): a group number; images of one group stay in one split.
         bad: "name: reason" of each image that cannot be read or has two labels.
@@ -256,7 +257,7 @@ def _image_sets(
 
 
 def _bits(found: Found, checked: Checked, notes: list[str]) -> int:
-    """Return how many bits the values of images with 16 or 32 bits use: decided once, for all of them."""
+    """Return how many bits the values of 16-bit and 32-bit images use: one number for all of them."""
     deep = [
         (source, i)
         for split, (source, _) in found.splits.items()
@@ -311,7 +312,7 @@ def _complete(
 
 
 def _mean_one(weights: np.ndarray, column: str | None, notes: list[str]) -> np.ndarray:
-    """Return weights of the same ratios with a mean of 1, so that they leave the size of the loss as it is."""
+    """Return weights scaled to a mean of 1, so that they do not change the size of the loss."""
     if not (mean := float(weights.mean(dtype=np.float64))):
         raise RequestError(f"column {column!r}: the weights of all training images are 0")
     notes.append(
@@ -327,7 +328,7 @@ def _hold_out(
 ) -> tuple[ImageSet, ImageSet]:
     held = stratified(train.labels, fraction, seed, together[train.indices])
     if not held.any() or held.all():
-        raise RequestError(f"{len(train)} training images are too few to hold a {split} split out; provide one")
+        raise RequestError(f"{len(train)} training images are too few to hold out a {split} split; provide one")
     return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
 
 
@@ -343,7 +344,7 @@ def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: i
 def _statistics(
     found: Found, in_chans: int, images: ImageSet | None, notes: list[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation per channel: the known ones, ImageNet's for colour, computed for grey."""
+    """Return mean and standard deviation per channel: the known ones, ImageNet's for colour, computed for grey."""
     if in_chans == 3:
         return STATISTICS.get(found.name, (IMAGENET_MEAN, IMAGENET_STD))
     if images is None or not len(images):
@@ -354,5 +355,5 @@ def _statistics(
         counts += images[int(i)][0].histogram()
     mean = np.average(values, weights=counts)
     std = math.sqrt(np.average((values - mean) ** 2, weights=counts))
-    notes.append(f"mean {mean:.4f} and deviation {std:.4f} computed on {len(chosen)} images")
+    notes.append(f"mean {mean:.4f} and standard deviation {std:.4f} computed on {len(chosen)} images")
     return (round(float(mean), 4),), (max(round(float(std), 4), 1e-3),)

@@ -1,8 +1,8 @@
 """Fetches files from HTTP, S3 and Google Cloud Storage into the cache folder, through fsspec.
 
-A file appears there whole or not at all, and an interrupted one goes on from where it stopped. Time and size are
-bounded: a server that errs or stalls is tried again after growing pauses and then given up, nothing is read beyond
-the announced size, and nothing is begun that the disk cannot hold.
+A file appears there whole or not at all, and an interrupted download continues where it stopped. Time and size are
+bounded: if a server fails or stalls it is tried again after growing pauses, a limited number of times; nothing is
+read beyond the announced size, and a download that does not fit on the disk is not started.
 """
 
 import errno
@@ -26,16 +26,16 @@ from convmixer.progress import track
 from convmixer.text import terminal
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a second, third, ... try
-RENEWED_BY = 1 << 20  # bytes: a try that brings as many is followed by the shortest pause again
+RENEWED_BY = 1 << 20  # bytes: after a try that brings as many, the pauses start again with the shortest
 CONNECT_SECONDS = 10.0
 STALL_SECONDS = 30.0  # without SLOWEST bytes a second on average, a try is given up
 SLOWEST = 10_000
 CHUNK = 1 << 20
 AT_ONCE = 8  # files
-SPARE_BYTES = 1 << 30  # of the disk, which stay free
+SPARE_BYTES = 1 << 30  # of the disk, kept free
 LOCAL_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-PASSING = (408, 425, 429)  # of the statuses 4xx: another try may succeed
-CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # whose errors may pass
+PASSING = (408, 425, 429)  # 4xx statuses after which another try may succeed
+CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # after their errors another try may succeed
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 T = TypeVar("T")
@@ -43,12 +43,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server, as it was when we asked.
+    """A file on a server, as the server described it.
 
     Args:
         url: Where it is.
         size: Bytes.
-        mark: What changes with its contents, by the server's word: ETag, else date; "" if it gives neither.
+        mark: What the server says changes with the contents: ETag, else date; "" if it gives neither.
     """
 
     url: str
@@ -57,7 +57,7 @@ class RemoteFile:
 
     @property
     def place(self) -> Path:
-        """Where its copy is kept: a changed file is another copy, because a run may still read the old one."""
+        """Where its copy is kept: a changed file gets a new copy, because a run may still read the old one."""
         return _place(self.url, short(f"{self.size} {self.mark}"))
 
 
@@ -66,10 +66,10 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
 
     Args:
         urls: Where they are.
-        most_bytes: Larger files are refused; None: no limit but the disk's.
+        most_bytes: Largest size allowed; None: only the disk limits it.
 
     Raises:
-        RequestError: A file cannot be had, is too large, or changes while it is fetched.
+        RequestError: A file cannot be fetched, is too large, or changes while it is fetched.
     """
     stop = threading.Event()
     found, notes = _split_notes(_side_by_side(lambda url: _look(url, stop), urls, stop))
@@ -83,24 +83,26 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
 
 
 def copies_of(urls: Iterable[str]) -> list[Path]:
-    """Return the copies that were fetched or used last; the network is not used.
+    """Return the local copies fetched or used last, without using the network.
 
     Raises:
-        RequestError: There is none of one of them.
+        RequestError: One of them has no copy.
     """
     found = []
     for url in urls:
         copy = _newest(url)
         if copy is None:
             raise RequestError(
-                f"there is no copy of {url} here, and a URL that is recorded is never opened unasked: name the data"
+                f"there is no copy of {url} here, and a recorded URL is never opened unasked: name the data"
             )
         found.append(copy)
     return found
 
 
 def _side_by_side(work: Callable[[Any], T], items: Sequence[Any], stop: threading.Event) -> list[T]:
-    """Return the results of work that waits for the network, in order; the first error stops all of it."""
+    """Run work that waits for the network in threads and return the results in order; the first error stops all of
+    it.
+    """
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             return list(track(pool.map(work, items), "fetching", len(items), shown_from=2))
@@ -118,14 +120,14 @@ def _split_notes(looked: Iterable[tuple[Any, str | None]]) -> tuple[list[Any], l
 def _check_sizes(missing: Sequence[RemoteFile], most: int | None) -> None:
     large = next((file for file in missing if most is not None and file.size > most), None)
     if large is not None:
-        raise RequestError(f"{large.url} has {large.size} bytes, more than the {most} that such a file may have")
+        raise RequestError(f"{large.url} has {large.size} bytes, more than the limit of {most} for such a file")
     folder = cache_folder("shards")
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
     if missing and needed > free - SPARE_BYTES:
         raise RequestError(
             f"{needed / 1e9:.1f} GB would be fetched into {folder}, where {free / 1e9:.1f} GB are free, and "
-            f"{SPARE_BYTES / 1e9:.1f} GB stay so: free some, or set XDG_CACHE_HOME to a larger disk"
+            f"{SPARE_BYTES / 1e9:.1f} GB must stay free: free some, or set XDG_CACHE_HOME to a larger disk"
         )
 
 
@@ -133,7 +135,7 @@ def _check_sizes(missing: Sequence[RemoteFile], most: int | None) -> None:
 
 
 def _look(url: str, stop: threading.Event) -> tuple[RemoteFile | Path, str | None]:
-    """Return what the server says of a file, or the newest copy and a note if it cannot be reached."""
+    """Return the server's description of a file, or if it cannot be reached, the newest copy and a note."""
     try:
         info = _persist(url, lambda: file_system(url).info(url, timeout=CONNECT_SECONDS + STALL_SECONDS), stop)
     except _Unreachable as error:
@@ -142,17 +144,17 @@ def _look(url: str, stop: threading.Event) -> tuple[RemoteFile | Path, str | Non
             raise RequestError(str(error)) from error
         return copy, f"{error}: the copy of {time.strftime('%F %R', time.gmtime(copy.stat().st_mtime))} UTC is used"
     if url.startswith("https:") and not str(info.get("url", url)).startswith("https:"):
-        raise RequestError(f"{url} leads to an address without encryption, {info['url']}: not followed")
+        raise RequestError(f"{url} redirects to an unencrypted address, {info['url']}: not followed")
     size = info.get("size")
     if not isinstance(size, int) or size < 0:
         raise RequestError(f"the server does not say how large {url} is: not fetched")
     mark = _mark(info)
-    note = None if mark else f"the server gives neither ETag nor date of {url}: a change is noticed by the size alone"
+    note = None if mark else f"the server gives neither ETag nor date of {url}: a change is noticed only by the size"
     return RemoteFile(url, size, mark), note
 
 
 def _mark(facts: Any) -> str:
-    """Return what tells versions of a file apart, from fsspec's description or the headers of HTTP."""
+    """Return what distinguishes versions of a file, from fsspec's description or the HTTP headers."""
     for key in ("ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "last_modified"):
         if facts.get(key):
             return str(facts[key])
@@ -181,26 +183,28 @@ def file_system(url: str) -> Any:
 
 
 def _fetch(file: RemoteFile, stop: threading.Event) -> Path:
-    """Return the copy of a file; of several processes on this machine one fetches it."""
+    """Return the copy of a file; if several processes of this machine ask for it, one fetches it."""
     place = file.place
     place.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(place.with_name("lock")):
         if not place.exists():
             part = place.with_name("part")
-            if not file.mark:  # nothing says that the rest would be of the same version
+            if not file.mark:  # the rest could be of another version
                 part.unlink(missing_ok=True)
             try:
                 _persist(file.url, lambda: _receive(file, part, stop), stop, lambda: _size(part))
             except _Unreachable as error:
-                raise RequestError(f"{error}; what has arrived is kept, the next start goes on from there") from error
+                raise RequestError(
+                    f"{error}; what has arrived is kept, and the next start continues from there"
+                ) from error
             part.replace(place)
             sync_folder(place.parent)
-        os.utime(place)  # the copy that was used last
+        os.utime(place)  # marks the copy used last
     return place
 
 
 def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
-    """Add to a part what is missing; raises what stopped it."""
+    """Fetch the missing rest of a part; raises the error that stopped it."""
     with part.open("ab") as copy:
         if _size(part) > file.size:
             copy.truncate(0)
@@ -217,7 +221,7 @@ def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
 
 
 def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
-    """Return a stream of a file from a place on, and that place: the beginning, if the server cannot skip."""
+    """Return a stream of a file from a position on, and that position: 0 if the server cannot skip."""
     system = file_system(file.url)
     if not file.url.startswith("http"):
         stream = system.open(file.url, "rb", block_size=4 * CHUNK)
@@ -235,7 +239,9 @@ def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
         raise RequestError(f"{file.url} changed while it was fetched: start again")
     if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
         stream.close()
-        raise RequestError(f"{file.url} comes compressed by the server, unasked: its size cannot be checked")
+        raise RequestError(
+            f"{file.url} is sent compressed although that was not asked for: its size cannot be checked"
+        )
     skipped = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     if answer.status != 200 and not skipped:
         stream.close()
@@ -268,10 +274,10 @@ class _Unreachable(Exception):
 
 
 def _persist(url: str, work: Callable[[], T], stop: threading.Event, progress: Callable[[], int] = lambda: 0) -> T:
-    """Return what `work` returns, tried again after growing pauses.
+    """Return what `work` returns, trying again after growing pauses.
 
     Raises:
-        RequestError: Another try would change nothing.
+        RequestError: It failed in a way that another try would not change.
         _Unreachable: All tries failed.
     """
     tries, before = 0, progress()
@@ -294,7 +300,7 @@ def _persist(url: str, work: Callable[[], T], stop: threading.Event, progress: C
 
 
 def _final(error: BaseException, url: str) -> str | None:
-    """Return why another try is useless, or None."""
+    """Return why another try would be useless, or None."""
     status = _status(error)
     if status is not None:
         return f"the server answers {status}" if 400 <= status < 500 and status not in PASSING else None
@@ -303,12 +309,12 @@ def _final(error: BaseException, url: str) -> str | None:
     if isinstance(error, FileNotFoundError) and (error.__cause__ is None or not url.startswith("http")):
         return "it is not there"
     if isinstance(error, PermissionError) or "credential" in type(error).__name__.lower():
-        return f"access is refused ({_in_words(error)})"
+        return f"access is denied ({_in_words(error)})"
     return None
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Return the status of HTTP that an error was made of."""
+    """Return the HTTP status behind an error."""
     while error is not None:
         if isinstance(status := getattr(error, "status", None), int):
             return status
@@ -329,12 +335,12 @@ def _in_words(error: BaseException) -> str:
 
 
 def short(text: str) -> str:
-    """Return 16 hexadecimal digits that stand for a text in the name of a file."""
+    """Return a hash of a text, 16 hexadecimal digits, for the name of a file."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _place(url: str, version: str) -> Path:
-    """Return where a version's copy is kept; its name and folder stay, because they may name the split."""
+    """Return where a version's copy is kept; it keeps its name and folder, because they may name the split."""
     parts = [re.sub(r"[^\w.-]", "_", part)[-100:] for part in re.split(r"[?#]", url)[0].split("/")[3:]]
     tail = [part for part in parts if part.strip(".")][-2:] or ["file"]
     return cache_folder("shards", short(url), version, *tail)

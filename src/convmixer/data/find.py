@@ -23,7 +23,7 @@ from convmixer.data.walk import Walk, walk
 from convmixer.errors import RequestError
 from convmixer.files import cache_folder
 
-NOT_READ = "beside the shards that are read"
+NOT_READ = "next to the shards that are read"
 
 
 def find(spec: str, recorded: bool = False, options: Options | None = None) -> Found:
@@ -62,7 +62,7 @@ def find_path(path: Path, options: Options, name: str | None = None, own_disk: b
     walked = walk(path)
     for kind in SHARDS:
         files = [file for file in walked.files if file.lower().endswith(kind)]
-        if files and count_class_folders(walked.files) < 2:  # one folder may hold the pictures of a readme
+        if files and count_class_folders(walked.files) < 2:  # one class folder may just hold the pictures of a readme
             return _find_shards(walked, kind, files, name, options, own_disk)
     options.check_used(f"{path}, a folder whose class folders are the labels,", "group")
     return find_folder(walked, name)
@@ -106,7 +106,7 @@ def find_digits() -> Found:
 
 
 def _one_configuration(root: Path, files: Sequence[str]) -> Sequence[str]:
-    """Return the files if all are in one folder, but for folders named after splits, else refuse."""
+    """Return the files if, apart from split folders, all are in one folder; else raise RequestError."""
     folders = {"/".join(p for p in file.split("/")[:-1] if not split_of(p)[0]) for file in files}
     if len(folders) > 1:
         raise RequestError(f"{root} holds several data sets: give one of the folders {', '.join(sorted(folders))}")

@@ -26,10 +26,10 @@ class Found:
         checksum: "sha256:..." of the contents or "listing-sha256:..." of names and sizes.
         in_chans: Channels, if known without looking.
         notes: What the user should know.
-        unused: What is there and not used, by reason.
+        unused: What is not used, by reason.
         spec: The data argument, written so that it means the same in every folder.
         groups: Split -> the name of each image's group, whose images stay in one split; empty: no groups.
-        weights: Split -> float32 (N,), how much each image counts in the loss; empty: all alike.
+        weights: Split -> float32 (N,), weight of each image in the loss; empty: all equal.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Found:
 
 
 def files_checksum(files: Sequence[Path]) -> str:
-    """Return a hash of the files' contents, or of their names and sizes if they are very large together."""
+    """Return a hash of the files' contents, or of their names and sizes if together they are very large."""
     if sum(file.stat().st_size for file in files) > HASHED_BYTES:
         return listing_checksum([f"{file.name} {file.stat().st_size}" for file in files])
     digest = hashlib.sha256()
@@ -64,7 +64,7 @@ def loss_weights(column: str, values: Sequence[object]) -> np.ndarray:
     """Return a column of weights as float32 (N,).
 
     Raises:
-        RequestError: One is no finite number of at least 0, or all are 0.
+        RequestError: One is not a finite number of at least 0, or all are 0.
     """
     try:
         weights = np.array([float(value) for value in values], np.float32)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def loss_weights(column: str, values: Sequence[object]) -> np.ndarray:
 
 
 def file_size(path: Path) -> int:
-    """Return a file's size in bytes, -1 if it is not there."""
+    """Return a file's size in bytes, -1 if it does not exist."""
     try:
         return path.stat().st_size if path.is_file() else -1
     except (OSError, ValueError):  # e.g. a name too long, or one with a zero byte

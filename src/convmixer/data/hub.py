@@ -11,7 +11,7 @@ def download(argument: Argument) -> Path:
     """Return the local copy of the parquet files of a data set on the hub, fetched if it is not there.
 
     Raises:
-        RequestError: It cannot be had; the message says where the files may be put instead.
+        RequestError: It cannot be downloaded; the message says where to put the files instead.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""A labelled set of images with random access, which says and counts what cannot be decoded."""
+"""A labelled set of images with random access, which reports and counts images that cannot be decoded."""
 
 import sys
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         in_chans: 1 for mode L, 3 for mode RGB.
         max_bad: Images that may be marked before reading raises RequestError.
         marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
-            sets of the data; None: of this source alone, none marked.
+            sets of the data; None: new marks for this source only.
         first: Where in `marks` the source's images begin.
         bits: How many bits the values of 16-bit images use.
-        weights: float32 (N,), how much each image counts in the loss; None: all alike.
+        weights: float32 (N,), weight of each image in the loss; None: all equal.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and its label; if it cannot be decoded, those of the next one that can.
+        """Return an image and its label; if it cannot be decoded, the next one that can, and its label.
 
         Raises:
             RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
@@ -63,7 +63,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return image, int(self.labels[position])
 
     def next_readable(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and its position: of the first that can be decoded, from `index` on.
+        """Return the first image that can be decoded from `index` on, and its position.
 
         Raises:
             RequestError: See `__getitem__`.
@@ -75,7 +75,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         raise RequestError("no image of the set can be decoded")
 
     def read(self, index: int) -> tuple[Image.Image, int] | None:
-        """Return an image and its label, or None and a mark in `failed` if it cannot be decoded."""
+        """Return an image and its label; if it cannot be decoded, None, and the image is marked in `failed`."""
         try:
             image = self.source.image(int(self.indices[index]), self.in_chans, self.bits)
         except (ImageError, OSError) as error:
@@ -99,7 +99,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
 
     def readable(self, first: int = 0, step: int = 1) -> np.ndarray:
-        """Return the places first, first + step, ... of images that could be decoded so far."""
+        """Return those of the positions first, first + step, ... whose images could be decoded so far."""
         places = np.arange(first, len(self), step)
         kept: np.ndarray = places[self.marks.numpy()[self.first + self.indices[places]] == 0]
         return kept
@@ -130,7 +130,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
 
 
 def named(name: str, problem: object) -> str:
-    """Return a problem with the name of its image, which it may hold already."""
+    """Return a problem with its image's name in front, unless the text names it already."""
     return str(problem) if name in str(problem) else f"{name}: {problem}"
 
 
@@ -140,7 +140,7 @@ def new_marks(bad: Sequence[bool] | np.ndarray) -> torch.Tensor:
 
 
 def too_many(count: int, total: int, names: Sequence[str]) -> RequestError:
-    """Return the error that `count` images of the data are bad, with some of the names that are known."""
+    """Return the error that `count` images of the data are bad, with some of the known names."""
     return RequestError(
         f"{count} of {total} images cannot be used, more than max_bad_fraction allows: "
         f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise it"

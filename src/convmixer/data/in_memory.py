@@ -22,7 +22,7 @@ def is_file(image: Any) -> bool:
 
 
 def as_images(X: Any) -> tuple[Batch, list[str]]:
-    """Return images, and a line for each thing that was understood without being asked for.
+    """Return images, and a line for each conversion that the caller did not ask for.
 
     Args:
         X: (N, H, W), (N, H, W, C) or (N, C, H, W) of uint8, uint16 (grey only), bool or floats from 0 to 1; a torch
@@ -35,12 +35,12 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
         ValueError: X is none of these; the message names the shape expected.
     """
     if is_file(X) or isinstance(X, Image.Image):
-        raise ValueError("X is one image alone: pass a list of images, [image]")
+        raise ValueError("X is a single image: pass a list of images, [image]")
     if hasattr(X, "toarray"):
-        raise ValueError("Sparse data was passed for X, but dense data is required: images are no sparse matrices")
+        raise ValueError("Sparse data was passed for X, but dense data is required: images are not sparse matrices")
     if _is_array(X):
         if not isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[0] in (3, 4):
-            raise ValueError(f"X, a tensor of shape {tuple(X.shape)}, is one image alone: {EXPECTED}; pass X[None]")
+            raise ValueError(f"X, a tensor of shape {tuple(X.shape)}, is a single image: {EXPECTED}; pass X[None]")
         X = _numpy(X)
         if X.dtype.kind not in "OUS":
             return _batch(X)
@@ -87,7 +87,7 @@ def _batch(X: np.ndarray) -> tuple[Batch, list[str]]:
     if X.ndim not in (3, 4):
         raise ValueError(f"X has shape {X.shape}: {EXPECTED}")
     if X.ndim == 3 and X.shape[2] in CHANNELS:
-        raise ValueError(f"X of shape {X.shape} is one image alone: {EXPECTED}; pass X[None]")
+        raise ValueError(f"X of shape {X.shape} is a single image: {EXPECTED}; pass X[None]")
     if not len(X):
         raise ValueError(f"X of shape {X.shape} holds 0 images (0 sample(s)): {EXPECTED}")
     lines: dict[str, None] = {}
@@ -129,6 +129,8 @@ def _values(values: np.ndarray, what: str, grey: bool, lines: dict[str, None]) -
         raise ValueError(f"{what} must be uint8 images or floats from 0 to 1, not {values.dtype}: {EXPECTED}")
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # NaN compares false
-        raise ValueError(f"{what} has floats from {low:g} to {high:g}, not from 0 to 1: images must be uint8 or that")
+        raise ValueError(
+            f"{what} has floats from {low:g} to {high:g}, not from 0 to 1: images must be uint8 or floats from 0 to 1"
+        )
     lines[FLOATS] = None
     return np.ascontiguousarray(np.round(values * 255).astype(np.uint8))

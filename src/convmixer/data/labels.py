@@ -1,4 +1,4 @@
-"""Names of classes and of splits: what they are, and which are refused because they could mean two things."""
+"""Names of classes and splits: recognises them, and refuses those that could mean two things."""
 
 import re
 import unicodedata
@@ -14,7 +14,7 @@ SPLIT_WORDS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# what stands beside the word in the name of a split: training_set, seg_train, test-images-2
+# other words in the name of a split: training_set, seg_train, test-images-2
 FILLERS = {
     "set", "sets", "data", "dataset", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos",
     "split", "folder", "seg", "files", "public", "private", "labels", "label", "small", "full",
@@ -23,7 +23,7 @@ NO_LABEL = {"", "nan", "<na>", "null", "n/a", "#n/a"}
 
 
 def split_of(name: str) -> tuple[str, bool]:
-    """Return the split that a name means by one of its words, or "", and whether its other words say nothing else.
+    """Return the split that a word of a name means, or "", and whether the other words allow no other meaning.
 
     `training_set`, `seg_train`, `TestSet` and `val2017` are sure; `test tube` and `freight_train` are not.
     """
@@ -48,12 +48,12 @@ def by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
         groups.setdefault(splits[0] if splits else "", []).append(file)
     unnamed = groups.pop("", [])
     if unnamed and groups:
-        raise RequestError(f"{unnamed[0]}: its name holds no split (train, val, test), those of other files do")
+        raise RequestError(f"{unnamed[0]}: its name contains no split (train, val, test), those of other files do")
     return groups or {"train": unnamed}
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text can be the name of a class: not empty and no word for a missing value."""
+    """Return whether a text can be the name of a class: not empty, and not a word for a missing value."""
     return text.strip().lower() not in NO_LABEL
 
 
@@ -70,7 +70,7 @@ def encode_labels(labels: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...],
     check_names(sorted(spellings))
     known = {tidy[name] for name in labels.get("train") or spellings}
     numbers = all(re.fullmatch(r"-?\d+", name) for name in known)
-    classes = sorted(known, key=lambda name: (int(name), name)) if numbers else sorted(known)  # "01" ties with "1"
+    classes = sorted(known, key=lambda name: (int(name), name)) if numbers else sorted(known)  # "01" equals "1"
     index = {name: i for i, name in enumerate(classes)}
     for split, names in labels.items():
         if missing := sorted({tidy[name] for name in names} - known):
@@ -93,14 +93,14 @@ def check_names(names: Sequence[str]) -> None:
         if not name.strip():
             raise RequestError(f"a class has the name {name!r}: a name needs letters or digits")
         if (known := seen.setdefault(tidy_name(name), name)) is not name:
-            how = "are equal" if known == name else "differ only in how Unicode spells them, or in spaces"
+            how = "are equal" if known == name else "differ only in Unicode normalisation or in spaces"
             raise RequestError(f"two class names {known!r} and {name!r} {how}: rename one, or join the classes")
 
 
 def names_that_differ_in_case(names: Iterable[str]) -> list[str]:
-    """Return a note for class names that only capitals tell apart."""
+    """Return a note for class names that differ only in capitals."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.casefold(), []).append(name)
     same = [group for group in groups.values() if len(group) > 1]
-    return [f"classes {' and '.join(map(repr, group))} differ in capitals only" for group in same[:5]]
+    return [f"classes {' and '.join(map(repr, group))} differ only in capitals" for group in same[:5]]

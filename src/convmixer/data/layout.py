@@ -1,4 +1,4 @@
-"""Which folders of an image folder are splits and which are classes: decided by names and structure alone.
+"""Which folders of an image folder are splits and which are classes: decided only by names and structure.
 
 A folder is a split if a word of its name says so (`training_set`). If a folder could be either, an error names it;
 nothing is guessed.
@@ -114,7 +114,7 @@ def _split_folders(tree: Tree) -> tuple[dict[str, str], dict[str, str]]:
     """Return split -> folder, and split-named folders that are not used -> reason.
 
     Raises:
-        RequestError: Two folders mean the same split, or a folder may be a split or a class.
+        RequestError: Two folders mean the same split, or a folder could be a split or a class.
     """
     named = {name: split_of(name) for name in tree.below if split_of(name)[0]}
     sure = [name for name, (_, is_sure) in named.items() if is_sure]
@@ -182,7 +182,7 @@ def _splits_inside(tree: Tree) -> bool:
 
 
 def _refuse_equal_folders(tree: Tree) -> None:
-    """Raise RequestError if all folders hold the same two or more folders: either could be the classes."""
+    """Raise RequestError if all folders contain the same two or more folders: either level could be the classes."""
     nodes = list(tree.below.values())
     if len(nodes) < 2 or not all(node.below and not node.images for node in nodes):
         return

@@ -22,7 +22,7 @@ _END = object()
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that counts the time its user waits, and raises a RequestError of a worker unchanged.
+    """A DataLoader that counts the time the consumer waits, and raises a worker's RequestError unchanged.
 
     Attributes:
         waited_seconds: Time spent inside next() since the counter was last set to 0.
@@ -31,7 +31,7 @@ class Loader(DataLoader[Any]):
     waited_seconds = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        with warnings.catch_warnings():  # Python 3.12 and newer; the workers use none of the parent's threads
+        with warnings.catch_warnings():  # from Python 3.12 on; the workers use none of the parent's threads
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
             batches = super().__iter__()
         while True:
@@ -59,7 +59,7 @@ def train_loader(
     world: int = 1,
     alternate_flip: bool = False,
 ) -> Loader:
-    """Return endless training batches that depend on seed and global step alone, not on the number of workers.
+    """Return endless training batches that depend only on seed and global step, not on the number of workers.
 
     Reading a batch with `workers=0` reseeds the global random generators of this process.
 
@@ -71,7 +71,8 @@ def train_loader(
         start_step: Global step of the first batch; set `loader.batch_sampler.start_step` before iterating again.
         steps_per_epoch: Steps in an epoch; None: as many as the images fill.
         workers: Worker processes; 0: none.
-        rank, world: Index of this process, and the number of processes; together they read the same batches as one.
+        rank, world: Index of this process, and the number of processes; together they read the same batches as a
+            single process.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
 
     Returns:
@@ -103,7 +104,7 @@ def view_loader(
     workers: int = 0,
     alternate_flip: bool = False,
 ) -> Loader:
-    """Return a loader of all images once and in order, each as `train_loader` gives it in an epoch.
+    """Return a loader of all images, once and in order, each augmented as `train_loader` does in an epoch.
 
     Args are those of `train_loader`. An image that cannot be decoded is replaced by the next one, with its label.
     """
@@ -116,7 +117,7 @@ def view_loader(
 def eval_loader(
     image_set: ImageSet, transform: Transform, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
 ) -> Loader:
-    """Return a loader of all images once and in order, or of every world-th one.
+    """Return a loader of all images, once and in order, or of every world-th one.
 
     Images that cannot be decoded are left out and listed in `image_set.failed`; a batch may then be smaller.
 
@@ -150,11 +151,10 @@ def _workers(workers: int) -> dict[str, Any]:
 def _start_worker(worker: int, yields: bool) -> None:
     """Set up a worker process.
 
-    It leaves the process group: a signal to the group (Ctrl-C, `timeout`) must reach the training process alone,
-    which needs its workers to end cleanly. On a CPU it gets a lower priority than that process: if one thread of
-    training is interrupted, all of them wait. It opens new output streams: at the fork, a thread of the
-    training process (such as the one that draws the progress) may hold the lock of the old ones, and the copy of that
-    lock is never released.
+    It leaves the process group: a signal to the group (Ctrl-C, `timeout`) must reach only the training process, which
+    needs its workers to end cleanly. On a CPU it gets a lower priority than that process: interrupting one compute
+    thread stalls all of them. It opens new output streams: at the fork, a thread of the training process (such as the
+    one that draws the progress) may hold the lock of the old ones, and the copy of that lock is never released.
     """
     sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, errors="replace", closefd=False) for file in (1, 2))
     if os.name == "posix":
@@ -199,7 +199,7 @@ class EvalImages(Dataset[Any]):
 
 
 def _guard(read: Callable[[], Any]) -> Any:
-    """Return a RequestError instead of raising it: a worker would wrap it in a traceback of many lines."""
+    """Return a RequestError instead of raising it: a worker would wrap it in a long traceback."""
     try:
         return read()
     except RequestError as error:

@@ -1,6 +1,6 @@
 """Finds the images that a text column names: paths, names or ids, with or without folder and extension.
 
-A location is found by what is on the disk. If two folders would do, none is taken: the error asks for --image-root.
+Which folder is meant is found by looking at the disk. If two folders would do, an error asks for --image-root.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from convmixer.data.labels import split_of
 from convmixer.data.walk import Walk, is_image, walk
 from convmixer.errors import RequestError
 
-PROBED = 50  # texts of a column that are looked up to find where its images are
+PROBED = 50  # values of a column that are looked up to find its images
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Location:
         return path if self.stems is None else self.stems.get(path, path)
 
     def note(self, text: str) -> str | None:
-        """Return what was understood, with an example, if a text is not the path as it stands."""
+        """Return how the texts are read, with an example, unless each text is already the path."""
         path = self.path(text)
         return None if path == text else f"{text!r} and the like are read as {path}"
 
@@ -62,7 +62,7 @@ class Locator:
         self._by_stem: dict[str, list[str]] = {}
 
     def locate(self, texts: Sequence[str]) -> Location | None:
-        """Return where the images are, or None if the texts name none.
+        """Return the location of the images, or None if the texts name none.
 
         Raises:
             RequestError: Several folders hold images of these names.
@@ -130,7 +130,7 @@ def _equal_at_the_end(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _parts(text: str) -> list[str]:
-    """Return the parts of a path written on any system, without drive and without "."."""
+    """Return the parts of a path from any operating system, without drive and "."."""
     path = text.replace("\\", "/")
     if len(path) > 1 and path[1] == ":":
         path = path[2:]

@@ -1,7 +1,8 @@
 """Training images kept on the device as uint8 and augmented there, a whole batch at once.
 
-Each image has its own random numbers, keyed by (seed, epoch, index), so a batch depends on nothing else. Images are
-distributed as `transforms.train_transform` makes them; `mix` and `erase` follow in the step, as for every loader.
+Each image has its own random numbers, keyed by (seed, epoch, index), so a batch depends on nothing else. The images
+follow the same distribution as those of `transforms.train_transform`; `mix` and `erase` follow in the step, as for
+every loader.
 """
 
 import time
@@ -28,7 +29,7 @@ def why_not(config: Config, p: Preprocessing, images: ImageSet, device: torch.de
     if device.type == "mps":
         return "MPS lacks float64"
     if config.auto_augment and not policies.supported(config.auto_augment):
-        return f"auto_augment {config.auto_augment} has operations that are not there"
+        return f"auto_augment {config.auto_augment} has operations that are not available there"
     crops = (config.scale, config.ratio) != ((1.0, 1.0), (1.0, 1.0))
     if crops and config.train_interpolation == "nearest":
         return "crops are resized by nearest"
@@ -58,7 +59,7 @@ def load(images: ImageSet, p: Preprocessing, device: torch.device) -> Tensor | N
 
 
 class DeviceLoader:
-    """Endless training batches, a function of (seed, global step) alone; the device's `loader.train_loader`.
+    """Endless training batches that depend only on (seed, global step); the counterpart of `loader.train_loader`.
 
     Args:
         images: uint8 (N, C, S, S), on the device.
@@ -68,8 +69,8 @@ class DeviceLoader:
         batch_size: Images per step in this process.
         start_step: Global step of the first batch.
         steps_per_epoch: Steps in an epoch.
-        rank, world: Number of this process, and of all.
-        weights: float32 (N,), how much each image counts in the loss; None: all alike.
+        rank, world: Index of this process, and the number of processes.
+        weights: float32 (N,), weight of each image in the loss; None: all equal.
 
     Attributes:
         waited_seconds: Time spent making batches since the counter was last set to 0; the device works meanwhile.

@@ -10,7 +10,7 @@ from convmixer.errors import RequestError
 
 @dataclass(frozen=True)
 class Options:
-    """What the user said about the data; None: found by itself, or refused if that would be a guess.
+    """What the user said about the data; None: found automatically, or an error if that would be a guess.
 
     Args:
         path_column: Column of a table or parquet file that holds the images or their paths; of WebDataset shards the
@@ -18,9 +18,9 @@ class Options:
         label_column: Column of the labels; of WebDataset shards an extension ("txt") or a key of the .json members.
         split_column: Column that says the split, or COLUMN=VALUE: rows with that value are the val split.
         image_root: Folder that the paths of a table are relative to.
-        group: Column, or regular expression on an image's path, that names what an image belongs to (a patient, a
-            video): images of one group stay in one split.
-        weight_column: Column of how much each training image counts in the loss; only the ratios matter.
+        group: Column, or regular expression on an image's path, that gives an image's group (a patient, a video):
+            images of one group stay in one split.
+        weight_column: Column with each training image's weight in the loss; only the ratios matter.
     """
 
     path_column: str | None = None
@@ -41,12 +41,12 @@ class Options:
         return cls(**found)
 
     def absolute(self) -> "Options":
-        """Return the options with a path that means the same from every folder."""
+        """Return the options with an absolute path."""
         root = self.image_root and os.path.abspath(os.path.expanduser(self.image_root))
         return replace(self, image_root=root)
 
     def check_used(self, kind: str, *used: str) -> None:
-        """Raise RequestError if an option is given that a kind of data, in words, cannot use."""
+        """Raise RequestError if an option is given that this kind of data (described in words) cannot use."""
         if unused := next((name for name in self.given() if name not in used), None):
             raise RequestError(f"{flag(unused)} {self.given()[unused]}: {kind} cannot use it: leave it out")
 
@@ -56,5 +56,5 @@ class Options:
 
 
 def flag(name: str) -> str:
-    """Return the command line's flag of an option."""
+    """Return the command-line flag of an option."""
     return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Parquet files of images, as Hugging Face and others write them: a row per image, columns found by their types."""
+"""Parquet files of images, as Hugging Face and others write them: one row per image, columns found by their types."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from convmixer.errors import RequestError
 from convmixer.files import cache_folder
 
 IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
-METADATA_BYTES = 16 << 20  # a longer description of the columns is not read
+METADATA_BYTES = 16 << 20  # a longer column description is ignored
 IMAGES = ("image", "img")
 PROBED_ROWS = 1000
 
@@ -37,10 +37,10 @@ def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options,
         files: All of the data's parquet files.
         name: What to call the data.
         options: What the user said about columns.
-        own_disk: The files are this user's, so paths in them may be followed; a stranger's may not.
+        own_disk: The files are this user's, so paths in them are followed; those in other files are not.
 
     Raises:
-        RequestError: They cannot be read, or columns cannot be found without a guess.
+        RequestError: They cannot be read, or columns cannot be found without guessing.
     """
     schema, features = _schema(files[0]), _features(files[0])
     image = _image_column(files[0], schema, features, options)
@@ -85,7 +85,7 @@ def read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
 
 
 def _mapped(file: Path, columns: list[str]) -> pa.Table:
-    """Return columns of a parquet file from an uncompressed Arrow copy: parquet itself has no access by row."""
+    """Return columns of a parquet file from an uncompressed Arrow copy: parquet has no random access to rows."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {columns}".encode()).hexdigest()[:16]
     cache = cache_folder()
@@ -110,7 +110,7 @@ def _schema(file: Path) -> pa.Schema:
 
 
 def _features(file: Path) -> dict[str, dict[str, Any]]:
-    """Return Hugging Face's description of the columns; nothing if there is none, or it is not as theirs are."""
+    """Return Hugging Face's description of the columns; {} if there is none, or it has another format."""
     text = (_schema(file).metadata or {}).get(b"huggingface", b"")
     try:
         found = json.loads(text)["info"]["features"] if 0 < len(text) <= METADATA_BYTES else {}
@@ -169,7 +169,7 @@ def _label_column(
 
 
 def _could_be_labels(file: Path, column: pa.Field) -> bool:
-    """Return whether a column may hold classes: whole numbers or texts, of which some come again."""
+    """Return whether a column may hold classes: whole numbers or texts, some of which repeat."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if split_of(column.name)[0] or not (pa.types.is_integer(kind) or _is_text(kind) or pa.types.is_boolean(kind)):
         return False
@@ -212,7 +212,7 @@ def _only(kind: str, option: str, found: Sequence[str], file: Path, schema: pa.S
 
 
 def _images(split: str, values: pa.ChunkedArray, base: Path, own_disk: bool) -> tuple[Source, str | None]:
-    """Return the images of a column: the bytes in it, or if there are none the files that it names."""
+    """Return the images of a column: the bytes in it, or if there are none, the files that it names."""
     kind = values.type
     if _holds_bytes(kind):
         inside = binary_column(values)
@@ -223,7 +223,7 @@ def _images(split: str, values: pa.ChunkedArray, base: Path, own_disk: bool) -> 
         values = pc.struct_field(values, "path")
     paths = ["" if value is None else str(value) for value in values.to_pylist()]
     if not own_disk:
-        raise RequestError("the images are not in these files, only paths: a stranger's paths are not followed")
+        raise RequestError("these files hold only paths, not images: paths in untrusted files are not followed")
     location = Locator(base, split).locate(paths)
     if location is None:
         example = next((path for path in paths if path), "nothing")
@@ -248,7 +248,7 @@ def _labels(
     """Return class names and labels.
 
     Raises:
-        RequestError: An image has no label or more than one, or two classes have one name.
+        RequestError: An image has no label or more than one, or two classes have the same name.
     """
     texts = {}
     for split, column in columns.items():
@@ -264,7 +264,7 @@ def _labels(
         texts[split] = [str(value) for value in column.to_pylist()]
     if names is None:
         if missing := next((t for ts in texts.values() for t in ts if not is_label(t)), None):
-            raise RequestError(f"column {name!r} holds {missing!r}, which is no label: remove these images")
+            raise RequestError(f"column {name!r} holds {missing!r}, which is not a label: remove these images")
         return encode_labels(texts)
     check_names(names)
     return tuple(map(tidy_name, names)), {s: np.array([int(t) for t in ts], np.int64) for s, ts in texts.items()}

@@ -1,7 +1,7 @@
-"""RandAugment and colour jitter for whole batches: what each image gets is decided here, by its own random numbers.
+"""RandAugment and colour jitter for whole batches: chooses the operations of each image by its own random numbers.
 
 A layer is one operation for each image. Operations and their strengths are those of torchvision's RandAugment and of
-timm's "increasing" set, so that images are distributed as on the CPU's path; the random numbers are other ones.
+timm's "increasing" set, so that images follow the same distribution as on the CPU; the random numbers differ.
 """
 
 import math
@@ -32,7 +32,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws:
-    """Random numbers of a batch, a function of (seed, epoch, index) and of the order in which they are asked for."""
+    """Random numbers of a batch: a function of (seed, epoch, index) and of the order in which they are drawn."""
 
     def __init__(self, seed: int, epoch: int, indices: np.ndarray) -> None:
         with np.errstate(over="ignore"):
@@ -48,7 +48,7 @@ class Draws:
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self) -> np.ndarray:
-        """Return one number of mean 0 and deviation 1 for each image."""
+        """Return one number with mean 0 and standard deviation 1 for each image."""
         radius = np.sqrt(-2 * np.log(1 - self.uniform()))
         return radius * np.cos(2 * np.pi * self.uniform())
 
@@ -76,7 +76,7 @@ class Layer:
     sampling: np.ndarray
 
     def apply(self, images: Tensor, fill: Tensor) -> Tensor:
-        """Return images (B, C, S, S) uint8 after the layer; `fill` (C,) is what comes in from outside."""
+        """Return images (B, C, S, S) uint8 after the layer; `fill` (C,) is the value outside the image."""
         out = images.clone()
         for name in np.unique(self.names):
             chosen = np.flatnonzero(self.names == name)
@@ -142,7 +142,7 @@ def layers_of(policy: str, interpolation: str, side: int, draws: Draws) -> list[
 
 
 def supported(policy: str) -> bool:
-    """Return whether a policy's operations are here: torchvision's RandAugment, and timm's with inc1."""
+    """Return whether a policy's operations are implemented here: torchvision's RandAugment, and timm's with inc1."""
     torchvision = re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy)
     return bool(torchvision and int(torchvision[2]) < 31) or _timm_match(policy) is not None
 
@@ -164,7 +164,7 @@ def _torchvision(magnitude: int, side: int, draws: Draws) -> Layer:
     }
     values = np.array([strength.get(name, 0.0) for name in names])
     values = np.where(negative & np.isin(names, SIGNED), -values, values)
-    # torchvision gives translations the other way round, as output from input
+    # torchvision gives translations in the opposite direction, from input to output
     values = np.where(np.isin(names, ("TranslateX", "TranslateY")), -values, values)
     values = np.where(np.isin(names, list(BLENDS)), 1 + values, values)
     return Layer(names, values, np.full(len(names), NEAREST))
@@ -197,7 +197,7 @@ def _timm_values(name: str, level: np.ndarray, sign: np.ndarray, side: int) -> n
         return 4 - np.trunc(level * 4)
     if name == "Solarize":
         return 256 - np.minimum(256, np.trunc(level * 256))
-    return np.minimum(128, np.trunc(level * 110))  # SolarizeAdd; the others read no value
+    return np.minimum(128, np.trunc(level * 110))  # SolarizeAdd; the others take no value
 
 
 def jitter_layers(strength: float, draws: Draws) -> list[Layer]:

@@ -16,14 +16,14 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def fetch_shards(url: str, recorded: bool) -> tuple[list[Path], str, list[str]]:
-    """Return local copies of the shards that a URL names, their kind, ".tar" or ".parquet", and notes for the user.
+    """Return local copies of the shards that a URL names, their kind (".tar" or ".parquet"), and notes for the user.
 
     Args:
         url: As in `argument.read_argument`.
-        recorded: It was read from a file, not typed: only copies that are here are used, never the network.
+        recorded: It was read from a file, not typed: only local copies are used, never the network.
 
     Raises:
-        RequestError: It names no shards, or they cannot be had.
+        RequestError: It names no shards, or they cannot be fetched.
     """
     notes: list[str] = []
     urls = expand(url)
@@ -41,7 +41,7 @@ def expand(url: str) -> list[str]:
     """Return the URLs that ranges like {000..009} stand for.
 
     Raises:
-        RequestError: They are too many.
+        RequestError: There are too many.
     """
     pieces = RANGE.split(url)  # text, first, last, text, first, last, text
     choices = [[pieces[0]]]
@@ -59,29 +59,31 @@ def expand(url: str) -> list[str]:
 
 
 def read_list(path: Path, base: str) -> list[str]:
-    """Return the URLs in a list of shards: a line each, a name beside the list or a URL on its server.
+    """Return the URLs in a list of shards: one per line, a name relative to the list or a URL on its server.
 
     Args:
         path: The local copy.
         base: The URL of the list.
 
     Raises:
-        RequestError: It is no such list, or leads to another server.
+        RequestError: It is not such a list, or it leads to another server.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise RequestError(f"{base} is no list of shards: it is not text") from error
+        raise RequestError(f"{base} is not a list of shards: it is not text") from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not 0 < len(names) <= MOST_SHARDS:
-        raise RequestError(f"{base} is no list of shards: it names {len(names)} files, expected 1 to {MOST_SHARDS}")
+        raise RequestError(
+            f"{base} is not a list of shards: it names {len(names)} files, expected 1 to {MOST_SHARDS}"
+        )
     return [_beside(base, name) for name in names]
 
 
 def _beside(base: str, name: str) -> str:
-    """Return the URL that a line of a list names; one on another server is refused, because a stranger chose it."""
+    """Return the URL that a line of a list names; another server is refused, because the user did not choose it."""
     origin = urlsplit(base)
-    # urljoin knows http alone
+    # urljoin knows only http
     joined = name if "://" in name else urljoin(base.replace(origin.scheme, "http", 1), name)
     found = urlsplit(joined)
     if "://" not in name:

@@ -1,6 +1,6 @@
 """Choose the images and random numbers of each step, by pure functions of seed, epoch and position.
 
-So resuming is exact for any number of workers and processes, and no generator state has to be saved.
+Therefore resuming is exact for any number of workers and processes, and no generator state has to be saved.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Key = tuple[int, int]  # (epoch, index of the image)
 
 
 class KeyedBatchSampler(Sampler[list[Key]]):
-    """Endless batches of (epoch, index); each depends on its global step alone.
+    """Endless batches of (epoch, index); each depends only on its global step.
 
     An epoch is `steps_per_epoch` steps over a fresh permutation of the images; images that do
     not fill a last step are left out of that epoch. At each step the processes take consecutive parts of one global

@@ -1,4 +1,4 @@
-"""What is read of every image before training: its header, and a digest that tells copies apart. No pixels.
+"""Reads from every image before training its header, and a digest that identifies copies. No pixels.
 
 The headers of image files are kept in the cache folder, so that a second start reads only what has changed since.
 """
@@ -19,13 +19,13 @@ from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
-CACHED_FROM = 1000  # files; fewer are read in no time
+CACHED_FROM = 1000  # files; fewer are read quickly without a cache
 PART = 256
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of the images of a source.
+    """What the scan found out about the images of a source.
 
     Args:
         headers: The header of each image, or why it cannot be read.
@@ -54,7 +54,7 @@ def scan(source: Source) -> Scan:
             return str(error), 0
 
     parts = [range(start, min(start + PART, len(source))) for start in range(0, len(source), PART)]
-    # threads wait for the disk; what is in memory is faster without
+    # threads wait for the disk; sources in memory are faster without them
     with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
         results = pool.map(lambda part: [check(index) for index in part], parts)
         done = [pair for part in track(results, "checking images", len(parts), shown_from=80) for pair in part]
@@ -79,11 +79,11 @@ class _Known:
 
     @classmethod
     def load(cls, source: Files) -> "_Known":
-        """Return what is known; nothing if the cache is damaged or of other files."""
+        """Return the earlier scan; an empty one if the cache is damaged or of other files."""
         try:
             with _cache_file(source).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 table = {name: file[name] for name in ("size", "time", "mode", "width", "height", "digest", "modes")}
-        except Exception:  # not there, cut short, or of another version
+        except Exception:  # missing, truncated, or of another version
             return cls(source, None)
         whole = all(len(table[name]) == len(source) for name in table if name != "modes")
         return cls(source, table if whole else None)
@@ -101,7 +101,7 @@ class _Known:
         return (self.modes[t["mode"][index]], size), int(t["digest"][index])
 
     def save(self, found: Scan) -> None:
-        """Keep a scan for the next time; a cache that cannot be written is done without."""
+        """Keep a scan for the next time; if the cache cannot be written, nothing is kept."""
         modes = sorted({header[0] for header in found.headers if not isinstance(header, str)})
         table: dict[str, Any] = {
             "size": self.sizes,
@@ -130,7 +130,7 @@ def copies(sources: Sequence[Source], digests: Sequence[np.ndarray]) -> list[np.
 
     Args:
         sources: The images.
-        digests: See `Scan`; longer files of equal digest are read whole here.
+        digests: See `Scan`; longer files with equal digests are read whole here.
     """
     joined = np.concatenate(list(digests)) if digests else np.empty(0, np.uint64)
     owner = np.repeat(np.arange(len(sources)), [len(part) for part in digests])
@@ -141,7 +141,7 @@ def copies(sources: Sequence[Source], digests: Sequence[np.ndarray]) -> list[np.
         source = sources[owner[place]]
         try:
             joined[place] = source.digest(int(place - start[owner[place]]), whole=True)
-        except OSError:  # gone since; reading it will say so
+        except OSError:  # deleted meanwhile; reading it will report that
             joined[place] = 0
     _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
     numbers = first[inverse]  # the first of its copies: single images keep their order

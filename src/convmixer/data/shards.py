@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files in which the members of one image share a name, NAME.jpg beside NAME.cls.
+"""WebDataset shards: tar files in which the members of one image share a name: NAME.jpg and NAME.cls.
 
 The label is NAME.cls, or else a key of NAME.json, or else NAME.txt if its texts are classes and not captions.
 """
@@ -21,10 +21,10 @@ from convmixer.data.unused import Unused
 from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
 
-LABEL_BYTES = 1 << 20  # of a member that holds a label; a longer one is refused
+LABEL_BYTES = 1 << 20  # largest member that holds a label
 PROBED = 1000
 NO_LABEL = "an image without label"
-NO_USE = "a member that is no image and no label"
+NO_USE = "a member that is neither an image nor a label"
 KEYS = ("label", "cls", "class", *LABELS)
 
 Sample = Mapping[str, Any]  # extension -> (offset, size, name)
@@ -35,7 +35,7 @@ class Members:
     """Which members of a sample are used.
 
     Args:
-        image: Extension of the images; None: whatever image there is.
+        image: Extension of the images; None: any image.
         label: Extension of the labels.
         key: Key of the label in a .json member.
     """
@@ -49,7 +49,7 @@ def find_tars(path: Path, files: Sequence[Path], name: str, options: Options) ->
     """Return the images of WebDataset shards.
 
     Raises:
-        RequestError: No labelled images, or it is not clear which member is the image or the label.
+        RequestError: There are no labelled images, or it is unclear which member is the image or the label.
     """
     shards = {split: [(tar, index_tar(tar)) for tar in tars] for split, tars in by_split(files, path).items()}
     samples = [(tar, s) for pairs in shards.values() for tar, index in pairs for s in index.values()]
@@ -113,7 +113,7 @@ def _choose(path: Path, samples: Sequence[tuple[Path, Sample]], options: Options
         return Members(image, "txt")
     what = "its .txt members look like captions; if they are classes: --label-column txt" if "txt" in ends else ""
     raise RequestError(
-        f"no labelled images in the tar files of {path}: expected NAME.jpg beside NAME.cls, .json or .txt "
+        f"no labelled images in the tar files of {path}: expected NAME.jpg with NAME.cls, .json or .txt "
         f"({what or 'images in class folders: unpack them first'})"
     )
 
@@ -159,7 +159,7 @@ def _json(tar: Path, member: Any) -> Any:
     try:
         return json.loads(_read(tar, member))
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{tar}: {member[2]} is no JSON: {error}") from error
+        raise RequestError(f"{tar}: {member[2]} is not JSON: {error}") from error
 
 
 def _read(tar: Path, member: Any) -> str:

@@ -1,7 +1,7 @@
 """The sources of an image set's bytes: arrays, files, parquet columns, tar shards. All have random access by index.
 
-A source knows nothing of labels or splits, and decodes only on request. `find.py` finds the
-sources, `splits.py` makes the splits.
+A source knows nothing about labels or splits, and decodes only on request. `find.py` finds the sources, `splits.py`
+makes the splits.
 """
 
 import hashlib
@@ -90,10 +90,10 @@ def _blake(data: bytes = b"") -> Any:
 
 
 class Encoded:
-    """What the sources of encoded images share."""
+    """Methods that all sources of encoded images share."""
 
     def brightest(self, index: int) -> int:
-        """Return the largest value of an image of 16-bit or 32-bit integers, 0 of another."""
+        """Return the largest value of an image of 16-bit or 32-bit integers; 0 for other images."""
         return brightest(self.encoded(index))
 
     def encoded(self, index: int) -> Path | bytes:
@@ -145,7 +145,7 @@ class Column(Encoded):
     """A parquet column of encoded images, held as Arrow memory.
 
     Args:
-        label: What names are made of, e.g. "train".
+        label: Start of the images' names, e.g. "train".
         images: Binary values, or structs with a field "bytes".
     """
 
@@ -208,7 +208,9 @@ def index_tar(path: Path) -> dict[str, dict[str, Any]]:
                     stem, _, extension = base.partition(".")
                     found = samples.setdefault(f"{folder}/{stem}", {})
                     if extension.lower() in found:
-                        raise RequestError(f"{path} has two members {member.name}: which one is meant is not clear")
+                        raise RequestError(
+                            f"{path} has two members {member.name}: it is not clear which one is meant"
+                        )
                     found[extension.lower()] = (member.offset_data, member.size, member.name)
             members = tar.getmembers()
             needed, there = max((m.offset_data + m.size for m in members), default=0), path.stat().st_size

@@ -38,7 +38,7 @@ class Conflicts:
 def find_conflicts(
     copies: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], name: Callable[[str, int], str]
 ) -> Conflicts:
-    """Return which images have copies with another label or in another split.
+    """Return which images have copies with a different label or in a different split.
 
     Args:
         copies: Split -> a number per image that equal images share, int64 (N,); -1: not known.
@@ -82,7 +82,7 @@ def find_conflicts(
 
 
 def _spread(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least and the largest value of each group."""
+    """Return the smallest and the largest value of each group."""
     count = int(groups.max(initial=-1)) + 1
     low, high = np.full(count, np.iinfo(np.int64).max), np.full(count, -1)
     np.minimum.at(low, groups, values)
@@ -101,7 +101,7 @@ def group_names(
         names: Split -> the paths of the images.
 
     Raises:
-        RequestError: `group` names no column, and is no valid regular expression or matches no path.
+        RequestError: `group` names no column, and is not a regular expression that matches a path.
     """
     if options.group is None:
         return {}
@@ -149,7 +149,7 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """Return a number that images share if they are copies or in one group, also through a chain of other images."""
+    """Return a number that images share if copies or groups connect them, directly or through other images."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -166,7 +166,7 @@ def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
     graph = coo_matrix((np.ones(len(rows), bool), (rows, columns)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    found: np.ndarray = first[inverse]  # the first image of each, so that single images keep their order
+    found: np.ndarray = first[inverse]  # numbered by the first image, so that single images keep their order
     return found
 
 

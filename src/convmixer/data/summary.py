@@ -1,4 +1,4 @@
-"""What a data set holds, in numbers and in words: classes, splits, sizes, copies, and what is not used."""
+"""Summarises a data set: classes, splits, sizes, copies, and what is not used."""
 
 import re
 from collections import Counter
@@ -34,19 +34,19 @@ def describe(
 ) -> dict[str, Any]:
     """Print what a data set holds, draw a contact sheet, and return the summary.
 
-    Images that cannot be used are counted, however many they are.
+    Images that cannot be used are counted, without a limit on their number.
 
     Args:
         spec: The data argument.
         options: What the user said about columns, folders and groups.
         out: The picture to write, .png; None: `<name>-classes.png` here.
-        val_fraction, seed, test_fraction: Of the splits that are made, as in training.
+        val_fraction, seed, test_fraction: How missing splits are made, as in training.
 
     Returns:
         See `summarise`, and "picture".
 
     Raises:
-        RequestError: No such data, or not one image can be used.
+        RequestError: No such data, or no image can be used.
     """
     from convmixer.results.contact_sheet import SIDE, contact_sheet
 
@@ -153,7 +153,7 @@ def thumbnails(data: DataSplits, rows: int, side: int) -> list[tuple[str, list[I
     Args:
         data: The data.
         rows: Classes at most.
-        side: Of the square, pixels.
+        side: Side of the square, pixels.
     """
     images = data.train or data.test or data.val
     if images is None:
@@ -170,7 +170,7 @@ def thumbnails(data: DataSplits, rows: int, side: int) -> list[tuple[str, list[I
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """Return an image in RGB whose longer side is `side`; small ones keep their pixels as blocks."""
+    """Return an image in RGB whose longer side is `side`; the pixels of small ones are drawn as blocks."""
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS

@@ -1,4 +1,4 @@
-"""Tables of images: a row per image, with its path, its label and, if there is such a column, its split."""
+"""Tables of images: one row per image, with its path, its label and, if there is such a column, its split."""
 
 import hashlib
 import os
@@ -26,11 +26,11 @@ def find_table(path: Path, name: str, options: Options) -> Found:
     """Return the images named by a table.
 
     Raises:
-        RequestError: Columns or images cannot be found without a guess, or a row has no path or label.
+        RequestError: Columns or images cannot be found without guessing, or a row has no path or label.
     """
     base = Path(options.image_root).expanduser() if options.image_root else path.parent
     if not base.is_dir():
-        raise RequestError(f"--image-root {base} is no folder")
+        raise RequestError(f"--image-root {base} is not a folder")
     rows = read_csv(path, KNOWN, holds_path)
     _refuse_narrow(rows)
     columns = choose_columns(rows, Locator(base, path.name), options)
@@ -78,12 +78,12 @@ def _rows_by_split(rows: Rows, columns: Columns) -> dict[str, list[int]]:
 
 
 def _unused(rows: Rows, columns: Columns, base: Path, paths: Sequence[str]) -> Unused:
-    """Count columns that are not used, and the files around the images that the table does not name."""
+    """Count unused columns, and files in the images' folder that the table does not name."""
     unused = Unused()
     unused.add(A_COLUMN, *(name for n, name in enumerate(rows.names) if n not in columns.used()))
     named = {os.path.normpath(path) for path in paths}
     folder = os.path.commonpath([os.path.dirname(path) for path in named]) if _all_below(named) else ""
-    if not folder:  # the images are all over the disk, or beside the table, where anything may be
+    if not folder:  # the images are in many folders, or in the table's own, which may hold anything
         return unused
     walked = walk(base / folder)
     rest = [path for file in walked.files if (path := f"{folder}/{file}") not in named]

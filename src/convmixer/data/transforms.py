@@ -29,7 +29,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def preprocessing_of(data: DataSplits, config: Config) -> Preprocessing:
-    """Return the preprocessing of a run: what the settings say, else what the data set says.
+    """Return the preprocessing of a run: from the settings, else from the data set.
 
     Raises:
         RequestError: The settings do not fit, e.g. three means for grey images.
@@ -112,7 +112,7 @@ def _crop(config: Config, p: Preprocessing) -> Callable[[Image.Image], Image.Ima
 
 
 def _crop_unless_whole(image: Image.Image, crop: Any, size: tuple[int, int] | None) -> Image.Image:
-    return image if image.size == size else crop(image)  # it has the size already: nothing to crop
+    return image if image.size == size else crop(image)  # already of this size
 
 
 def _flip(image: Image.Image, probability: float, how: Image.Transpose) -> Image.Image:
@@ -152,7 +152,7 @@ def auto_augment(policy: str, interpolation: str, p: Preprocessing) -> Callable[
 
 
 class _TorchvisionRandAugment(transforms.RandAugment):
-    """torchvision's RandAugment that builds its table of magnitudes, 14 tensors, once and not for each image."""
+    """torchvision's RandAugment, building its table of magnitudes (14 tensors) once instead of for each image."""
 
     def __init__(self, num_ops: int, magnitude: int) -> None:
         super().__init__(num_ops, magnitude)
@@ -181,10 +181,11 @@ def mix(
         num_classes: Width of the targets.
         config: `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob`, `smoothing`.
         generator: The only source of randomness; one number is drawn from it.
-        weights: float32 (B,), how much each image counts in the loss; None: 1.
+        weights: float32 (B,), weight of each image in the loss; None: 1.
 
     Returns:
-        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1, or with weights to those.
+        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1, or to the weights if there
+        are any.
 
     Source: timm's Mixup in batch mode, with its label smoothing; the same random numbers give the same result.
     """
@@ -213,7 +214,7 @@ def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
 
 
 def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return a batch after random erasing, decided for each image; as in timm, it follows mixing.
+    """Return a batch after random erasing, drawn for each image; as in timm, it follows mixing.
 
     Args:
         images: Normalised, (B, C, H, W); changed in place: `mix` has copied most batches already.

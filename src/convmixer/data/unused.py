@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 KEPT = 1000  # names kept for each reason
-NO_IMAGE = "no image"  # a reason that several readers give
+NO_IMAGE = "no image"  # a reason that several readers use
 SHOWN = 5  # names in a note
 
 
@@ -12,8 +12,8 @@ class Unused:
     """Files, folders, columns and members of a data set that are not used, by reason.
 
     Attributes:
-        counts: Reason to how many.
-        names: Reason to their names, the first 1,000.
+        counts: Reason -> how many.
+        names: Reason -> their names, the first 1,000.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Unused:
             kept.extend(names[: KEPT - len(kept)])
 
     def update(self, other: "Unused", folder: str = "") -> None:
-        """Add what another one has counted, whose names are relative to a folder."""
+        """Add the counts of another object, whose names are relative to a folder."""
         for reason, count in other.counts.items():
             self.counts[reason] += count
             kept = self.names.setdefault(reason, [])

@@ -1,6 +1,6 @@
-"""Finds the files below a folder, for every command: training, prediction and shards see the same ones.
+"""Finds the files below a folder, the same ones for every command.
 
-Links are followed, each real folder is read once, and hidden files and what convmixer itself wrote are passed over.
+Links are followed, each real folder is read once, and hidden files and convmixer's own output are passed over.
 Standard library only: `predict` uses it without torch.
 """
 
@@ -18,8 +18,8 @@ from convmixer.run_folder import is_own_output
 MAX_DEPTH = 32  # folders; deeper ones are counted, not read
 HIDDEN = "hidden"
 OWN_OUTPUT = "written by convmixer"
-READ_ALREADY = "a link to a folder that is read already"
-LEADS_OUT = "a link to a folder around it"
+READ_ALREADY = "a link to a folder that is already read"
+LEADS_OUT = "a link to a folder that contains it"
 TOO_DEEP = f"more than {MAX_DEPTH} folders deep"
 NOT_ORDINARY = "not an ordinary file"
 
@@ -31,7 +31,7 @@ class Walk:
     Args:
         root: The folder.
         files: Paths relative to it, with "/" between the parts: of each folder its files by name, then its folders.
-        empty: The folders that hold nothing that could be used, relative to the root.
+        empty: The folders without usable files, relative to the root.
         unused: What was passed over, and why.
     """
 
@@ -49,7 +49,7 @@ def is_image(name: str) -> bool:
 def walk(root: Path) -> Walk:
     """Return the files below a folder, at most 32 folders deep.
 
-    A link that leads nowhere is among the files, so that it is named as unreadable if it should be an image.
+    A broken link counts as a file, so that it is named as unreadable if it should be an image.
 
     Raises:
         RequestError: A folder cannot be read.
@@ -69,7 +69,7 @@ class _Walker:
         self.links: deque[str] = deque()
 
     def read(self, folder: str) -> None:
-        """Read real folders first: what a link leads to may be one of them, and then belongs there."""
+        """Read real folders before links: a link may lead to one of them, whose files belong to the real folder."""
         self._read_real(folder)
         if not self.links:
             return

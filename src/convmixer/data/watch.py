@@ -1,4 +1,4 @@
-"""Notices that a data set changes while a run trains on it: by names, sizes and times, and then by its checksum."""
+"""Notices changes of a data set while a run trains on it: by names, sizes and times, then by its checksum."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ class Watch:
 
     Args:
         spec: The data argument, see `argument.read_argument`.
-        checksum: Of the data as they were read.
+        checksum: Checksum of the data when they were read.
         options: How they were read.
     """
 
@@ -35,13 +35,13 @@ class Watch:
             checksum = find(self.spec, options=self.options).checksum
         except RequestError as error:
             return f"they cannot be read any more ({error})"
-        if checksum == self.checksum:  # only touched
+        if checksum == self.checksum:  # only the times changed
             return None
         self.checksum = checksum
-        return "their checksum is another one"
+        return "their checksum has changed"
 
     def _list(self) -> str | None:
-        """Return a hash of names, sizes and times of all files, or None for data that are not on this disk."""
+        """Return a hash of names, sizes and times of all files, or None if the data are not on this disk."""
         if self.path is None:
             return None
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a weights file may ask for: which model, and which arguments, each checked for type and range.
+"""Which models and arguments a weights file may name; each argument is checked for type and range.
 
 Weights come from strangers. The functions behind a model's name also take arguments that fetch a URL, write a folder
 or read another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). So a file may name
@@ -63,7 +63,7 @@ _RATIO = _Rule(
     ),
 )
 
-# grouped by meaning; a name means the same in every family
+# grouped by meaning; a name has the same meaning in every model
 _RULES: dict[str, _Rule] = (
     dict.fromkeys(("depth", "depths", "layers", "num_blocks"), _COUNT)
     | dict.fromkeys(

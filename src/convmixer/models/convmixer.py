@@ -123,10 +123,10 @@ class ConvMixer(nn.Module):
             norm: Accepted for timm's interface; there is no final norm to apply.
             stop_early: Do not run the blocks after the last one asked for.
             output_fmt: Only "NCHW".
-            intermediates_only: Return the list alone, without the final features.
+            intermediates_only: Return only the list, without the final features.
 
         Returns:
-            Final features and a list of (B, dim, h, w), one for each block asked for, in order, or the list alone.
+            Final features and a list of (B, dim, h, w), one for each block asked for, in order, or only the list.
 
         Raises:
             RequestError: An index is out of range or the format is not NCHW.

@@ -1,4 +1,4 @@
-"""Read checkpoints of other programs: rename their keys to timm's and find the sizes from the tensors.
+"""Read checkpoints of other programs ("dialects"): rename their keys to timm's and find the sizes from the tensors.
 
 The authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's are read, plain or inside a training
 checkpoint, under any prefix. weights.py reads our format.
@@ -23,7 +23,7 @@ from convmixer.preprocess import FILTERS
 
 AVERAGES = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)", re.IGNORECASE)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # added anywhere in a key
-MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # dicts inside each other, and in all
+MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # of nested dicts, and of all dicts
 _OWN = ("stem", "blocks", "head")
 
 
@@ -34,7 +34,7 @@ class Checkpoint:
     Args:
         state: Tensors under timm's keys, fp32.
         args: Arguments of `ConvMixer` found from the tensors.
-        said: What the file says about preprocessing: some of the fields of `Preprocessing`.
+        said: The fields of `Preprocessing` that the file gives.
         found: What was found and what was left out, in words.
     """
 
@@ -59,7 +59,7 @@ class _Candidate:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return the ConvMixer in a checkpoint of any dialect, under any prefix, in any container.
+    """Return the ConvMixer in a checkpoint of any known dialect, under any prefix, in any container.
 
     If there are several, an average of the weights comes first (EMA or SWA, known by its name), then the largest.
 
@@ -88,7 +88,7 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
     """Return the candidate to take and the others.
 
     Raises:
-        RequestError: There is none, or nothing tells which of two to take.
+        RequestError: There is none, or several that are equally likely.
     """
     if not candidates:
         raise _nothing(content, path)
@@ -97,7 +97,7 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
         if other.rank == first.rank and not _same(first.state, other.state):
             raise RequestError(
                 f"{path} holds several models, {shown(first.place) or 'one outside'!r} and {shown(other.place)!r}: "
-                "save the one you want in a file by itself"
+                "save the one you want in a separate file"
             )
     return first, others
 
@@ -171,7 +171,7 @@ def _dialects(tensors: State) -> dict[str, tuple[str, Callable[[str], str]]]:
 
 
 def _preprocessing_said(content: Any, in_chans: int) -> dict[str, Any]:
-    """Return what the training arguments in timm's checkpoints say about preprocessing."""
+    """Return the preprocessing settings among the training arguments in timm's checkpoints."""
     args = content.get("args") if isinstance(content, Mapping) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, Mapping):

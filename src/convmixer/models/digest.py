@@ -13,7 +13,7 @@ KEY = "sha256"
 
 
 def digest_weights(state: Mapping[str, torch.Tensor], config: str) -> str:
-    """Return the digest of tensors (names, types, shapes, values) and of the config text beside them, in hex."""
+    """Return the digest of tensors (names, dtypes, shapes, values) and of the config text saved with them, in hex."""
     digest = hashlib.sha256(config.encode())
     for name in sorted(state):
         tensor = state[name].contiguous()

@@ -28,7 +28,7 @@ def depthwise_kernels(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def kernel_growth(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return, for each depthwise layer, how large its kernels are.
+    """Return the size of the kernels of each depthwise layer.
 
     Returns:
         Layer -> "norm", the root mean square over channels of a kernel's Euclidean norm, and "radius", in patches:

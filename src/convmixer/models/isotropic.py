@@ -50,7 +50,7 @@ class Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias[:, cast(torch.Tensor, self.offset)].to(q.dtype)  # (heads, N, N)
-        # written out: to train a bias on a CPU, torch's attention takes these steps and two more, for masked rows
+        # written out: to train a bias on a CPU, torch's attention does the same and two steps more, for masked rows
         scores = q * (C // self.heads) ** -0.5 @ k.transpose(2, 3) + bias  # (B, heads, N, N)
         out = scores.softmax(3) @ v  # (B, heads, N, C // heads)
         out = self.proj(out.transpose(1, 2).reshape(B, H * W, C))
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
 
 class TokenMixing(nn.Module):
-    """The same linear map or two-layer perceptron over the positions of every channel: keeps (B, dim, H, W).
+    """One linear map or two-layer perceptron over the positions, the same for every channel: keeps (B, dim, H, W).
 
     Args:
         grid: Height and width in positions; the only size it accepts.
@@ -88,9 +88,10 @@ def _over_positions(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | 
 
 
 class AveragePooling(nn.Module):
-    """Average over a window around every position, its part outside the image left out: keeps (B, dim, H, W).
+    """Average over the part of a window around every position that is inside the image: keeps (B, dim, H, W).
 
-    Computed as one product with a fixed matrix, which trains about three times as fast on a CPU as torch's pooling.
+    Computed as one multiplication by a fixed matrix, which trains about three times as fast on a CPU as torch's
+    pooling.
 
     Args:
         grid: Height and width in positions; the only size it accepts.
@@ -191,7 +192,7 @@ class Isotropic(ConvMixer):
             _replace_norms(self, NORMS[norm])
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of all biases; by shape alone, attention's position biases would be decayed."""
+        """Return the names of all biases; judged by shape, attention's position biases would be decayed."""
         return {name for name, _ in self.named_parameters() if name.endswith(".bias")}
 
 

@@ -21,7 +21,7 @@ def activation(name: str) -> nn.Module:
 
 
 def activation_name(layer: str | type[nn.Module]) -> str:
-    """Return the name of an activation that is given as in timm, by class or by name.
+    """Return the name of an activation that is given as timm takes it: a class or a name.
 
     Raises:
         RequestError: It is neither GELU nor ReLU.

@@ -19,7 +19,7 @@ def has_maps(model: nn.Module) -> bool:
 class WithMaps(nn.Module):
     """A ConvMixer that also returns class-activation maps: images (B, C, H, W) -> (logits, maps).
 
-    maps is (B, k, h, w) for the k = min(5, classes) likeliest classes in falling order. The mean of a map plus the
+    maps is (B, k, h, w) for the k = min(5, classes) likeliest classes in descending order. The mean of a map plus the
     class's bias is the class's logit, so a map says how much each patch adds to it.
 
     Args:
@@ -36,7 +36,7 @@ class WithMaps(nn.Module):
         model = cast(ConvMixer, self.model)
         features = model.forward_features(images)  # (B, D, h, w)
         kind = images.device.type
-        # bf16 logits have steps of 1/16: an image's answer would change if a map is asked for
+        # bf16 logits have steps of 1/16, so asking for a map would change the answer
         plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with plain:
             features = features.float()

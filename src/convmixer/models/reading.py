@@ -1,4 +1,4 @@
-"""Read untrusted weights files: no code is run, and work and memory are bounded by the size of the file.
+"""Read untrusted weights files: no code is run, and the size of the file bounds time and memory.
 
 `dialects` and `weights` decide what the tensors mean.
 """
@@ -43,7 +43,7 @@ def read_file(path: Path) -> Any:
     """Return the contents of a .safetensors file, or of a pickle written by torch, without running any code in it.
 
     Besides tensors and plain types only `argparse.Namespace` is allowed: timm's training checkpoints (and so the
-    authors') hold one, and it holds attributes only.
+    authors') contain one, and it has only attributes.
 
     Raises:
         RequestError: The file is missing, truncated or not a checkpoint, holds other objects, or would need more
@@ -121,7 +121,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, path: Path) -> Any:
-    """Return what a JSON text from a file means.
+    """Return the value of a JSON text from a file.
 
     Raises:
         RequestError: It is not JSON, or nested too deep.
@@ -133,7 +133,7 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def check_count(tensors: int, path: Path) -> None:
-    """Refuse more tensors than any model has.
+    """Raise an error if there are more tensors than any model has.
 
     Raises:
         RequestError: There are more than MAX_TENSORS.
@@ -162,7 +162,7 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
 
 
 def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights that cannot give a meaningful answer.
+    """Raise an error for weights that cannot give a meaningful answer.
 
     Raises:
         RequestError: A tensor holds NaN or infinity, or a BatchNorm has a negative variance.
@@ -202,7 +202,7 @@ def fit(state: State, model: nn.Module, path: Path) -> State:
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Compare a state dict with the one that a model expects.
+    """Compare the shapes of a state dict with those of a model.
 
     Raises:
         RequestError: A tensor is missing, not expected, or of the wrong shape; the first few are named.
@@ -279,5 +279,5 @@ def _check_global(name: str, path: Path) -> None:
     if not re.fullmatch(_GLOBALS, name):
         raise RequestError(
             f"{path} holds the Python object {shown(name)}, which could run code, so it is not read: "
-            "save its state_dict alone, best as .safetensors"
+            "save only its state_dict, best as .safetensors"
         )

@@ -1,7 +1,7 @@
 """Model names and what they build: the paper's variants, SKELETONS, and timm for every other name.
 
 A name is `convmixer_<dim>_<depth>_p<patch>_k<kernel>`. The paper's sizes also have a name without `_p` and `_k`: it
-means the ImageNet setting, or p1 k9 for a CIFAR-10 size. timm's spellings of the released weights work too
+stands for the ImageNet setting, or p1 k9 for a CIFAR-10 size. timm's spellings of the released weights work too
 (`convmixer_1024_20_ks9_p14`).
 """
 
@@ -36,7 +36,7 @@ IMAGENET_MORE: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {(1536, 20):
 CIFAR_SIZES = ((256, 4), (256, 8), (256, 12), (256, 16), (256, 20), (128, 4), (128, 8), (128, 12))
 CIFAR_PATCHES, CIFAR_KERNELS = (1, 2, 4), (3, 5, 7, 8, 9)
 ALIASES = {"convmixer_1024_20_ks9_p14": "convmixer_1024_20"}
-# models of any size: name -> (file beside this one, what builds it)
+# models of any size: name -> (file in this folder, function or class that builds it)
 SKELETONS = {
     "isotropic": ("isotropic", "Isotropic"),
     "mlp_mixer": ("peers", "mlp_mixer"),

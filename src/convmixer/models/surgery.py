@@ -1,7 +1,7 @@
 """Model surgery: another patch size, kernel size, set of classes or number of channels for trained ConvMixer weights.
 
-What can be kept is kept, so that fine-tuning starts near the old model. `convert` also writes weights of any dialect
-in our format.
+What can be kept is kept, so that fine-tuning starts near the old model. `convert` also writes checkpoints of other
+programs in our format.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def convert(
     img_size: int | None = None,
     act: str | None = None,
 ) -> dict[str, Any]:
-    """Write weights of any dialect in our format, resized if asked, and print what was changed.
+    """Write weights of any known format in our format, resized if asked, and print what was changed.
 
     Args:
         source: See `weights.load_model`.
@@ -119,7 +119,7 @@ def resize(
 def resize_patches(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Return patch-embedding filters (dim, C, p, p) of another size.
 
-    The response to an image that is resized with the patches stays as near as least squares can make it.
+    The response to an image that is resized with the patches stays as close as least squares can make it.
 
     Source: FlexiViT, arXiv 2212.08013, Sec. 3.4 (pseudo-inverse resize), in timm.
     """

@@ -1,4 +1,4 @@
-"""Save weights in our format; load ours, those of every known dialect, and by name from the package or the hub.
+"""Save weights in our format; load it, checkpoints of other programs, and names from the package or the hub.
 
 Our format is timm's hub layout: a folder with tensors and a config. The config also holds, under the
 key "convmixer", what timm does not need: the model's full arguments, the recipe, the data. The same JSON is kept
@@ -30,7 +30,7 @@ from convmixer.models.registry import SHIPPED, VARIANTS, args_of, build_model, f
 from convmixer.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from convmixer.run_folder import MODEL, MODEL_CONFIG, weights_folders
 
-# variants that timm has too, by our name; a plain timm loads what we save of them
+# our name -> timm's, for variants that timm has too; plain timm loads what we save of them
 TIMM_NAMES = {
     "convmixer_1536_20": "convmixer_1536_20",
     "convmixer_768_32": "convmixer_768_32",
@@ -39,7 +39,7 @@ TIMM_NAMES = {
 WRAPPED = "timm_model."  # what transformers' TimmWrapper puts before every key
 OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of MODEL
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
-# the fields of Preprocessing that --img-size and the others set, as messages word them
+# how messages name the fields of Preprocessing that --img-size and the other flags set
 _MEANING = {
     "img_size": "{} px",
     "mean": "mean {}",
@@ -52,12 +52,12 @@ _ARGS = ("dim", "depth", "kernel_size", "patch_size", "act")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what its weights mean.
+    """A model with its classes, preprocessing and metadata.
 
     Args:
         model: In eval mode, on the CPU, fp32.
         classes: Class names in the order of the outputs.
-        preprocessing: What the model expects of its input.
+        preprocessing: How an image becomes the model's input.
         metadata: What was saved with it: "name", "model_args", "version", and what `save_model` was given.
         source: The folder or file the weights came from.
         found: What was found there, in words.
@@ -176,11 +176,11 @@ def load_model(source: str | Path, act: str | None = None, **preprocessing: Any)
     """Return a model that is ready to use, from a path or a name.
 
     Args:
-        source: A run folder (its best weights), a weights folder, a file of any known dialect, the name of shipped
+        source: A run folder (its best weights), a weights folder, a file of any known format, the name of shipped
             weights such as `convmixer_256_8.cifar10`, or of weights on timm's hub: `convmixer_768_32`,
             `hf-hub:OWNER/NAME`, `OWNER/NAME`.
-        act: Activation to use instead of the one that the weights say or their sizes suggest.
-        **preprocessing: Fields of `Preprocessing` to use instead of what the weights say or lack.
+        act: Activation to use instead of the stored or guessed one.
+        **preprocessing: Fields of `Preprocessing` that override those stored with the weights.
 
     Raises:
         RequestError: There are no such weights, or they cannot be used; the message says why.
@@ -202,7 +202,8 @@ def _load(source: str | Path) -> LoadedModel:
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return patch-embedding weights (dim, C, p, p) for another number of image channels, scaled to respond alike.
+    """Return patch-embedding weights (dim, C, p, p) for a different number of channels, scaled to give the same
+    response.
 
     Source: timm's `adapt_input_conv`: summed over colours for one channel, else repeated.
     """
@@ -245,7 +246,7 @@ def _load_file(path: Path) -> LoadedModel:
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """Return the config beside a file of the hub's names or inside a .safetensors file, or None if there is none."""
+    """Return the config inside a .safetensors file, or next to a file with a hub name; None if there is none."""
     if path.suffix != ".safetensors" and path.name != OLD_MODEL:
         return None
     beside = path.with_name(MODEL_CONFIG)
@@ -328,7 +329,7 @@ def _new(name: str, num_classes: int, in_chans: int, args: dict[str, Any]) -> nn
 
 
 def _metadata(ours: Any, model: nn.Module, name: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Return what a file says about its model; "name" and "model_args" are those that built it."""
+    """Return the metadata in a file; "name" and "model_args" are those that built the model."""
     metadata = dict(ours) if isinstance(ours, dict) else {}
     if type(model) is ConvMixer:
         args = args_of(model)
@@ -354,7 +355,7 @@ def _load_foreign(path: Path, act: Any = None) -> LoadedModel:
         raise RequestError(f"the args in {path}: {shown(error, 200)}") from error
     assumed = [key for key in _MEANING if key not in checkpoint.said]
     notes = [checkpoint.found]
-    notes += [f"its args say {_in_words(p, checkpoint.said)}"] if checkpoint.said else []
+    notes += [f"from its args: {_in_words(p, checkpoint.said)}"] if checkpoint.said else []
     notes += [f"assumed {_in_words(p, assumed)}"] if assumed else []
     metadata = {"name": free_name(args), "model_args": _sizes(args)}
     names = class_names(args["num_classes"])
@@ -366,7 +367,7 @@ def _in_words(p: Preprocessing, keys: Iterable[str]) -> str:
 
 
 def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -> LoadedModel:
-    """Return a model with another activation or preprocessing than its weights say, and a note on each change."""
+    """Return a model with its stored activation or preprocessing overridden, and a note on each change."""
     notes = [loaded.found]
     if act is not None:
         loaded, old = _with_act(loaded, act)
@@ -384,7 +385,7 @@ def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -
 
 
 def _check_size(loaded: LoadedModel, asked: Preprocessing) -> None:
-    """Refuse another image size for a model of one size: many of timm's, and those with attention.
+    """Check that the model takes the image size asked for: many of timm's, and those with attention, take only one.
 
     Raises:
         RequestError: The model takes images of the size in its weights, but not of the size asked for.
@@ -398,7 +399,7 @@ def _check_size(loaded: LoadedModel, asked: Preprocessing) -> None:
 
 
 def _size_problem(model: nn.Module, p: Preprocessing) -> str:
-    """Return why a model cannot run on images of a size, or "" if it can; it is run on shapes alone."""
+    """Return why a model cannot run on images of a size, or "" if it can; it runs on the meta device."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, p.in_chans, p.img_size, p.img_size, device="meta")
@@ -423,7 +424,7 @@ def _with_act(loaded: LoadedModel, act: str) -> tuple[LoadedModel, str]:
 
 
 def guess_preprocessing(args: Mapping[str, Any]) -> Preprocessing:
-    """Return the most likely preprocessing of weights that do not say theirs.
+    """Return the most likely preprocessing of weights that do not store it.
 
     Args:
         args: Arguments of `ConvMixer`. Patches of up to 4 px mean CIFAR's images, larger ones ImageNet's.
