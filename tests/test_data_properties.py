@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.errors import RequestError
-from convmixer.inference import expand
+from convmixer.predict.sources import expand
 from data_sets import names, png, write_members
 
 CLASSES = ("cat", "dog", "fox")

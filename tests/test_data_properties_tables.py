@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from convmixer.data.datasets import DataSplits
 from convmixer.data.folder import NO_IMAGE
 from convmixer.data.table import A_COLUMN, NOT_NAMED
-from convmixer.inference import expand
+from convmixer.predict.sources import expand
 from data_sets import png
 from test_data_properties import noted, paths, read
 

@@ -11,7 +11,7 @@ import pytest
 from convmixer.data import walk as walker
 from convmixer.data.walk import HIDDEN, LEADS_OUT, NOT_ORDINARY, OWN_OUTPUT, READ_ALREADY, TOO_DEEP, walk
 from convmixer.errors import RequestError
-from convmixer.inference import expand
+from convmixer.predict.sources import expand
 from data_sets import load, names, parts, png, write_folder
 
 

@@ -125,11 +125,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
             Image.fromarray((image * 15).astype("uint8")).convert("RGB").resize((16, 16)).save(path)
     shutil.copytree(folder / "flowers" / "rose", folder / "holiday")
     Image.open(folder / "holiday" / "0.png").save(folder / "photo.jpg")
+    write_clip(folder / "walk.mp4")
     (folder / "settings.yaml").write_text(yaml_blocks("recipes.md")[0])
     (folder / "study.yaml").write_text(yaml_blocks("studies.md")[0])
     shutil.copytree(whole, folder / "studies" / "smoke")
     shutil.copy(whole.parent / "tiny.yaml", folder / "smoke.yaml")
     return folder
+
+
+def write_clip(path: Path) -> None:
+    """Write a video of two seconds."""
+    av = pytest.importorskip("av", reason="PyAV, the extra `video`, is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for shade in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64), (20 * shade,) * 3))))
+        container.mux(stream.encode())
 
 
 def yaml_blocks(page: str) -> list[str]:

@@ -14,9 +14,9 @@ from convmixer.errors import RequestError
 from convmixer.evaluation.batchnorm import batchnorm_disagreement, recalibrate
 from convmixer.evaluation.metrics import evaluate, metrics, per_class
 from convmixer.evaluation.val import val
-from convmixer.inference import predict_files
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import LoadedModel, load_model, save_model
+from convmixer.predict.files import predict_files
 from convmixer.preprocess import Preprocessing
 from convmixer.seal import make_seal
 

@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser
 from tests.pages import DROP, SIZES, cifar_images, drop, open_page, photograph, serious
 
-from convmixer.inference import predict_files
+from convmixer.predict.files import predict_files
 
 
 def test_the_web_folder_answers_as_predict_on_200_test_images_and_a_photograph(

@@ -18,9 +18,11 @@ from sklearn.datasets import load_digits, load_sample_image
 from convmixer import cli
 from convmixer.errors import RequestError
 from convmixer.estimator import ConvMixerClassifier
-from convmixer.inference import expand, load_classifier, predict_files, softmax
+from convmixer.inference import load_classifier, softmax
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.weights import load_model, save_changed, save_model
+from convmixer.predict.files import predict_files
+from convmixer.predict.sources import expand
 from convmixer.preprocess import Preprocessing, load_image, preprocess
 
 

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(add("train", _train, "train a model and write a run folder"))
     _add_val(add("val", _val, "measure accuracy and calibration on a split"))
-    _add_predict(add("predict", _predict, "classify image files"))
+    _add_predict(add("predict", _predict, "classify images and videos"))
     _add_data(add("data", _data, "show what a data set holds, with a picture of its classes"))
     _add_plan(add("plan", _plan, "estimate parameters, MACs, memory and time before training"))
     _add_recalibrate(add("recalibrate", _recalibrate, "recompute BatchNorm statistics of a run or weights"))
@@ -274,19 +274,47 @@ def _val(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("weights", help="run folder, weights folder or file, exported file, or name")
-    sub.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    sub.add_argument(
+        "images",
+        nargs="+",
+        help="image files, folders, quoted patterns ('photos/**/*.jpg'), URLs, video files, or camera:0",
+    )
     sub.add_argument("--topk", type=int, default=5)
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="write all predictions to this .csv or .jsonl file")
+    sub.add_argument(
+        "--draw",
+        type=Path,
+        metavar="PATH",
+        help="draw the labels: a folder for pictures, or a video file such as labelled.mp4 for one video",
+    )
+    sub.add_argument("--allow-network", action="store_true", help="fetch images whose URLs are given")
+    video = sub.add_argument_group("videos and cameras")
+    video.add_argument(
+        "--every", type=float, default=0.5, metavar="SECONDS", help="between predictions (default: 0.5)"
+    )
+    video.add_argument("--seconds", type=float, metavar="N", help="end after so many (default: all; Ctrl-C)")
     _add_meaning(sub)
 
 
 def _predict(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.inference import predict_files
+    from convmixer.predict.files import Watching, predict_files
 
-    rest = (args.topk, args.batch_size, args.precision, args.out)
-    return predict_files(args.weights, args.images, *rest, expected=_meaning(args))
+    if not 0 <= args.every < math.inf or not (args.seconds is None or 0 < args.seconds < math.inf):
+        raise RequestError("--every must be at least 0, and --seconds above 0")
+    return predict_files(
+        args.weights,
+        args.images,
+        args.topk,
+        args.batch_size,
+        args.precision,
+        args.out,
+        _meaning(args),
+        draw=args.draw,
+        network=args.allow_network,
+        watching=Watching(args.every, args.seconds),
+    )
 
 
 def _add_data(sub: argparse.ArgumentParser) -> None:

@@ -1,12 +1,6 @@
 """Load once, predict many: images in, class names and probabilities out. Torch is imported only for torch weights."""
 
-import csv
-import io
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from convmixer.data.unused import NO_IMAGE, Unused
-from convmixer.data.walk import is_image, walk
 from convmixer.errors import RequestError
 from convmixer.exported.load import is_exported, load_exported
-from convmixer.files import write_atomic
-from convmixer.preprocess import SUFFIXES, Preprocessing, load_image, preprocess
-from convmixer.progress import track
-from convmixer.text import csv_cell, markup
+from convmixer.preprocess import Preprocessing, preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -233,161 +222,3 @@ class _TorchRun:
             module.training = training
         parts: Sequence[torch.Tensor] = out if isinstance(out, tuple) else (out,)
         return tuple(part.float().cpu().numpy() for part in parts)
-
-
-def predict_files(
-    weights: str | Path,
-    images: Sequence[Path],
-    topk: int = 5,
-    batch_size: int = 32,
-    precision: str = "auto",
-    out: Path | None = None,
-    expected: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Classify files and folders, print a table, and return one entry per file, in the order given.
-
-    Args:
-        weights: See `load_classifier`.
-        images: Files, and folders whose image files are taken in sorted order, however deep.
-        topk: Classes per image, at least 1.
-        batch_size: Images at once, at least 1.
-        precision: See `load_classifier`.
-        out: A .csv or .jsonl file for the predictions, or None.
-        expected: See `load_classifier`.
-
-    Returns:
-        "predictions": a list of {"file", "classes", "probabilities"}, or {"file", "error"} if it cannot be read.
-
-    Raises:
-        RequestError: Bad arguments, or no file to classify.
-        RuntimeError: Not one of the files can be read.
-    """
-    if min(topk, batch_size) < 1:
-        raise RequestError(f"--topk and --batch-size must be at least 1, not {topk} and {batch_size}")
-    if out is not None and out.suffix not in _WRITERS:
-        raise RequestError(f"--out {out} must end in {' or '.join(_WRITERS)}")
-    files, unused = expand(images)
-    if not files:
-        raise RequestError("name at least one image or folder")
-    classifier = load_classifier(weights, precision, expected=expected)
-    predictions = list(_predict_each(classifier, files, topk, batch_size))
-    if out is not None:
-        # names of files are bytes to the system, and not always text
-        write_atomic(out, _WRITERS[out.suffix](predictions).encode(errors="surrogateescape"))
-    _print_table(predictions, classifier, out, unused)
-    errors = [p["error"] for p in predictions if "error" in p]
-    if len(errors) == len(predictions):
-        raise RuntimeError(f"none of the {len(errors)} files can be read; the first: {errors[0]}")
-    return {"predictions": predictions}
-
-
-def expand(paths: Sequence[Path]) -> tuple[list[Path], Unused]:
-    """Return files in the order given, each folder replaced by the image files below it in sorted order.
-
-    Folders are read as `train` reads them, see `data.walk`; the second value counts what was passed over.
-
-    Raises:
-        RequestError: A folder holds no image files.
-    """
-    files: list[Path] = []
-    unused = Unused()
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        walked = walk(path)
-        below = sorted(path / file for file in walked.files if is_image(file))
-        if not below:
-            raise RequestError(f"{path} holds no image files ({', '.join(SUFFIXES)})")
-        files += below
-        unused.update(walked.unused)
-        unused.add(NO_IMAGE, *(file for file in walked.files if not is_image(file)))
-    return files, unused
-
-
-def _predict_each(
-    classifier: Classifier, files: Sequence[Path], topk: int, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Decode the next batch in threads while the model computes this one."""
-    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-
-        def start(batch: Sequence[Path]) -> list[Any]:
-            return [pool.submit(_read, file, classifier.preprocessing) for file in batch]
-
-        coming = start(batches[0])
-        for number, batch in enumerate(track(batches, "predicting", len(batches))):
-            arrays = [future.result() for future in coming]
-            coming = start(batches[number + 1]) if number + 1 < len(batches) else []
-            yield from _entries(classifier, batch, arrays, topk)
-
-
-def _read(file: Path, p: Preprocessing) -> np.ndarray | str:
-    """Return a file as input, or why it cannot be read."""
-    try:
-        return preprocess(load_image(file, p.in_chans, p.bits), p)
-    except (OSError, ValueError) as error:
-        return " ".join(str(error).removeprefix(f"{file}: ").split())
-
-
-def _entries(
-    classifier: Classifier, files: Sequence[Path], arrays: Sequence[np.ndarray | str], topk: int
-) -> Iterator[dict[str, Any]]:
-    good = [array for array in arrays if not isinstance(array, str)]
-    tops = iter(classifier.top(np.stack(good), topk) if good else [])
-    for file, array in zip(files, arrays, strict=True):
-        if isinstance(array, str):
-            yield {"file": str(file), "error": array}
-        else:
-            names, probabilities = zip(*next(tops), strict=True)
-            yield {"file": str(file), "classes": list(names), "probabilities": list(probabilities)}
-
-
-def _csv(predictions: Sequence[dict[str, Any]]) -> str:
-    most = max(len(p.get("classes", ())) for p in predictions)
-    pairs = [f"{name}_{i + 1}" for i in range(most) for name in ("class", "probability")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *pairs, "error"])
-    for p in predictions:
-        cells = [v for pair in zip(p.get("classes", ()), p.get("probabilities", ()), strict=True) for v in pair]
-        row = [p["file"], *(cells or [""] * len(pairs)), p.get("error", "")]
-        writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in row])
-    return text.getvalue()
-
-
-def _jsonl(predictions: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-
-
-_WRITERS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {".csv": _csv, ".jsonl": _jsonl}
-
-
-def _print_table(
-    predictions: Sequence[dict[str, Any]], classifier: Classifier, out: Path | None, unused: Unused
-) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    about = classifier.describe
-    console.print(
-        f"{markup(about.get('found') or about['source'])} ({about.get('precision', 'exported')})", highlight=False
-    )
-    table = Table(Column("file", overflow="fold"), "prediction", box=None, pad_edge=False)
-    shown = predictions[:50]
-    for p in shown:
-        pairs = zip(p.get("classes", ()), p.get("probabilities", ()), strict=True)
-        text = ", ".join(f"{markup(name)} {100 * value:.1f}%" for name, value in pairs)
-        table.add_row(markup(p["file"]), text or f"[red]{markup(p['error'])}[/red]")
-    console.print(table)
-    bad = sum("error" in p for p in predictions)
-    rest = len(predictions) - len(shown)
-    notes = [
-        f"{rest} more not shown" if rest else "",
-        f"{bad} of {len(predictions)} files cannot be read" if bad else "",
-        *unused.notes(),
-        f"written to {markup(out)}" if out else "",
-    ]
-    for note in filter(None, notes):
-        console.print(note, highlight=False)

@@ -78,3 +78,13 @@ def _holds(path: str) -> frozenset[int]:
         return frozenset(ft2font.FT2Font(path).get_charmap())
     except (OSError, RuntimeError):
         return frozenset()
+
+
+def font_file(text: str) -> str:
+    """Return the file of one font that holds as much of a text as any: matplotlib's own if it holds all."""
+    wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()}
+    own = font_manager.findfont(OWN)
+    if wanted <= _holds(own):
+        return own
+    files = [path for _, path in _installed()]
+    return max([own, *files], key=lambda path: len(wanted & _holds(path)))

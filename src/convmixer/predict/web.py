@@ -1,0 +1,155 @@
+"""One image from a URL that the user typed: bounded in time and size, and led to no other place than he meant.
+
+Redirects go to http or https only, and never from https back to http. An address that is not public (this machine,
+the local network, a cloud's metadata) is used only if the URL names it itself, as localhost or by number: a name, or
+a redirect, that a stranger chose cannot lead there. The address that was checked is the one that is connected to.
+Proxies and cookies are not used. Standard library only.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from convmixer.errors import shown
+
+MOST_BYTES = 64 << 20
+SECONDS = 30.0  # for all of it
+REDIRECTS = 4
+CHUNK = 1 << 16
+AGENT = "convmixer-predict"
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL of http or https."""
+    return text.lower().startswith(("http://", "https://"))
+
+
+def fetch(url: str) -> bytes:
+    """Return the body behind a URL.
+
+    Raises:
+        OSError: It cannot be had, takes too long, or leads to where it must not.
+        ValueError: It is no URL, or what is there is too large.
+    """
+    deadline, typed = time.monotonic() + SECONDS, urlsplit(url)
+    parts, plain = typed, _is_plain(typed)
+    for _ in range(REDIRECTS + 1):
+        found = _get(parts, plain and parts.hostname == typed.hostname, deadline)
+        if isinstance(found, bytes):
+            return found
+        parts = _next(parts, found)
+    raise OSError(f"more than {REDIRECTS} redirects")
+
+
+def _is_plain(url: SplitResult) -> bool:
+    """Return whether a URL names its address itself: localhost, or a number."""
+    return url.hostname == "localhost" or _address(url.hostname or "") is not None
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+def _next(here: SplitResult, location: str) -> SplitResult:
+    """Return where a redirect leads.
+
+    Raises:
+        OSError: It must not lead there.
+    """
+    there = urlsplit(urljoin(here.geturl(), location))
+    if there.scheme not in ("http", "https") or (here.scheme, there.scheme) == ("https", "http"):
+        raise OSError(f"a redirect to {shown(there.scheme, 20)}: is not followed")
+    return there
+
+
+def _get(url: SplitResult, plain: bool, deadline: float) -> bytes | str:
+    """Return the body, or where it is to be found.
+
+    Raises:
+        OSError, ValueError: See `fetch`.
+    """
+    if not url.hostname or url.username is not None:
+        raise ValueError("the URL names no host" if not url.hostname else "a URL with a password is not used")
+    try:
+        with _answer(url, plain, deadline) as answer:
+            if answer.status in (301, 302, 303, 307, 308) and answer.getheader("Location"):
+                return str(answer.getheader("Location"))
+            if answer.status != 200:
+                raise OSError(f"the server answers {answer.status} {shown(answer.reason, 40)}")
+            return _body(answer)
+    except (http.client.HTTPException, ssl.SSLError) as error:
+        raise OSError(f"no proper answer: {shown(str(error) or type(error).__name__)}") from error
+    finally:
+        if time.monotonic() >= deadline:
+            raise OSError(f"it takes more than {SECONDS:g} s")
+
+
+@contextmanager
+def _answer(url: SplitResult, plain: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
+    """Give the answer to a request; when the time is up, the connection is shut, whatever it waits for."""
+    assert url.hostname
+    port = url.port or (443 if url.scheme == "https" else 80)
+    left = max(0.1, deadline - time.monotonic())
+    plugs = [socket.create_connection((_resolve(url.hostname, port, plain), port), timeout=left)]
+    timer = threading.Timer(max(0.1, deadline - time.monotonic()), lambda: _shut(plugs[-1]))
+    timer.daemon = True
+    timer.start()
+    connection = http.client.HTTPConnection(url.hostname, port)
+    try:
+        if url.scheme == "https":
+            plugs.append(ssl.create_default_context().wrap_socket(plugs[0], server_hostname=url.hostname))
+            connection.default_port = 443  # what the header Host leaves out
+        connection.sock = plugs[-1]
+        path = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
+        connection.request("GET", path, headers={"User-Agent": AGENT, "Accept": "image/*", "Connection": "close"})
+        with connection.getresponse() as answer:
+            yield answer
+    finally:
+        timer.cancel()
+        connection.close()
+        plugs[-1].close()
+
+
+def _shut(plug: socket.socket) -> None:
+    with suppress(OSError):
+        plug.shutdown(socket.SHUT_RDWR)
+
+
+def _resolve(host: str, port: int, plain: bool) -> str:
+    """Return an address of a host that may be connected to.
+
+    Raises:
+        OSError: There is none.
+    """
+    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    allowed = [text for text in found if plain or ((ip := _address(text)) and ip.is_global and not ip.is_multicast)]
+    if not allowed:
+        raise OSError(f"{shown(host)} is an address inside this network, used only if typed as a number or localhost")
+    return allowed[0]
+
+
+def _body(answer: http.client.HTTPResponse) -> bytes:
+    """Return a body.
+
+    Raises:
+        ValueError: It is too large.
+        OSError: It is cut off.
+    """
+    parts, size = [], 0
+    while part := answer.read(CHUNK):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MiB: not an image to classify")
+    if answer.length:
+        raise OSError("the answer is cut off")
+    return b"".join(parts)
