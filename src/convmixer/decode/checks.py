@@ -1,4 +1,4 @@
-"""What a file's structure says about the cost of decoding it, found out before PIL reads it.
+"""Estimates from a file's structure what decoding it costs, before PIL reads it.
 
 PIL and its libraries bound the pixels of an image, but not the work for each: a progressive JPEG may repeat a scan
 thousands of times, EXIF tags may all point to the same megabyte, every strip of a TIFF may be the same large one.
@@ -15,35 +15,35 @@ from convmixer.decode.errors import Apart, ImageError
 
 MAX_SCANS = 200  # of a JPEG; encoders write 1 to 20
 MAX_SCAN_PIXELS = 4_000_000_000  # scans x pixels of a JPEG; an empty scan costs 0.5 ns a pixel
-SCAN_BYTES = 10  # that a scan takes at least
+SCAN_BYTES = 10  # the shortest scan
 METADATA_BYTES = 65_536  # EXIF of a JPEG, or what precedes the pixels of a PNG; PIL copies EXIF once for each tag
 GIF_BYTES = 1 << 20
-UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, without a look at the clock
+UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, during which the clock cannot be checked
 JPEG = ("JPEG", "MPO")
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _TIFF_STARTS = (b"II*\0", b"MM\0*")
 _APART = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")  # JPEG 2000
-# TIFF tags that describe one plain image of strips, and the ones of GeoTIFF and GDAL
+# TIFF tags that describe one plain image of strips, and those of GeoTIFF and GDAL
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 269, 270, 271, 272, 273, 274, 277, 278, 279, 280, 281, 282, 283, 284}
 _TIFF_TAGS |= {285, 296, 305, 306, 315, 316, 317, 320, 338, 339, 33432, 33550, 33922, 34735, 34736, 34737}
 _TIFF_TAGS |= {42112, 42113}
 _TIFF_CODECS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, PackBits
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed byte, no restart, no fill
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, restart or fill byte
 
 
 def needs_clock(data: bytes) -> bool:
-    """Return whether reading a file must be watched; not if it is small, or a JPEG, see `check_scans`."""
+    """Return whether a clock must run while a file is read; not if it is small, or a JPEG, see `check_scans`."""
     return len(data) > METADATA_BYTES and not data.startswith(_JPEG_START)
 
 
 def check_file(file: BinaryIO, small: bool = False) -> None:
-    """Look at a file before PIL opens it, and leave it at its start.
+    """Check a file before PIL opens it; the position stays at its start.
 
     Args:
-        file: It, at its start.
-        small: Whether it has no more than METADATA_BYTES.
+        file: The file, at its start.
+        small: Whether it has at most METADATA_BYTES.
 
     Raises:
         Apart: It should be decoded in a process that can be killed.
@@ -57,7 +57,7 @@ def check_file(file: BinaryIO, small: bool = False) -> None:
         apart = _png_metadata_bytes(file) > METADATA_BYTES
     elif start.startswith(_TIFF_STARTS):
         apart = not _is_plain_tiff(file, start)
-    elif start.startswith(b"GIF8"):  # PIL joins comments piece by piece, holding the lock of the interpreter
+    elif start.startswith(b"GIF8"):  # PIL joins comments piece by piece while holding the GIL
         apart = file.seek(0, 2) > GIF_BYTES
     else:
         apart = start[4:8] == b"ftyp" or start.startswith(_APART)
@@ -67,7 +67,7 @@ def check_file(file: BinaryIO, small: bool = False) -> None:
 
 
 def check_opened(image: Image.Image) -> None:
-    """Look at an image that PIL has opened, and that is not a JPEG, before its pixels are decoded.
+    """Check an image that PIL has opened (not a JPEG) before its pixels are decoded.
 
     Raises:
         Apart: It should be decoded in a process that can be killed.
@@ -80,7 +80,7 @@ def check_opened(image: Image.Image) -> None:
 
 
 def check_metadata(image: Image.Image) -> None:
-    """Look at an image's EXIF before PIL reads it.
+    """Check an image's EXIF before PIL reads it.
 
     Raises:
         Apart: It is large; PIL may copy all of it once for each of thousands of tags.
@@ -91,7 +91,7 @@ def check_metadata(image: Image.Image) -> None:
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Check that a JPEG does not make the decoder pass over its pixels again and again.
+    """Check that a JPEG does not make the decoder go over its pixels too many times.
 
     Raises:
         ImageError: It has too many scans for its size.
@@ -113,7 +113,7 @@ def _scans(data: bytes, most: int) -> int:
         if marker == 0xD9:  # the image ends; a preview or a film may follow
             break
         scans += marker == 0xDA
-        if marker not in (0x01, 0xD8):  # the others hold their length
+        if marker not in (0x01, 0xD8):  # the other markers give their length
             place += int.from_bytes(data[place : place + 2], "big")
     return scans
 
@@ -150,12 +150,12 @@ def _png_metadata_bytes(file: BinaryIO) -> int:
 
 
 def _is_plain_tiff(file: BinaryIO, start: bytes) -> bool:
-    """Return whether a TIFF is one image of strips that a common codec packs, with small tags of known kinds."""
+    """Return whether a TIFF is one image of strips, compressed by a common codec, with small tags of known kinds."""
     order = "<" if start[:2] == b"II" else ">"
     file.seek(struct.unpack(f"{order}I", start[4:8])[0])
     count = file.read(2)
     if len(count) < 2:
-        return True  # cut short: PIL says so
+        return True  # truncated: PIL reports it
     tags = file.read(12 * struct.unpack(f"{order}H", count)[0])
     for place in range(0, len(tags) - 11, 12):
         tag, kind, values = struct.unpack_from(f"{order}HHI", tags, place)

@@ -1,4 +1,4 @@
-"""What can go wrong while an image is decoded."""
+"""The errors of decoding an image."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ class ImageError(ValueError):
 
 
 class Apart(Exception):
-    """This image may take too long or too much memory here: decode it in a process that can be killed."""
+    """This image may take too long or too much memory: decode it in a process that can be killed."""
 
 
 def named(source: Path | bytes, problem: object) -> ImageError:

@@ -1,6 +1,6 @@
-"""An image file to upright 8-bit pixels, whatever the file holds, in at most `pixels.SECONDS` of computing time.
+"""Decodes any image file to upright 8-bit pixels, in at most `pixels.SECONDS` of CPU time.
 
-Most files are decoded here; those that could run for long or take much memory, in a process that can be killed.
+Most files are decoded in this process; those that could take long or much memory, in one that can be killed.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16, apart: b
     """Return an image as 8-bit RGB or grey, upright.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit values keep the upper 8 of the bits in use, CMYK
-    and palette are converted, and an animation gives its first frame. 32-bit integers count as 16-bit values (PIL
-    reads some 16-bit files so), floats as 0 to 1.
+    and palette are converted, and of an animation the first frame is used. 32-bit integers are taken as 16-bit values
+    (PIL reads some 16-bit files so), floats as 0 to 1.
 
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 for mode RGB, 1 for mode L.
         bits: How many bits the values of 16-bit and 32-bit integers use: 8, 10, 12, 14 or 16; see `brightest`.
-        apart: Decode what may take long in another process; without it, Apart is raised.
+        apart: Decode images that may take long in another process; if False, Apart is raised.
 
     Raises:
         Apart: It may take long, and `apart` is False.
@@ -40,7 +40,7 @@ def brightest(source: Path | bytes) -> int:
     """Return the largest value of a 16-bit or 32-bit integer image; 0 if it is of another kind or cannot be read."""
     try:
         peaks: int = _here_or_apart(source, peak, peak_apart)
-    except Exception:  # a damaged file is named when it is decoded
+    except Exception:  # a damaged file is reported when it is decoded
         return 0
     return peaks
 

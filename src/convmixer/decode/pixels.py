@@ -1,6 +1,7 @@
-"""An image file to upright 8-bit pixels, in this process.
+"""Decodes an image file to upright 8-bit pixels, in this process.
 
-A clock runs between the blocks that PIL reads; what it cannot watch is found by `checks` and left to `worker`.
+A clock is checked between the blocks that PIL reads; `checks` finds the files for which that does not work, and
+`worker` decodes them.
 """
 
 import functools
@@ -16,9 +17,9 @@ from convmixer.decode import checks
 from convmixer.decode.errors import Apart, ImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
-SECONDS = 10.0  # computing time to decode one image
-HERE_SECONDS = 2.0  # of it in this process, before another one begins anew
-# What PIL may try; leaves out formats that run other programs (EPS) or that nobody trains on.
+SECONDS = 10.0  # CPU time to decode one image
+HERE_SECONDS = 2.0  # of these in this process, before another one starts again
+# The formats that PIL may try, without those that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 SUFFIXES = (
@@ -36,7 +37,7 @@ def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool
         source: A file, or the bytes of one.
         in_chans: 3 or 1.
         bits: See `to_mode`.
-        trusted: Decode it here whatever it holds: something else ends this process in time.
+        trusted: Decode it here in any case, because another process limits the time of this one.
 
     Raises:
         Apart: Decode it elsewhere; only if not trusted.
@@ -56,7 +57,7 @@ def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool
 
 
 def peak(source: Path | bytes, trusted: bool) -> int:
-    """Return the largest value of an image of 16-bit or 32-bit integers, 0 of another image.
+    """Return the largest value of an image of 16-bit or 32-bit integers; 0 for other images.
 
     Arguments and errors are those of `decode`.
     """
@@ -97,9 +98,9 @@ def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
 
 
 class _Clock:
-    """Stops the reading of a file after some computing time of this thread: `SECONDS`, or `HERE_SECONDS`, then Apart.
+    """Stops reading a file after some CPU time of this thread: `SECONDS`, or `HERE_SECONDS` and then Apart.
 
-    Computing time, not the time of day: whether an image can be read must not depend on what else the machine does.
+    CPU time, not wall time: whether an image can be read must not depend on the load of the machine.
 
     Args:
         content: The file.
@@ -109,7 +110,7 @@ class _Clock:
     def __init__(self, content: Any, trusted: bool) -> None:
         super().__init__(content)  # type: ignore[call-arg]
         self._trusted, self._seconds = trusted, SECONDS if trusted else HERE_SECONDS
-        self._look_at = time.monotonic() + self._seconds  # no earlier can the computing time be used up
+        self._look_at = time.monotonic() + self._seconds  # the CPU time cannot be used up before this
         self._start = time.thread_time()
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -130,13 +131,13 @@ class _File(_Clock, io.BufferedReader):
 
 
 def too_slow() -> str:
-    """Return what to say of an image that takes too long."""
-    return f"it takes more than {SECONDS:g} s to decode: save it anew, as plain JPEG or PNG"
+    """Return the message for an image that takes too long."""
+    return f"it takes more than {SECONDS:g} s to decode: save it again as plain JPEG or PNG"
 
 
 @functools.cache
 def formats(apart: bool) -> list[str]:
-    """Return PIL's names of the formats that are read; HEIC only apart, in a process that can be killed."""
+    """Return PIL's names of the formats that are read; HEIC only with `apart`, in a process that can be killed."""
     Image.init()  # registers what this build of PIL can read
     if not apart:
         return [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
@@ -150,7 +151,7 @@ def formats(apart: bool) -> list[str]:
 
 
 def _unknown(file: BinaryIO) -> str:
-    """Return what to say of a file that no decoder takes."""
+    """Return the message for a file that no decoder reads."""
     file.seek(0)
     start = file.read(12)
     if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS and "HEIF" not in formats(True):
@@ -161,7 +162,7 @@ def _unknown(file: BinaryIO) -> str:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged notes beside sound pixels: shown as stored, as browsers do
+    except Exception:  # the metadata are damaged but the pixels are not: shown as stored, as browsers do
         return image
 
 
@@ -198,11 +199,11 @@ def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
 def _to_bytes(image: Image.Image) -> Image.Image:
     """Return an image of 32-bit integers (0 to 65535) or floats (0 to 1) in 8 bits; what is outside is clipped.
 
-    The range is that of the kind, not of the one image: a pixel must not depend on the brightest one beside it.
+    The range depends on the kind of image, not on the single image: a pixel must not depend on the brightest one.
     """
     out = np.empty((image.height, image.width), np.uint8)
     too_large = brightest = 0
-    rows = max(1, 2**20 // image.width)  # at a time: several copies of all would take gigabytes
+    rows = max(1, 2**20 // image.width)  # at a time: several copies of the whole image would take gigabytes
     for top in range(0, image.height, rows):
         values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if values.dtype.kind == "f":
@@ -212,9 +213,9 @@ def _to_bytes(image: Image.Image) -> Image.Image:
             out[top : top + rows] = values.clip(0, 65535) >> 8
             brightest = max(brightest, int(values.max()))
     if 2 * too_large > out.size:
-        raise ImageError("most of its float values are above 1: floats go from 0 to 1, save it with 8 or 16 bits")
+        raise ImageError("most of its float values are above 1: floats go from 0 to 1; save it with 8 or 16 bits")
     if 0 < brightest < 256:
-        raise ImageError("all of its 32-bit values are below 256, black as 16-bit values: save it with 8 bits")
+        raise ImageError("all of its 32-bit values are below 256, so it would be black: save it with 8 bits")
     return Image.fromarray(out)
 
 

@@ -1,7 +1,7 @@
 """Decoding in a process that can be killed: started when first needed, kept for the next image.
 
 The parent writes one line of JSON and the file's bytes, if it has no path; the child answers with one line of JSON
-and the pixels. The kernel ends the child past its computing time or memory, the parent past `WALL_SECONDS`.
+and the pixels. The kernel ends the child if it exceeds its CPU time or memory, the parent after `WALL_SECONDS`.
 """
 
 import atexit
@@ -20,15 +20,15 @@ from PIL import Image
 from convmixer.decode import pixels
 from convmixer.decode.errors import ImageError
 
-WALL_SECONDS = 60.0  # for a machine that is busy with other things; the computing time is bounded by pixels.SECONDS
-MEMORY_BYTES = 3 << 30  # beyond what the idle child has; an image of the most pixels takes half of it
+WALL_SECONDS = 60.0  # long, because the machine may be busy; pixels.SECONDS limits the CPU time
+MEMORY_BYTES = 3 << 30  # more than the idle child has; the largest image allowed takes half of it
 _ROOT = str(Path(__file__).parents[2])
 _START = "from convmixer.decode.worker import main; main()"
 _SECRETS = ("CONVMIXER_TOKEN",)
 
 
 def image_apart(source: Path | bytes, in_chans: int, bits: int = 16) -> Image.Image:
-    """Return what `pixels.decode` does, decoded in another process.
+    """Return what `pixels.decode` returns, decoded in another process.
 
     Raises:
         ImageError: It cannot be read, or takes too much time or memory.
@@ -38,7 +38,7 @@ def image_apart(source: Path | bytes, in_chans: int, bits: int = 16) -> Image.Im
 
 
 def header_apart(source: Path | bytes) -> pixels.Header:
-    """Return what `pixels.header` does, read in another process.
+    """Return what `pixels.header` returns, read in another process.
 
     Raises:
         ImageError: See `image_apart`.
@@ -48,7 +48,7 @@ def header_apart(source: Path | bytes) -> pixels.Header:
 
 
 def peak_apart(source: Path | bytes) -> int:
-    """Return what `pixels.peak` does, decoded in another process.
+    """Return what `pixels.peak` returns, decoded in another process.
 
     Raises:
         ImageError: See `image_apart`.
@@ -105,7 +105,7 @@ class Worker:
 
 _idle: list[Worker] = []
 _busy: list[Worker] = []
-_forked: list[list[Worker]] = []  # those of the parent process, which are not ours to use or to end
+_forked: list[list[Worker]] = []  # workers of the parent process, which this one must neither use nor end
 
 
 def _after_fork() -> None:
@@ -136,7 +136,7 @@ def _ask(source: Path | bytes, request: dict[str, Any]) -> tuple[dict[str, Any],
 
 
 def _take() -> Worker:
-    """Return an idle worker that still runs, or a new one; threads may call this at once."""
+    """Return an idle worker that still runs, or a new one; thread-safe."""
     while _idle:
         with contextlib.suppress(IndexError):  # another thread took the last one
             worker = _idle.pop()
@@ -149,13 +149,13 @@ def _take() -> Worker:
 def _why_ended(status: int) -> str:
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
         return pixels.too_slow()
-    return "it makes the decoder crash: save it anew, as plain JPEG or PNG"
+    return "it makes the decoder crash: save it again as plain JPEG or PNG"
 
 
 def stop_workers() -> None:
-    """Kill the decoding processes of this process; what they were decoding fails."""
+    """Kill the decoding processes that this process started; images being decoded then fail."""
     for worker in list(_busy):
-        worker.process.kill()  # who waits for it cleans up
+        worker.process.kill()  # the thread that waits for it cleans up
     while _idle:
         _idle.pop().close()
 
@@ -165,10 +165,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def main() -> None:
-    """Decode what standard input asks for, until it ends."""
+    """Decode the images requested on standard input, until it ends."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     pixels.formats(True)  # loads the decoders before memory is limited
     limit_memory(MEMORY_BYTES)
     source, out = sys.stdin.buffer, sys.stdout.buffer
@@ -177,7 +177,7 @@ def main() -> None:
         request = json.loads(line)
         file = Path(request["path"]) if "path" in request else source.read(request["size"])
         used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime + request["seconds"]) + 1  # the kernel counts whole ones
+        seconds = int(used.ru_utime + used.ru_stime + request["seconds"]) + 1  # the kernel counts whole seconds
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         answer, data = _answer(file, request)
         out.write(json.dumps(answer | {"bytes": len(data)}).encode() + b"\n" + data)
@@ -200,7 +200,7 @@ def _answer(file: Path | bytes, request: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def limit_memory(more: int) -> None:
-    """Bound the address space to what it is now and this many bytes more, if the system can."""
+    """Limit the address space to its present size and this many bytes more, if the system can."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):

@@ -189,6 +189,6 @@ def seconds_per_image(module: TrainingModule, job: Job, most_seconds: float = 60
         images = sum(len(labels) for _, labels in batches)
         if images >= PROBED_IMAGES or time.perf_counter() - start > most_seconds / 2:
             break
-    # once, however many batches this process has: it adds up over processes
+    # once, for any number of batches: it sums over processes
     _score(module, job, batches)
     return (time.perf_counter() - start) / max(sum(len(labels) for _, labels in batches), 1)

@@ -1,6 +1,6 @@
-"""Checkpoints that survive a kill at any moment and notice a single wrong bit; the one before is kept.
+"""Checkpoints that survive a kill at any moment and detect a single wrong bit; the previous one is kept.
 
-A file is what `torch.save` writes and a digest of that. Files of older versions have none and are read unchecked.
+A file is what `torch.save` writes, followed by its digest. Files of older versions have none and are not checked.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ _TRAILER_BYTES = len(_MARK) + hashlib.sha256().digest_size
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state to `folder/LATEST`; what that was becomes `PREVIOUS`.
+    """Write a state to `folder/LATEST`; the old LATEST becomes `PREVIOUS`.
 
     Args:
-        folder: Made if it is missing.
-        state: Tensors, numbers, strings, lists and dicts: what `torch.load` reads with weights_only.
+        folder: Created if it is missing.
+        state: Tensors, numbers, strings, lists and dicts, as `torch.load` reads them with weights_only.
     """
     with atomic_file(folder / LATEST, keep=folder / PREVIOUS) as file:
         hashing = _Hashing(file)
@@ -33,7 +33,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the newest state that is intact, or None if none was ever written; a damaged one is named.
+    """Return the newest intact state, or None if none was ever written; a line names a damaged one.
 
     Raises:
         RequestError: There are checkpoints but none is intact.
@@ -47,10 +47,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 broken.append(f"{path.name}: {error}")
                 continue
             if broken:
-                print(f"damaged checkpoint {folder / broken[0]}; going on from {path.name}, which is intact")
+                print(f"damaged checkpoint {folder / broken[0]}; continuing from {path.name}, which is intact")
             return state
     if broken:
-        raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}); start the run anew")
+        raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}); start a new run")
     return None
 
 
@@ -76,9 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _Hashing:
-    """A file to write to that digests what goes through, and keeps the error of a full disk.
+    """A file to write to that digests what is written, and keeps the error of a full disk.
 
-    torch's own writer says "unexpected pos" instead.
+    torch's own writer would report "unexpected pos" instead.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -86,7 +86,7 @@ class _Hashing:
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes; after an error nothing more."""
+        """Write bytes; after an error, do nothing."""
         if self._error is None:
             self.digest.update(data)
             try:

@@ -1,6 +1,6 @@
 """What several processes need beyond Lightning's DDP: one process group, equal weights, BatchNorm over all images.
 
-Started by `torchrun`; alone, every function here does nothing.
+`torchrun` starts the processes; with a single process, every function here does nothing.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from convmixer.train.meeting import Meeting, under_torchrun
 T = TypeVar("T")
 _OF_A_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
 _SOURCE = re.compile(r"^\[\S+:\d+\] ")  # the line of torch's source that an error begins with
-_meeting: Meeting | None = None  # of the process group that is open
+_meeting: Meeting | None = None  # of the open process group
 
 
 def world_size() -> int:
@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number, from 0."""
+    """Return this process's index, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -79,7 +79,7 @@ def _group(device: torch.device, meeting: Meeting) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_the_lost() -> Iterator[None]:
-    """Turn torch's errors of connections, which name source files and no remedy, into one line."""
+    """Turn torch's connection errors, which name source files but no remedy, into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -93,12 +93,12 @@ def _naming_the_lost() -> Iterator[None]:
 
 
 def everywhere(work: Callable[[], T]) -> T:
-    """Do something that takes very different times in each process; see `Meeting.everywhere`."""
+    """Do work whose duration differs greatly between processes; see `Meeting.everywhere`."""
     return work() if _meeting is None else _meeting.everywhere(work)
 
 
 def check_equal(facts: dict[str, Any]) -> None:
-    """Raise RequestError if processes differ in what must be the same, e.g. the data of their machines."""
+    """Raise RequestError if something that must be equal differs between processes, e.g. their data."""
     if world_size() == 1:
         return
     found: list[Any] = [None] * world_size()
@@ -135,7 +135,7 @@ def from_first(value: T) -> T:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Do something in the first process and return its value in all of them; what it refuses, all refuse."""
+    """Do something in the first process and return its value in all; if it raises RequestError, all raise it."""
     value: Any = None
     if rank() == 0:
         try:
@@ -158,8 +158,8 @@ def copy_from_first(model: nn.Module) -> None:
 def average_statistics(model: nn.Module) -> None:
     """Give all processes the mean of their BatchNorm statistics.
 
-    After every step, so that all processes always hold the same model and any of them can write a checkpoint. The
-    running mean is then that of all images; the running variance is the mean of the processes' own.
+    Called after every step, so that all processes always hold the same model and any of them can write a checkpoint.
+    The running mean is then that of all images; the running variance is the mean of the processes' own.
     """
     statistics = [b for b in model.buffers() if b.is_floating_point()]
     if world_size() == 1 or not statistics:

@@ -1,6 +1,6 @@
-"""Lightning's Trainer as we use it: one endless "epoch" from any step to any other, and signals that end it cleanly.
+"""Lightning's Trainer as we use it: one endless "epoch" between any two steps, and signals that end it cleanly.
 
-Epochs are ours, counted from the global step, so that starting in the middle of one needs nothing special.
+We count epochs by the global step, so that starting in the middle of one needs nothing special.
 """
 
 import itertools
@@ -26,9 +26,9 @@ OnStep = Callable[[], bool]  # called after each step; True ends the run
 
 
 class _AfterStep(pl.Callback):
-    """Calls a function after each step, and keeps SIGTERM for its owner.
+    """Calls a function after each step, and keeps our handler of SIGTERM.
 
-    Lightning would replace our handler by one that exits with status 0 and broadcasts from inside the handler.
+    Lightning would replace it by one that exits with status 0 and broadcasts from inside the handler.
     """
 
     def __init__(self, on_step: OnStep) -> None:
@@ -44,7 +44,7 @@ class _AfterStep(pl.Callback):
 
 
 class _Stream:
-    """Hides a loader behind a plain iterable: Lightning changes how lists and DataLoaders are read."""
+    """Wraps a loader in a plain iterable, because Lightning changes how lists and DataLoaders are read."""
 
     def __init__(self, loader: Iterable[Any], place: torch.device) -> None:
         self.loader, self.place = loader, place
@@ -53,7 +53,7 @@ class _Stream:
         return iter(self.loader) if self.place.type != "cuda" else self._on_gpu()
 
     def _on_gpu(self) -> Iterator[Any]:
-        """Copy each batch on a second stream, while the GPU still computes the steps before."""
+        """Copy each batch on a second stream, while the GPU still computes the previous steps."""
         stream = torch.cuda.Stream(self.place)
         for batch in self.loader:
             with torch.cuda.stream(stream):
@@ -65,12 +65,12 @@ class _Stream:
 
 
 def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep) -> None:
-    """Take up to that many optimiser steps.
+    """Take up to that many optimizer steps.
 
     Args:
         module: What to train.
         loader: Batches from the module's next step on.
-        steps: Optimiser steps, at least 1.
+        steps: Optimizer steps, at least 1.
         on_step: Called after each step; True ends the run.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -82,7 +82,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             accelerator="gpu" if module.place.type == "cuda" else module.place.type,
             devices=local,
             num_nodes=world_size() // local,
-            # the module keeps BatchNorm statistics equal; DDP would copy the first process's
+            # the module keeps BatchNorm statistics equal; DDP would copy those of the first process
             strategy=DDPStrategy(broadcast_buffers=False) if world_size() > 1 else "auto",
             plugins=alone,
             max_epochs=1,
@@ -103,7 +103,8 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
 def measure_speed(
     module: TrainingModule, loader: Iterable[Any], steps: int = 8, seconds: float = 10.0
 ) -> list[float]:
-    """Return the seconds of each of a few optimiser steps, after two that warm up; the module is then as before.
+    """Return the seconds of each of a few optimizer steps, after two warm-up steps; the module's state is then
+    restored.
 
     Args:
         module: What would be trained.
@@ -134,7 +135,7 @@ def _copy(value: Any) -> Any:
 class StopSignals:
     """Context in which SIGTERM and Ctrl-C only set `received`, so that the step under way ends and is saved.
 
-    A second Ctrl-C interrupts at once. Outside the main thread signals are left alone.
+    A second Ctrl-C interrupts at once. Outside the main thread signals are not handled.
     """
 
     def __init__(self) -> None:

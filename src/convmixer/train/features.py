@@ -1,6 +1,6 @@
-"""What frozen layers make of the images: computed once and kept, so that a classifier trains in seconds.
+"""The frozen layers' features of the images: computed once and kept, so that a classifier trains in seconds.
 
-Features are keyed by all that they depend on: the images, the frozen weights, how images are prepared and augmented.
+The key of features covers all that they depend on: images, frozen weights, preprocessing and augmentation.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from convmixer.train.optim import is_muon
 from convmixer.train.setup import Job
 
 BATCH = 64
-CACHE_BYTES = 4 << 30  # of all features together; the oldest make way
+CACHE_BYTES = 4 << 30  # of all features together; beyond it the oldest are deleted
 PREFIX = "1."  # of the classifier's parameters in `head_module`
 
 Part = tuple[torch.Tensor, ...]  # features (N, ...), labels (N,) and, if the images have weights, those (N,)
@@ -47,12 +47,12 @@ Part = tuple[torch.Tensor, ...]  # features (N, ...), labels (N,) and, if the im
 
 @dataclass(frozen=True)
 class Features:
-    """What the frozen layers make of the images.
+    """The frozen layers' features of the images.
 
     Args:
-        train: Those of each view of the training images.
-        val: Those of the validation images; None if there are none.
-        said: How they came about, in words.
+        train: Features of each view of the training images.
+        val: Features of the validation images; None if there are none.
+        said: Where they came from, in words.
     """
 
     train: list[Part]
@@ -60,7 +60,7 @@ class Features:
     said: str
 
     def train_loader(self, job: Job, start_step: int) -> "FeatureLoader":
-        """Return endless batches from a step on, of the images that `Job.train_loader` gives."""
+        """Return endless batches from a step on, of the same images as `Job.train_loader`."""
         sampler = KeyedBatchSampler(
             len(self.train[0][1]), job.batch_size, job.config.seed, start_step, job.steps_per_epoch
         )
@@ -75,7 +75,7 @@ class FeatureLoader:
     """Batches of features; epoch e gets view e, or the first again after the last.
 
     Attributes:
-        waited_seconds: As a `Loader` has it: nobody waits for what is in memory.
+        waited_seconds: As in `Loader`; always 0, because the features are in memory.
     """
 
     waited_seconds = 0.0
@@ -90,9 +90,9 @@ class FeatureLoader:
 
 
 def head_module(job: Job, epochs: float, progress: Callable[[int], float] | None = None) -> TrainingModule:
-    """Return what trains the classifier on features; its weights are those of the job's model.
+    """Return the module that trains the classifier on features; it shares the weights of the job's model.
 
-    It computes in fp32. Mixing and erasing are left out, as they need images.
+    It computes in fp32. Without mixing and erasing, which need images.
     """
     found, c = classifier_of(job.model), job.config
     assert found is not None
@@ -145,10 +145,10 @@ def compute(job: Job) -> Features:
 
 
 class _Cache:
-    """Features in the cache folder; one that cannot be written is done without.
+    """Features in the cache folder; if it cannot be written, nothing is kept.
 
     Attributes:
-        hits: Parts that were there already.
+        hits: Number of parts found in it.
     """
 
     def __init__(self, job: Job) -> None:
@@ -156,7 +156,7 @@ class _Cache:
         self.key = _key(job)
 
     def get(self, split: str, view: int | None, trunk: nn.Module) -> Part:
-        """Return features and labels of a split; `view` None: of the images as they are evaluated."""
+        """Return features and labels of a split; `view` None: of the images without augmentation."""
         images = getattr(self.job.data, split)
         path = self.folder / f"{self._name(split, images, view)}.safetensors"
         found = _read(path)
@@ -183,7 +183,7 @@ class _Cache:
 
 @contextlib.contextmanager
 def _trunk(job: Job) -> Iterator[nn.Module]:
-    """Give the model without its classifier, on the kernels of inference if they serve."""
+    """Yield the model without its classifier, on the inference kernels if they can be used."""
     found, precision = classifier_of(job.model), job.config.precision
     assert found is not None
     with _without(job.model, found[0]):
@@ -195,7 +195,7 @@ def _trunk(job: Job) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _without(model: nn.Module, name: str) -> Iterator[None]:
-    """Replace a module by one that does nothing."""
+    """Replace a module by an identity."""
     module = model.get_submodule(name)
     model.set_submodule(name, nn.Identity())
     try:
@@ -214,7 +214,7 @@ def _pass(trunk: nn.Module, loader: Loader, device: torch.device) -> Part:
 
 
 def _loader(job: Job, images: ImageSet, view: int | None) -> Loader:
-    """Return a loader of one view of the images; None: as they are evaluated."""
+    """Return a loader of one view of the images; None: without augmentation."""
     c, p = job.config, job.preprocessing
     workers = c.workers if len(images) > 2000 or (view is not None and len(images) > 200) else 0
     transform = eval_transform(p) if view is None else train_transform(c, p)
@@ -226,7 +226,9 @@ def _loader(job: Job, images: ImageSet, view: int | None) -> Loader:
 
 @torch.no_grad()
 def _same(job: Job, found: tuple[str, nn.Module], images: torch.Tensor) -> int:
-    """Return the values of one image's features, or 0 if the classifier of them is not what the model computes."""
+    """Return the number of features of an image, or 0 if the classifier of the features does not give the model's
+    output.
+    """
     whole = PlainInference(job.model, "fp32")(images)
     with _without(job.model, found[0]):
         values = PlainInference(job.model, "fp32")(images)
@@ -239,7 +241,7 @@ def _same(job: Job, found: tuple[str, nn.Module], images: torch.Tensor) -> int:
 
 
 def _key(job: Job) -> str:
-    """Return a digest of what all features of a job depend on."""
+    """Return a digest of everything that a job's features depend on."""
     found = classifier_of(job.model)
     assert found is not None
     state = {k: v.detach().cpu() for k, v in job.model.state_dict().items() if not k.startswith(f"{found[0]}.")}
@@ -255,7 +257,7 @@ def _key(job: Job) -> str:
 
 
 def _fingerprint(job: Job) -> str:
-    """Return a digest of the data: names and sizes of all files, and what was read of each when it was checked."""
+    """Return a digest of the data: names and sizes of all files, and the scanned part of each."""
     digest = hashlib.sha256(f"{job.data.checksum} {job.data.bits}".encode())
     if job.data.checked:
         for split, scan in sorted(job.data.checked.scans.items()):
@@ -273,12 +275,12 @@ def _read(path: Path) -> Part | None:
         found = safetensors.torch.load_file(path)
         os.utime(path)
         return tuple(found[str(number)] for number in range(len(found)))
-    except Exception:  # not there, cut short, or of another program
+    except Exception:  # missing, truncated, or of another program
         return None
 
 
 def _prune(folder: Path) -> None:
-    """Delete the features that were not used for longest, beyond `CACHE_BYTES`."""
+    """Delete the least recently used features beyond `CACHE_BYTES`."""
     with contextlib.suppress(OSError):
         files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0

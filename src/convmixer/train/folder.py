@@ -38,7 +38,7 @@ _NEEDED = ("command", "recipe", "settings", "data", "classes", "preprocessing", 
 
 
 class RunFiles(RunFolder):
-    """A run folder with what training writes into it.
+    """A run folder that training writes to.
 
     Args:
         path: The folder.
@@ -88,7 +88,9 @@ class RunFiles(RunFolder):
         return contents
 
     def read_results(self) -> dict[str, Any] | None:
-        """Return the results of a finished run, or None; one with a damaged record (it is named) is not finished."""
+        """Return the results of a finished run, or None; a run with a damaged record, which a line names, is not
+        finished.
+        """
         if not self.record.exists():
             return None
         try:
@@ -109,11 +111,11 @@ class RunFiles(RunFolder):
             raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the metrics anew, one row per epoch; it is small, and so never holds a row twice."""
+        """Write all metrics again, one row per epoch; the file is small, and this way never holds a row twice."""
         write_atomic(self.metrics, _table(COLUMNS, rows))
 
     def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the steps anew, a row for every few steps."""
+        """Write all steps again, a row for every few steps."""
         write_atomic(self.steps, _table(STEP_COLUMNS, rows))
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
@@ -123,7 +125,7 @@ class RunFiles(RunFolder):
             file.write(json.dumps(line) + "\n")
 
     def rewind_log(self, step: int) -> None:
-        """Drop the events after a step: they will happen again."""
+        """Drop the events after a step, because that part runs again."""
         path = self.log_file
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
@@ -133,7 +135,7 @@ class RunFiles(RunFolder):
 def check_empty(path: Path) -> None:
     """Raise RequestError if a new run cannot go there: it is a file, or a folder that holds something.
 
-    What a process leaves that was killed before its first file does not count.
+    Remains of a process that was killed before it wrote its first file do not count.
     """
     taken = path.exists() and not path.is_dir()
     if taken or (path.exists() and any(child.name[0] != "." and child.name != LOCK for child in path.iterdir())):
@@ -142,7 +144,8 @@ def check_empty(path: Path) -> None:
 
 
 class Board:
-    """TensorBoard's event files: the numbers of the metrics, opened with the first row. A run goes on without them.
+    """TensorBoard's event files with the metrics, opened with the first row. If they cannot be written, the run
+    continues.
 
     Args:
         path: Their folder.
@@ -155,7 +158,7 @@ class Board:
         self._failed = False
 
     def rewind(self, step: int) -> None:
-        """Let TensorBoard ignore what was written after a step."""
+        """Make TensorBoard ignore what was written after a step."""
         self._purge = step + 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
@@ -166,7 +169,7 @@ class Board:
             self._add_row(row)
         except (OSError, RuntimeError) as error:
             self._failed = True
-            print(f"TensorBoard's files in {self.path} cannot be written any more ({error}); the run goes on")
+            print(f"TensorBoard's files in {self.path} can no longer be written ({error}); the run continues")
 
     def _add_row(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
@@ -195,9 +198,10 @@ def describe(
     build: tuple[str, dict[str, Any]] | None,
     schedule: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the contents of the settings file: all that it takes to repeat, continue or judge the run.
+    """Return the contents of the settings file: everything needed to repeat, continue or judge the run.
 
-    `config` has what `asked` left to the data and the machine; only what was asked for counts as a difference.
+    `config` also has the values that `asked` left to the data and the machine; only those in `asked` count as
+    differences from the recipe.
     """
     changed = difference(recipe or Config(), asked)
     sizes = {split: len(images) if (images := getattr(data, split)) else 0 for split in ("train", "val", "test")}
@@ -220,8 +224,8 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any], mistakes: 
 
     Args:
         config: Contents of the settings file.
-        results: Of the record.
-        mistakes: The run folder holds the page of mistakes.
+        results: Results in the record.
+        mistakes: Whether the run folder holds the page of mistakes.
     """
     data, p = config["data"], config["preprocessing"]
     lines = [
@@ -251,7 +255,7 @@ def model_card(config: Mapping[str, Any], results: Mapping[str, Any], mistakes: 
         "    convmixer val RUN",
         "",
         f"Input: {p['img_size']} x {p['img_size']} px, {p['in_chans']} channel(s), mean {p['mean']}, std {p['std']}, "
-        f"{p['interpolation']} resizing, crop {p['crop_pct']}. `convmixer` does this by itself.",
+        f"{p['interpolation']} resizing, crop {p['crop_pct']}. `convmixer` applies this itself.",
         f"Classes ({len(config['classes'])}): {', '.join(map(markdown, config['classes'][:50]))}"
         + (" ..." if len(config["classes"]) > 50 else ""),
         "",
@@ -298,4 +302,4 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut off by a kill
+        return float("inf")  # truncated by a kill

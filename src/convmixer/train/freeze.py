@@ -1,4 +1,4 @@
-"""Which layers keep their weights: all but the classifier, or the stem and the first blocks. For every timm model."""
+"""Freezes layers: all but the classifier, or the stem and the first blocks. For every timm model."""
 
 from typing import cast
 
@@ -10,10 +10,10 @@ ALL = "all"
 
 
 def freeze(model: nn.Module, what: str | None) -> None:
-    """Let gradients reach only the layers that are trained, in place.
+    """Switch off gradients of the frozen layers, in place.
 
     Args:
-        model: With timm's interface.
+        model: A model with timm's interface.
         what: "all": every layer but the classifier. A number N: the stem and the first N blocks. None: no layer.
 
     Raises:
@@ -25,7 +25,7 @@ def freeze(model: nn.Module, what: str | None) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the largest modules that have parameters and train none of them."""
+    """Return the outermost modules that have parameters and train none of them."""
     own = list(model.parameters())
     if own and not any(p.requires_grad for p in own):
         return [model]
@@ -33,7 +33,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the classifier's name and module, or None if the model has not exactly one."""
+    """Return the classifier's name and module, or None unless the model has exactly one."""
     if not hasattr(model, "get_classifier"):
         return None
     found = model.get_classifier()  # type: ignore[operator]
@@ -64,14 +64,14 @@ def _classifier_names(model: nn.Module) -> set[str]:
 
 
 def layers_of(model: nn.Module, setting: str) -> dict[str, int]:
-    """Return the number of the layer of each parameter, by name: 0 is the stem, the last is the classifier.
+    """Return parameter name -> number of its layer: 0 is the stem, the last is the classifier.
 
     Args:
         model: The model.
-        setting: What needs the numbers, for the error.
+        setting: The setting that needs the numbers, for the error.
 
     Raises:
-        RequestError: The model does not say how its layers follow each other.
+        RequestError: The model does not give the order of its layers.
     """
     if not hasattr(model, "group_matcher"):
         raise RequestError(f"{setting} needs a model that names its layers, which {type(model).__name__} does not")

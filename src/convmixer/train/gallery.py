@@ -1,4 +1,4 @@
-"""Pictures and sample files of a run: what the model is shown, what it learned, how it did."""
+"""Pictures and sample files of a run: augmented images, learned filters, curves, mistakes."""
 
 import re
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from convmixer.train.scores import Scores
 from convmixer.train.setup import Job
 
 SHOWN = 32
-MISTAKES_SECONDS = 5.0  # for reading their images: a run with a time budget keeps 10 s for all it writes
+MISTAKES_SECONDS = 5.0  # to read their images: a run with a time budget reserves 10 s for all its last files
 
 
 def augmented(job: Job, path: Path) -> None:
-    """Draw the first images of the first step as the model gets them, named by their targets."""
+    """Draw the first images of the first step as the model gets them, labelled with their targets."""
     images, labels, *_ = next(iter(job.train_loader(workers=0)))
     generator = torch.Generator().manual_seed(0)
     images, targets = mix(images, labels, len(job.data.classes), job.config, generator)

@@ -1,4 +1,4 @@
-"""A step as one CUDA graph: its thousand launches become one, so that the GPU never waits for Python."""
+"""A training step as one CUDA graph: a thousand kernel launches become one, so the GPU never waits for Python."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OFF = "CONVMIXER_CUDA_GRAPH"  # 0 takes every step launch by launch
-WARM_UP = 3  # steps that compile kernels, choose algorithms and make the optimizer's state
+OFF = "CONVMIXER_CUDA_GRAPH"  # 0: no graph
+WARM_UP = 3  # steps in which kernels are compiled, algorithms chosen and the optimizer's state created
 
 
 class StepGraph:
-    """Takes steps; once the shapes of its inputs have stayed the same for `WARM_UP` steps, by replaying a graph.
+    """Takes steps; replays a graph once the shapes of the inputs have stayed the same for `WARM_UP` steps.
 
     Args:
-        step: Takes a step on the tensors given; reads nothing else that a later call may replace, and never waits
+        step: Takes a step on the given tensors; it reads no other tensors that may be replaced later, and never waits
             for the GPU.
     """
 
@@ -60,6 +60,6 @@ class StepGraph:
         except RuntimeError as error:
             self.possible = False
             reason = str(error).partition("\n")[0]
-            print(f"convmixer: steps run launch by launch, no CUDA graph: {reason}", file=sys.stderr, flush=True)
+            print(f"convmixer: steps run without a CUDA graph: {reason}", file=sys.stderr, flush=True)
         else:
             self._graph = graph

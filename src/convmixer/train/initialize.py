@@ -1,4 +1,4 @@
-"""Initial weights that short runs gain from: a whitening stem, a classifier of zeros."""
+"""Initial weights that help short runs: a whitening stem, a classifier of zeros."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing
 
 WHITEN_IMAGES = 5000
-WHITEN_EPS = 5e-4  # added to the variances, so that directions of pure noise are not blown up
+WHITEN_EPS = 5e-4  # added to the variances, so that directions of pure noise are not amplified
 
 
 def initialize(model: nn.Module, config: Config, images: ImageSet, p: Preprocessing) -> None:
@@ -27,7 +27,7 @@ def initialize(model: nn.Module, config: Config, images: ImageSet, p: Preprocess
         p: Their preprocessing.
 
     Raises:
-        RequestError: The model's first layer is no convolution without padding.
+        RequestError: The model's first layer is not a convolution without padding.
     """
     if config.stem_init == "whiten":
         order = np.random.default_rng(config.seed).permutation(len(images))[:WHITEN_IMAGES]
@@ -43,8 +43,8 @@ def whiten_stem(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """Replace the first filters of a model's first convolution by ones whose responses to patches are white.
 
     They are the eigenvectors of the patches' second moments over the root of the eigenvalues, and their negatives,
-    since the activation that follows cuts one side off. A layer with fewer filters gets the strongest eigenvectors;
-    filters beyond twice the patch's values stay as they are. All of them are trained.
+    because the activation that follows cuts off one side. A layer with fewer filters gets the strongest eigenvectors;
+    filters beyond twice the number of a patch's values keep their initial weights. All of them are trained.
 
     Args:
         model: Its first convolution has no padding, as a patch embedding.

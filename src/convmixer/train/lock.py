@@ -1,7 +1,7 @@
-"""One process trains in a run folder at a time. A holder that died, on this machine or another, does not block.
+"""One process at a time trains in a run folder. The lock of a dead process, on any machine, does not block.
 
-The lock is a file with the holder's machine and process id, which the holder touches every few seconds. On the same
-machine a holder is alive if its process is. On another machine it is alive as long as it touches the file.
+The lock is a file with the machine and process id of its holder, which touches it every few seconds. On the same
+machine the holder is alive if its process is. On another machine it is alive as long as it touches the file.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from convmixer.files import naming, temporary_name
 from convmixer.processes import is_alive, is_here, one_at_a_time, sign
 
 BEAT_SECONDS = 5.0
-DEAD_AFTER_SECONDS = 30.0  # six beats: a machine that swaps, or a slow network file system
+DEAD_AFTER_SECONDS = 30.0  # six beats, because a machine may swap or a network file system be slow
 
 
 class RunLock:
-    """Context in which this process alone trains in a run folder.
+    """Context in which only this process trains in a run folder.
 
     Args:
         path: The lock file; its folder exists.
@@ -56,7 +56,7 @@ class RunLock:
     def check(self) -> None:
         """Raise RuntimeError if another process has taken the lock."""
         if self.lost:
-            raise RuntimeError(f"another process took over {self.path.parent} while this one was silent")
+            raise RuntimeError(f"another process took over {self.path.parent} while this one did not respond")
 
     def _try(self) -> bool:
         """Return whether the lock was free and is ours now."""
@@ -72,10 +72,10 @@ class RunLock:
         return True
 
     def _wait_for_holder(self) -> None:
-        """Remove the lock of a dead holder; one on another machine gets time to show that it lives.
+        """Remove the lock of a dead holder; a holder on another machine gets time to show that it is alive.
 
         Raises:
-            RequestError: The holder lives.
+            RequestError: The holder is alive.
         """
         text = self._read()
         if text is None:
@@ -99,7 +99,7 @@ class RunLock:
             time.sleep(min(0.2, DEAD_AFTER_SECONDS / 10))
 
     def _remove(self, text: str) -> None:
-        """Remove the lock if it still is the dead holder's; of several processes that try, one succeeds."""
+        """Remove the lock if it is still the dead holder's; of several processes that try, one succeeds."""
         aside = temporary_name(self.path)
         with contextlib.suppress(FileNotFoundError), one_at_a_time(self.path.parent):
             if self._read() == text:
@@ -119,7 +119,7 @@ class RunLock:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        except OSError:  # a network file system that is away for a moment
+        except OSError:  # a network file system that is briefly unavailable
             return self._own if self._thread.is_alive() else None
 
     def _touched(self) -> int:

@@ -1,7 +1,7 @@
 """How the processes of one start find each other, and how each notices that another is gone.
 
 They talk through torchrun's store, which outlives restarts: it still holds what the processes of earlier attempts
-wrote. So the first process gives each attempt a name of its own, and starts only with those that answered to it.
+wrote. So the first process gives each attempt a unique name, and starts only with those that answered to it.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ class Meeting:
     """The processes of one attempt.
 
     Args:
-        rank, world: Number of this process, and how many there are.
-        seconds: How long to wait for a sign of life of another one.
+        rank, world: Index of this process, and the number of processes.
+        seconds: How long to wait for a sign of life from another one.
 
     Attributes:
-        store: Where they exchange addresses; what earlier attempts wrote is not in it.
-        restarted: Whether torchrun started these processes again, in any of them.
+        store: Where they exchange addresses; without what earlier attempts wrote.
+        restarted: Whether torchrun restarted any of these processes.
 
     Raises:
         PeerLost: One did not come in time.
@@ -63,7 +63,7 @@ class Meeting:
     # Meeting
 
     def _lead(self) -> tuple[str, bool]:
-        """Name this attempt, and say who has come to it."""
+        """Name this attempt, and publish which processes have joined it."""
         again, name = self._every.check(["attempt"]), secrets.token_hex(8)
         self._every.set("attempt", name)
         self._answer(name)
@@ -74,7 +74,7 @@ class Meeting:
         return name, restarted
 
     def _follow(self) -> tuple[str, bool]:
-        """Answer to the newest attempt until it counts this process in."""
+        """Answer to the newest attempt until it includes this process."""
         deadline, answered = time.monotonic() + self.seconds, ""
         while time.monotonic() < deadline:
             name = self._every.get("attempt").decode() if self._every.check(["attempt"]) else ""
@@ -92,15 +92,15 @@ class Meeting:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         self._every.set(f"{name}/{self.rank}", json.dumps([self._own, restarted]))
 
-    # Work of very different length
+    # Work whose duration differs between processes
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Do something in all processes and go on together; what one refuses, all refuse.
+        """Do something in all processes and continue together; if one raises RequestError, all do.
 
-        However long it takes in one, e.g. to fetch data: the others wait as long as it gives signs of life.
+        It may take long in one, e.g. to fetch data: the others wait as long as it gives signs of life.
 
         Raises:
-            PeerLost: A process gives none any more.
+            PeerLost: A process no longer gives signs of life.
         """
         self._works += 1
         with self._beating():
@@ -123,7 +123,7 @@ class Meeting:
         stop = threading.Event()
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the store is gone: the main thread notices
+            with contextlib.suppress(RuntimeError):  # the store is closed: the main thread notices
                 while not stop.wait(BEAT_SECONDS):
                     self.store.add(f"beats/{self.rank}", 1)
 
@@ -136,7 +136,7 @@ class Meeting:
             thread.join()
 
     def _wait_for(self, is_there: Callable[[int], bool], problem: str) -> None:
-        """Wait until a thing holds for every process, as long as each that it does not hold for is alive."""
+        """Wait until a condition holds for every process, as long as each that it does not yet hold for is alive."""
         seen: dict[int, tuple[int, float]] = {}
         missing = list(range(self.world))
         while missing := [rank for rank in missing if not is_there(rank)]:
@@ -150,7 +150,7 @@ class Meeting:
 
 
 def _choose_interface(address: str) -> None:
-    """Let gloo use the network that leads to the first machine; it would take what the own host name stands for."""
+    """Make gloo use the network that leads to the first machine; by default it uses the one of the own host name."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

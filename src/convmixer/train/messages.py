@@ -1,4 +1,4 @@
-"""What a run says on the terminal."""
+"""What a run prints on the terminal."""
 
 import textwrap
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from convmixer.train.setup import Job
 
 
 def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
-    """Print all that is decided before the first step; `contents` are those of the settings file."""
+    """Print everything decided before the first step; `contents` are those of the settings file."""
     data, c = job.data, job.config
     console.print(f"run      {terminal(folder.path)}")
     console.print(f"recipe   {contents['recipe'] or 'none'}")
@@ -37,11 +37,11 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
     for name, change in contents["differs_from_recipe"].items():
         console.print(f"differs  {name}: {_show(change['here'])} (recipe: {_show(change['recipe'])})")
     if job.batch_size != c.batch_size:
-        console.print(f"batch    {job.batch_size}, all the training images there are")
+        console.print(f"batch    {job.batch_size}, because there are no more training images")
 
 
 def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any]) -> None:
-    """Print what the chosen weights were measured to."""
+    """Print the results of the chosen weights."""
     console.print(f"chosen   {results['chosen']}")
     for split, use in (("val", "used to choose the epoch"), ("test", "read once, now")):
         if results[f"{split}_n"]:

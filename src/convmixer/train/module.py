@@ -1,8 +1,9 @@
-"""One optimiser step: mixing, erasing, soft-target cross entropy, clipping, optimizer, moving average.
+"""One optimizer step: mixing, erasing, soft-target cross entropy, clipping, optimizer, moving average.
 
-A step is a pure function of the weights, the optimiser's state, the batch and its number: the learning rate and every
-random number come from the number. That is why a checkpoint holds no scheduler and no generator. A batch is computed
-in `grad_accum` parts inside the step, so a step is a step at any of them. What happens between steps is in run.py.
+A step is a pure function of the weights, the optimizer's state, the batch and the step number, which gives the
+learning rate and every random number. That is why a checkpoint holds no scheduler and no generator. A batch is
+computed in `grad_accum` parts inside the step, so their number does not change the count of steps. session.py has
+what happens between steps.
 """
 
 import contextlib
@@ -33,15 +34,15 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 class TrainingModule(pl.LightningModule):
-    """A model with all that changes it.
+    """A model and everything that a step needs.
 
     Args:
         model: The model, on its device; trained in place.
         config: Settings; `precision` resolved to fp32, tf32, bf16 or fp16.
         num_classes: Classes of the data.
-        steps_per_epoch: Optimiser steps per epoch.
+        steps_per_epoch: Optimizer steps per epoch.
         epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
-        first_step: Steps of the run before this module's.
+        first_step: Number of the run's steps before this module's first.
         progress: Returns how far the run is at the end of a step, 0 to 1; None: as its number says.
     """
 
@@ -91,14 +92,14 @@ class TrainingModule(pl.LightningModule):
         return rate_at_step(c.schedule, done, self.steps_per_epoch, self.epochs, c.lr)
 
     def train(self, mode: bool = True) -> "TrainingModule":
-        """Set the mode of all modules but the frozen ones, whose BatchNorm keeps its statistics."""
+        """Set the mode of all modules except frozen ones, whose BatchNorm keeps its statistics."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> None:
-        """Take one optimiser step on images (B, C, H, W), labels (B,) and, if given, weights (B,)."""
+        """Take one optimizer step on images (B, C, H, W), labels (B,) and, if given, weights (B,)."""
         self.in_step = True
         self._seed()
         images, labels, *weights = batch
@@ -113,7 +114,7 @@ class TrainingModule(pl.LightningModule):
         self.in_step = False
 
     def forget_graph(self) -> None:
-        """Tell that tensors of the step are about to be replaced."""
+        """Drop the graph, because tensors of the step are about to be replaced."""
         if isinstance(self._update, StepGraph):
             self._update.forget()
 
@@ -122,7 +123,7 @@ class TrainingModule(pl.LightningModule):
         return autocast(self.config.precision, self.place)
 
     def state(self) -> dict[str, Any]:
-        """Return all that the next steps depend on."""
+        """Return everything that the next steps depend on."""
         return {
             "model": self.model.state_dict(),
             "average": self._average[0].module.state_dict() if self._average else None,
@@ -153,7 +154,9 @@ class TrainingModule(pl.LightningModule):
         return self.optimizer.param_groups
 
     def _sum_device(self) -> torch.device:
-        """Return where losses are added in float64: on the device, so that no step waits; MPS has none."""
+        """Return the device that adds losses in float64: the model's, so that no step waits, unless it is MPS, which
+        has none.
+        """
         return torch.device("cpu") if self.place.type == "mps" else self.place
 
     def _can_be_a_graph(self) -> bool:
@@ -172,7 +175,7 @@ class TrainingModule(pl.LightningModule):
         self.loss_sum += loss.to(self.loss_sum.device)
 
     def _gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Fill the gradients of the batch's mean loss and return that loss."""
+        """Compute the gradients of the batch's mean loss and return that loss."""
         total = torch.zeros((), device=images.device)
         parts = self.config.grad_accum
         for part, target in zip(images.chunk(parts), targets.chunk(parts), strict=True):
@@ -186,8 +189,8 @@ class TrainingModule(pl.LightningModule):
     def _seed(self) -> None:
         """Key every random number of this step (dropout, mixing, erasing) by seed, step and rank.
 
-        Here, after the batch was fetched: fetching draws from the same generators. `torch.manual_seed` would cost
-        144 microseconds a step.
+        Done after the batch was fetched, because fetching draws from the same generators. `torch.manual_seed` would
+        cost 144 microseconds per step.
         """
         key = sample_seed(self.config.seed, -1 - rank(), self.steps_done)  # images have epochs of 0 and more
         torch.default_generator.manual_seed(key)

@@ -10,12 +10,12 @@ from convmixer.errors import RequestError, unknown
 from convmixer.train.freeze import layers_of
 
 MUON_EPS = 1e-7  # guards the division by the norm of a matrix; `eps` is AdamW's
-# Parameters of these parts are no hidden matrices: Muon leaves them to AdamW, as its author does.
+# Parameters of these parts are not hidden matrices: AdamW updates them, as Muon's author does.
 ENDS = ("stem.", "head.", "patch_embed.", "pos_embed", "cls_token", "classifier.", "fc.", "conv1.")
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Return the parameters in groups of equal weight decay, equal share of the learning rate and equal rule.
+    """Return the parameters in groups with the same weight decay, learning-rate factor and update rule.
 
     Biases, the scales and shifts of norms (vectors, whatever their shape) and what the model lists in timm's
     `no_weight_decay()` (embeddings of positions) are not decayed, as in timm's fork that trained the paper's ImageNet
@@ -42,9 +42,9 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Return the factor on the learning rate for each parameter, by name; empty if `decay` is 1.
 
     Raises:
-        RequestError: The model does not say how its layers follow each other.
+        RequestError: The model does not give the order of its layers.
 
-    Source: layer-wise decay as in timm's `param_groups_layer_decay`; its own groups do not know Muon.
+    Source: layer-wise decay as in timm's `param_groups_layer_decay`; timm's own groups do not know Muon.
     """
     if decay == 1:
         return {}
@@ -54,7 +54,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of a learning rate."""
+    """Set the learning rate of every group, times the group's factor."""
     for group in optimizer.param_groups:
         value = rate * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], torch.Tensor):
@@ -69,14 +69,14 @@ def is_muon(config: Config) -> bool:
 
 
 def check_optimizer(config: Config) -> None:
-    """Check that the optimizer exists and works by gradients alone.
+    """Check that the optimizer exists and needs only gradients.
 
     Raises:
         RequestError: It does not; the nearest name is suggested.
     """
     from timm.optim import get_optimizer_info, list_optimizers
 
-    # these need code that timm only wraps, and a GPU
+    # these need another package, which timm only wraps, and a GPU
     names = [str(name) for name in list_optimizers(exclude_filters=["bnb*", "fused*"])]
     if config.optimizer not in names:
         raise unknown("optimizer", config.optimizer, names)
@@ -85,7 +85,7 @@ def check_optimizer(config: Config) -> None:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer over `parameter_groups`; its learning rate is set anew before every step.
+    """Return the optimizer over `parameter_groups`; its learning rate is set before every step.
 
     AdamW is torch's fused form, one pass over all parameters. fp16 needs the plain one: gradients are unscaled and
     clipped outside of it. Every other name is timm's.

@@ -1,7 +1,7 @@
-"""What a run would take: parameters, MACs, memory and time, from counting and from a probe of a few real steps.
+"""Estimates what a run would cost: parameters, MACs, memory and time, by counting and by a few real steps.
 
-Memory on the CPU is that of a fresh process that takes three steps: its peak resident size less what it held before
-the first, when libraries, data and model were loaded. On a GPU it is CUDA's own peak. Both are measured.
+Memory on the CPU is measured in a fresh process that takes three steps: its peak resident size minus its size before
+the first step, when libraries, data and model are loaded. On a GPU it is the peak that CUDA reports.
 """
 
 import statistics
@@ -21,16 +21,16 @@ from convmixer.train.setup import prepare
 
 
 def plan(data: str, config: Config) -> dict[str, Any]:
-    """Return and show what training with these settings takes on this machine.
+    """Return and print what training with these settings costs on this machine.
 
     Args:
         data: The data argument.
         config: Resolved settings.
 
     Returns:
-        `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes`, of training above
-        a process with data and model loaded; `seconds_per_epoch` with validation; `seconds_total`; and how they were
-        measured.
+        `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes`, of training,
+        without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`; and how
+        they were measured.
 
     Raises:
         RequestError: Settings or data do not allow it.
@@ -68,7 +68,7 @@ def plan(data: str, config: Config) -> dict[str, Any]:
 
 
 def _peak_memory(data: str, config: Config) -> int:
-    """Return the peak of a fresh process; its children, the loading workers, are not in it."""
+    """Return the peak of a fresh process, not counting its loader workers."""
     try:
         return int(fresh(_measure_memory, {"data": data, "settings": to_dict(config)}))
     except RequestError as error:
@@ -76,7 +76,7 @@ def _peak_memory(data: str, config: Config) -> int:
 
 
 def _measure_memory(data: str, settings: dict[str, Any]) -> int:
-    """Take three steps and return the bytes that they took at their peak."""
+    """Take three steps and return their peak memory in bytes."""
     job = prepare(data, override(Config(), settings | {"workers": 0}))
     peak = count_memory(job.device)
     fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)

@@ -1,4 +1,4 @@
-"""The bar of a training: steps, images per second, time left. Without a terminal nothing is drawn."""
+"""The progress bar of a run: steps, images per second, time left. Without a terminal nothing is drawn."""
 
 import time
 from types import TracebackType
@@ -12,7 +12,7 @@ class Progress:
     """Context that shows a bar.
 
     Args:
-        console: Where.
+        console: Where to draw it.
         batch_size: Images per step.
     """
 

@@ -1,4 +1,4 @@
-"""Train: settings in, run folder out; and resume, which continues a run as if it had never stopped."""
+"""`train`: settings in, run folder out. `resume`: continues a run as if it had never stopped."""
 
 import contextlib
 import time
@@ -40,10 +40,10 @@ def train(
         data: The data argument.
         config: Resolved settings.
         out: New or empty folder; None: the next free `runs/<recipe>-<number>`.
-        recipe: The recipe's settings, to say what differs; None: the defaults.
+        recipe: The recipe's settings, to report differences from; None: the defaults.
         recipe_name: Its name.
         build: Name and arguments for `create_model`, instead of `config.model`.
-        on_epoch: Called with an epoch's row of metrics once it is on disk; what it raises ends the training.
+        on_epoch: Called with an epoch's row of metrics once it is on disk; an exception from it ends the run.
         quiet: Print no settings, epochs and results.
 
     Returns:
@@ -59,7 +59,7 @@ def train(
         if out is not None and restarted and on_first(lambda: is_run(out)):
             return _continue(RunFiles(out), data, on_epoch=on_epoch)
         if out is not None:
-            on_first(lambda: check_empty(out))  # checked now and below; a refusal leaves no folder
+            on_first(lambda: check_empty(out))  # checked now and below, so that an error leaves no folder
         job = everywhere(lambda: prepare(data, config, build))
         _check_equal(job)
         seconds = on_first(lambda: _budget(config, started))
@@ -100,8 +100,8 @@ def resume(
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
-    On the same machine the weights end up as without the stop, bit for bit. A finished run is not touched: its result
-    is returned. Damaged checkpoints are named, and the newest intact one is used.
+    On the same machine the weights end up the same as without the stop, bit for bit. A finished run is not changed:
+    its result is returned. Damaged checkpoints are named, and the newest intact one is used.
 
     Args:
         path: The run folder.
@@ -154,7 +154,7 @@ def _continue(
 
 
 def _check_equal(job: Job) -> None:
-    """Refuse processes of which one, on another machine, would train on something else."""
+    """Raise RequestError if a process, on another machine, would train on something else."""
     facts = {"version": __version__, "data": job.data.checksum, "model": job.build, "precision": job.config.precision}
     settings = to_dict(job.config)
     check_equal(facts | {name: settings[name] for name in settings if name not in ("device", "workers")})

@@ -11,14 +11,14 @@ SCHEDULES = ("piecewise", "cosine", "constant")
 
 
 def learning_rate(schedule: str, epoch: float, epochs: float, peak: float) -> float:
-    """Return the learning rate at a moment of the run.
+    """Return the learning rate at a time of the run.
 
     Step i of n in epoch e (both from 0) is taken at `epoch = e + (i + 1) / n`, as in the authors' CIFAR-10 script:
     the very first step already has a rate above 0, the very last one has exactly 0 under "piecewise" and "cosine".
 
     Args:
         schedule: "piecewise" (the paper's), "cosine" (the same rise over the first two fifths, then half a cosine to
-            0: the two differ in the fall alone) or "constant".
+            0: the two differ only in the fall) or "constant".
         epoch: Time since the start in epochs, 0 to `epochs`.
         epochs: Length of the run in epochs, above 0; a fraction if the run is fitted to a time budget.
         peak: Highest learning rate.
@@ -42,7 +42,7 @@ def learning_rate(schedule: str, epoch: float, epochs: float, peak: float) -> fl
 
 
 def knots(epochs: float) -> Sequence[float]:
-    """Return the four moments, in epochs, between which the piecewise schedule is linear.
+    """Return the four times, in epochs, between which the piecewise schedule is linear.
 
     They are 0, 2T//5, 4T//5 and T in whole epochs like the authors'. Under 3 epochs, and for a T that is not whole,
     those would fall together or miss the proportions, so 0.4 T and 0.8 T are used instead.
@@ -54,6 +54,6 @@ def knots(epochs: float) -> Sequence[float]:
 
 
 def rate_at_step(schedule: str, step: int, steps_per_epoch: int, epochs: float, peak: float) -> float:
-    """Return the learning rate of an optimiser step, counted from 0 over the whole run."""
+    """Return the learning rate of an optimizer step, counted from 0 over the whole run."""
     epoch, inside = divmod(step, steps_per_epoch)
     return learning_rate(schedule, epoch + (inside + 1) / steps_per_epoch, epochs, peak)

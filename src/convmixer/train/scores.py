@@ -1,4 +1,6 @@
-"""Loss, accuracy and confusion matrix of a model on a split, summed over all processes."""
+"""Loss, accuracy and confusion matrix of a model on a split, summed over all processes.
+
+Adds up batch by batch, for any split size and number of processes; `evaluation.metrics` takes all logits at once."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -17,14 +19,14 @@ from convmixer.train.distributed import rank, sum_over_processes, world_size
 
 @dataclass(frozen=True)
 class Scores:
-    """What a split was measured to.
+    """The results of a model on a split.
 
     Args:
         n: Images.
         loss: Mean cross entropy.
         top1, top5: Percent of images whose class is the first, or among the first five.
         confusion: int64 (classes, classes), true class by predicted class.
-        answers: What the model answered to each image, if it was asked for.
+        answers: The model's answer to each image, if asked for.
     """
 
     n: int
@@ -52,7 +54,7 @@ def score(
         num_classes: Classes of the data.
         device: Where to compute.
         autocast: Makes the context of the wanted precision.
-        images: The whole split that the loader reads, to keep the answer to each image; None: only sums are kept.
+        images: The whole split that the loader reads, to keep the answer to each image; None: keep only sums.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,4 +1,4 @@
-"""A run under way: what happens after each step, after each epoch and at the end."""
+"""A run in progress: what happens after each step, after each epoch and at the end."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worke
 
 
 class Run:
-    """A run under way.
+    """A run in progress.
 
     Args:
         job: What is trained.
@@ -99,11 +99,11 @@ class Run:
 
     @property
     def module(self) -> TrainingModule:
-        """What takes the steps of the stage under way."""
+        """The module that takes the steps of the current stage."""
         return self.stage.module
 
     def begin(self) -> None:
-        """Write and show everything that is decided, before the first step."""
+        """Write and print everything decided, before the first step."""
         say_settings(self.console, self.job, self.folder, self.contents)
         if self.writes:
             self.folder.write_config(self.contents)
@@ -121,7 +121,7 @@ class Run:
             self.budget.writing = FINISH_SECONDS + DRAWN_AT_END * (time.perf_counter() - began)
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go back to a checkpoint; to the beginning if there is none."""
+        """Go back to a checkpoint, or to the beginning if there is none."""
         if self.budget:
             done = state["module"]["steps_done"] if state else 0
             self.seconds_before = self.budget.restore(done, keep=True)
@@ -186,7 +186,7 @@ class Run:
             try:
                 fit(self.module, self.loader, left, self._after_step)
             except RuntimeError as error:
-                # systemd and SLURM signal the loader's workers too, and they end in mid-step
+                # systemd and SLURM signal the loader's workers too, which then end in the middle of a step
                 if not self._signalled_soon(error):
                     raise
                 self._exit("stopped; the last checkpoint is kept;")
@@ -203,7 +203,7 @@ class Run:
     # After each step
 
     def _after_step(self) -> bool:
-        """Do what is due after a step; True ends the training."""
+        """Do what is due after a step; True ends the run."""
         if self.lock:
             self.lock.check()
         done = self.module.steps_done
@@ -485,7 +485,7 @@ class Run:
         )
         self.folder.log("end", self.module.steps_done, results)
         self._board.close()
-        records.write(self.folder.record, record)  # last: its presence says that the run is finished
+        records.write(self.folder.record, record)  # last, because its presence marks the run as finished
 
     def _seconds(self) -> float:
         return self.seconds_before + time.time() - self.started

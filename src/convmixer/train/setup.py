@@ -35,7 +35,7 @@ Build = tuple[str, dict[str, Any]]  # what `create_model` is given: a name and i
 
 @dataclass(frozen=True)
 class Job:
-    """A run, resolved: nothing in it is "auto" any more.
+    """A run with every "auto" resolved.
 
     Args:
         spec: The data argument, written so that it means the same in every folder.
@@ -45,9 +45,9 @@ class Job:
         build: Name and arguments of the model.
         model: On its device, with kernels if they are built.
         device: Where the model is.
-        kernels: What computes the model, in words.
+        kernels: What runs the model, in words.
         batch_size: Images per step over all processes.
-        steps_per_epoch: Optimiser steps per epoch.
+        steps_per_epoch: Optimizer steps per epoch.
         images: The training images on the device, if they are augmented there.
     """
 
@@ -72,13 +72,13 @@ class Job:
         config: Config | None = None,
         progress: Callable[[int], float] | None = None,
     ) -> TrainingModule:
-        """Return what trains the model for that many epochs.
+        """Return the module that trains the model for that many epochs.
 
         Args:
             epochs: Length of the schedule.
-            first_step: Steps of the run before.
+            first_step: Number of the run's steps before its first.
             lr: Peak learning rate; None: the settings'.
-            model, config: What to train instead of the job's model, with which settings.
+            model, config: Model and settings to use instead of the job's.
             progress: See `TrainingModule`.
         """
         config = config or self.config
@@ -126,7 +126,7 @@ class Job:
         images = getattr(self.data, split)
         if not images:
             return None
-        # the loader's workers live as long as it does; small splits are read faster without
+        # the workers live as long as the loader; small splits are read faster without workers
         workers = self.config.workers if len(images) > 2000 else 0
         batch = max(1, min(256, self.batch_size // world_size()))
         return eval_loader(images, eval_transform(self.preprocessing), batch, workers, rank(), world_size())
@@ -145,12 +145,12 @@ def prepare(
         spec: The data argument.
         config: The settings.
         build: Name and arguments of the model instead of `config.model`.
-        preprocessing: Of a resumed run; the run's starting weights are then not loaded, as the checkpoint replaces
+        preprocessing: That of a resumed run, whose starting weights are not loaded, because the checkpoint replaces
             them.
         recorded: See `datasets.load_data`.
 
     Raises:
-        RequestError: Data, model, weights or device cannot be had, or do not fit each other.
+        RequestError: Data, model, weights or device are not available, or do not fit each other.
     """
     device, asked = choose_device(config.device), config.precision
     config = dataclasses.replace(config, device=device.type, precision=choose_precision(asked, device))
@@ -170,7 +170,7 @@ def prepare(
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
     resumes = preprocessing is not None
     if config.freeze and not config.weights:
-        raise RequestError("freeze keeps the weights to start from, and none are given: add --weights")
+        raise RequestError("freeze keeps the starting weights, but none are given: add --weights")
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses unknown augmentations before anything is written
     check_optimizer(config)
@@ -187,7 +187,7 @@ def prepare(
     freeze(model, config.freeze)
     parameter_groups(model, config)  # refuses a layer_decay that the model cannot have
     model, kernels = _fast(model, config, device)
-    if asked == "auto" and type(model) is FastConvMixer:  # bf16 halves the memory traffic even if products are fp32
+    if asked == "auto" and type(model) is FastConvMixer:  # halves the memory traffic, even without bf16 instructions
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
@@ -198,10 +198,10 @@ def prepare(
 def _place_images(
     config: Config, data: DataSplits, p: Preprocessing, device: torch.device
 ) -> tuple[Config, torch.Tensor | None]:
-    """Return where images are augmented, resolved, and all training images if that is the device.
+    """Return where images are augmented, and all training images if that is the device.
 
     Raises:
-        RequestError: They were to be augmented on the device, and cannot be.
+        RequestError: The settings demand the device, but it cannot augment them.
     """
     images, reason = None, None
     if config.freeze == ALL and config.augment_on == "auto":  # each image is augmented a few times at most
@@ -219,7 +219,7 @@ def _place_images(
 
 
 def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:
-    """Return the settings' preprocessing; what they leave open comes from the weights, then from the data."""
+    """Return the preprocessing from the settings; missing values come from the weights, then from the data."""
     known = loaded.preprocessing if loaded and loaded.preprocessing.in_chans == data.in_chans else data
     mean, std = config.mean or known.mean, config.std or known.std
     return preprocessing_of(data, dataclasses.replace(config, mean=mean, std=std))
@@ -231,7 +231,7 @@ def automatic_model(img_size: int) -> str:
 
 
 def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
-    """Return the model's name and arguments: those of the weights, or of the settings."""
+    """Return the model's name and arguments, from the weights or from the settings."""
     if loaded and config.model == "auto":
         name, args = loaded.metadata["name"], dict(loaded.metadata["model_args"])
     elif config.model == "auto":
@@ -239,7 +239,7 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
     else:
         name, args = config.model, {}
         if loaded and isinstance(loaded.model, ConvMixer) and model_args(name):
-            args["act"] = loaded.model.act  # the variant's own may differ, and no tensor tells it
+            args["act"] = loaded.model.act  # the variant's default may differ, and no tensor reveals it
     if config.act:
         args["act"] = config.act
     if config.drop_rate:
@@ -249,7 +249,7 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
 
 @torch.no_grad()
 def _check_side(model: nn.Module, name: str, p: Preprocessing) -> None:
-    """Let a model see one image before anything is written: only it knows which sizes it takes.
+    """Run a model on one image before anything is written: only the model knows which sizes it takes.
 
     Raises:
         RequestError: It does not take images of this size.
@@ -265,7 +265,8 @@ def _check_side(model: nn.Module, name: str, p: Preprocessing) -> None:
 
 
 def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...]) -> None:
-    """Copy weights into a model; a classifier for other classes stays new, a stem for other channels is adapted.
+    """Copy weights into a model; a classifier for other classes keeps new weights, a stem for other channels is
+    adapted.
 
     Raises:
         RequestError: Other tensors differ too.
@@ -281,7 +282,7 @@ def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...])
     if wrong or state.keys() - own.keys():
         key = wrong[0] if wrong else min(state.keys() - own.keys())
         raise RequestError(
-            f"the weights in {loaded.source} are of another model ({key} differs): take theirs with --model auto"
+            f"the weights in {loaded.source} are of another model ({key} differs): use their model with --model auto"
         )
     model.load_state_dict(state)
 
@@ -309,7 +310,7 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Module, str]:
-    """Return the model as it will be computed, and by what, in words."""
+    """Return the model with kernels swapped in if possible, and what runs it, in words."""
     if config.sync_bn and world_size() > 1:
         return synchronise_batch_norm(model, device), "plain PyTorch, synchronised BatchNorm"
     if has_kernels(device, config.precision):
@@ -318,7 +319,7 @@ def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Mo
 
 
 def _batch_size(config: Config, images: int) -> int:
-    """Return images per step: the setting, or fewer if there are fewer images, in whole parts for every process.
+    """Return images per step: the setting, or fewer if there are fewer images; every process gets whole parts.
 
     Raises:
         RequestError: The batch cannot be divided.

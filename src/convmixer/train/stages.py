@@ -17,7 +17,7 @@ from convmixer.train.setup import Job
 
 
 class Stage:
-    """A stage under way.
+    """A stage in progress.
 
     Args:
         job: What is trained.
@@ -26,7 +26,7 @@ class Stage:
         budget: The run's time; None: only its steps count.
 
     Attributes:
-        module: What takes the steps.
+        module: The module that takes the steps.
         best: With features, the classifier's best weights so far.
     """
 
@@ -49,7 +49,7 @@ class Stage:
         return self.features.train_loader(self.job, step) if self.features else self.job.train_loader(step)
 
     def score_val(self) -> Scores | None:
-        """Return how good the evaluated weights are on the validation split, or None without one."""
+        """Return the scores of the evaluated weights on the validation split, or None without one."""
         if self._val is None:
             return None
         classes = len(self.job.data.classes)

@@ -1,4 +1,4 @@
-"""What single steps show: loss, rate and speed as rows of a table, about 500 however long the run."""
+"""Loss, learning rate and speed every few steps as rows of a table, about 500 for a run of any length."""
 
 import time
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 MOST_ROWS = 500
-WAIT_EVERY = 20  # steps on a GPU between two looks at the loss: each look waits for it
+WAIT_EVERY = 20  # steps on a GPU between two readings of the loss: each waits for the GPU
 
 
 class StepRows:
@@ -17,7 +17,7 @@ class StepRows:
         device: Where the losses are added.
 
     Attributes:
-        rows: step, train_loss (mean over the steps since the last row; with several processes the first one's), lr,
+        rows: step, train_loss (mean over the steps since the last row; with several processes, of the first one), lr,
             images_per_second.
     """
 
@@ -29,16 +29,16 @@ class StepRows:
         self.restart_clock()
 
     def new_epoch(self) -> None:
-        """Begin with a sum of losses of 0, and leave out the time of what came between."""
+        """Reset the sum of losses to 0, and do not count the time between epochs."""
         self._sum = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last row."""
+        """Do not count the time since the last row."""
         self._began, self._from = time.perf_counter(), -1
 
     def add(self, step: int, loss_sum: torch.Tensor, rate: Any, done: float, ends_epoch: bool) -> None:
-        """Take in a step that is done.
+        """Record a finished step.
 
         Args:
             step: Its number, from 1.
@@ -61,11 +61,11 @@ class StepRows:
         self.restart_clock()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"rows": self.rows, "seen": self._seen, "sum": self._sum, "part": self._part}
 
     def restore(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go back to a `state` at a step; None, of a checkpoint from before there were rows, leaves none."""
+        """Go back to a `state` at a step; None (a checkpoint of a version without rows) leaves no rows."""
         state = state or {"rows": [], "seen": step, "sum": 0.0}
         self.rows, self._seen, self._sum = list(state["rows"]), state["seen"], state["sum"]
         self._part = state.get("part", 0)
