@@ -127,7 +127,7 @@ def test_the_training_s_data_are_read_as_then(run: Path, tmp_path: Path, capsys:
         assert "--label-column kind: name the data too" in capsys.readouterr().err
     data = run.parent / "data" / "flowers"
     assert cli.main(["val", str(run), str(data), "--group", "(.)"]) == 2
-    assert "--group (.): the training read these data without --group; leave it out" in capsys.readouterr().err
+    assert "--group (.): training read these data without --group; leave it out" in capsys.readouterr().err
 
 
 def test_a_stranger_s_weights_cannot_name_a_folder(

@@ -102,7 +102,7 @@ def test_an_export_says_what_it_was_trained_on_but_not_where_it_was(
         assert data["checksum"].startswith("sha256:")
         assert "seal" not in data
         assert data["options"] == {"group": "a"}
-    assert "not checked on the data of the training" in capsys.readouterr().out
+    assert "not checked on the training data" in capsys.readouterr().out
     assert main(["export", str(weights), "--out", str(path), "--precision", "int8"]) == 2
     assert "--data" in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def test_a_page_shows_the_samples_asked_for_and_no_others(
         assert len(json.loads(facts[1])["samples"]) == len(choice) // 2
         said[len(choice)] = capsys.readouterr().out
     assert "no sample pictures" in said[0]
-    assert f"1 of {samples}; whoever gets the page sees them" in said[2]
+    assert f"1 of {samples}; everybody who opens the page sees them" in said[2]
     assert main(["export", str(digits_weights), "--samples", "none"]) == 2
 
 

@@ -155,7 +155,7 @@ def test_an_answer_that_is_not_a_number_is_500(serve_classifier: Classifier) -> 
 def test_limits_that_would_refuse_everything_are_refused() -> None:
     with pytest.raises(RequestError, match="queue must be above 0"):
         Limits(queue=0)
-    with pytest.raises(RequestError, match="would never be taken"):
+    with pytest.raises(RequestError, match="would never be accepted"):
         Limits(images=300)
 
 

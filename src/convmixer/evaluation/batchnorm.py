@@ -1,4 +1,4 @@
-"""BatchNorm statistics: whether the stored ones are good, and how to compute them again."""
+"""BatchNorm statistics: checks the stored ones, and computes them again."""
 
 import copy
 import math
@@ -27,14 +27,14 @@ BN_IMAGES, BN_BATCH = 256, 64  # enough to see bad statistics, few enough to cos
 
 
 def batchnorm_disagreement(model: nn.Module, batches: Batches) -> dict[str, Any]:
-    """Return how a model does with its stored BatchNorm statistics and with those of each batch.
+    """Return a model's accuracy with its stored BatchNorm statistics and with those of each batch.
 
     If the stored ones are good, the two differ little. They are called bad if the batch's own statistics classify
     more images correctly, by 2 points and by 3 standard deviations of the paired difference.
 
     Args:
         model: A module with BatchNorm2d; nothing of it is changed.
-        batches: Images in random order, so that each batch holds many classes, and labels.
+        batches: Images in random order, so that each batch has many classes, and labels.
 
     Returns:
         "stored_top1", "batch_top1" (percent), "n", "bad"; empty if there is no BatchNorm or no image.
@@ -46,7 +46,7 @@ def batchnorm_disagreement(model: nn.Module, batches: Batches) -> dict[str, Any]
     device = next(model.parameters()).device
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        norm.momentum = 0.0  # running statistics stay as they are
+        norm.momentum = 0.0  # do not change the running statistics
     hits: list[list[torch.Tensor]] = [[], []]
     with torch.inference_mode():
         for images, labels in batches:
@@ -76,7 +76,7 @@ def check_batchnorm(
         loaded: The model.
         images: What the model is measured on.
         index: The model's output for each class of the images.
-        weights: Named in the warning.
+        weights: Name for the warning.
     """
     order = np.random.default_rng(0).permutation(len(images))[:BN_IMAGES]
     loader = eval_loader(images.subset(order), eval_transform(loaded.preprocessing), BN_BATCH)
@@ -88,7 +88,7 @@ def check_batchnorm(
 def _warning(found: dict[str, Any], weights: str | Path) -> str:
     return (
         f"the BatchNorm statistics are bad: {found['stored_top1']:.1f}% correct with the stored ones, "
-        f"{found['batch_top1']:.1f}% with each batch's own, on {found['n']} images; "
+        f"{found['batch_top1']:.1f}% with those of each batch, on {found['n']} images; "
         f"repair: convmixer recalibrate {weights} --out FOLDER"
     )
 
@@ -112,7 +112,7 @@ def recalibrate(
         of train if there is no val split; "split" says which.
 
     Raises:
-        RequestError: Bad arguments, or a model without BatchNorm.
+        RequestError: Bad arguments, or the model has no BatchNorm.
     """
     if limit < 2:
         raise RequestError(f"--limit must be at least 2, not {limit}")

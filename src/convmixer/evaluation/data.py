@@ -1,4 +1,4 @@
-"""Which images a model is measured on, and how the classes of data and model are matched."""
+"""Chooses the images to measure a model on, and matches the classes of data and model."""
 
 import re
 import unicodedata
@@ -20,9 +20,9 @@ from convmixer.models.weights import class_names
 from convmixer.preprocess import BITS
 from convmixer.seal import is_sealed
 
-SPLITS = ("test", "val", "train")  # in the order in which one is chosen to measure on
+SPLITS = ("test", "val", "train")  # the first that exists is measured
 MAX_BAD_FRACTION = 0.01
-SYNSET = re.compile(r"n\d{8}([-_ .].*)?", re.DOTALL)  # a class folder of ImageNet, with or without words behind it
+SYNSET = re.compile(r"n\d{8}([-_ .].*)?", re.DOTALL)  # a class folder of ImageNet, with or without words after it
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class EvaluationData:
     """Data to measure a model on.
 
     Args:
-        splits: The splits: those of the training if `own`, else those that the data come with.
+        splits: The splits: those of the training run if `own`, else the data's own.
         own: The model was trained on these data.
-        changed: They are the data of the training but not as they were then.
+        changed: They are the training data, but have changed since.
     """
 
     splits: DataSplits
@@ -42,16 +42,16 @@ class EvaluationData:
     def choose(self, split: str | None) -> str:
         """Return the split to measure on.
 
-        It is the one asked for, else test; if the data are not the training's, the first existing of test, val and
+        It is the one asked for, else test; for data other than the training data, the first existing of test, val and
         train.
         """
         return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
 
     def said(self, split: str) -> list[str]:
-        """Return a line if the images of a split are not what `--split` usually means."""
+        """Return a line if a split is not what `--split` usually means."""
         if self.own or split == "test":
             return []
-        return [f"no test split, and not the data of the training: all {len(self.pick(split))} images are measured"]
+        return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
 
     def pick(self, split: str) -> ImageSet:
         """Return a split of the data.
@@ -66,7 +66,7 @@ class EvaluationData:
         return images
 
     def training_images(self) -> ImageSet:
-        """Return images like those of the training: the train split, else what there is."""
+        """Return images like those in training: the train split, else the split that exists."""
         return self.pick("train" if self.splits.train is not None else self.choose(None))
 
 
@@ -75,19 +75,20 @@ def find_data(
 ) -> EvaluationData:
     """Return the data to measure on: what the user named, or what the weights were trained on.
 
-    The data of the training are split as they were then. Nothing is held out of other data. What weights say
-    about their data is used only if this user trained them here: a stranger's could name any folder of this user's.
-    Built-in data are harmless, so everybody's weights may name them.
+    The training data are split as in training. Nothing is held out of other data. The data path in weights is used
+    only if this user trained them here: other people's weights could name any of this user's folders. Built-in data
+    are harmless, so all weights may name them.
 
     Args:
         data: What the user named, or None.
-        metadata: Of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the split.
-        weights: Named in errors.
+        metadata: Metadata of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the
+            split.
+        weights: Name for errors.
         options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
-        RequestError: The user named no data and the weights' word does not count, the data cannot be loaded, or the
-            training read them in another way than `options` say.
+        RequestError: The user named no data and those named in the weights may not be used, the data cannot be
+            loaded, or training read them with other `options`.
     """
     options = (options or Options()).absolute()
     trained_on = metadata.get("data")
@@ -96,16 +97,14 @@ def find_data(
     if data is None:
         _check_trusted(spec, trained_on, weights)
         if options.given():
-            raise RequestError(
-                f"{_flags(options)}: name the data too; those of the training are read as they were then"
-            )
+            raise RequestError(f"{_flags(options)}: name the data too; the training data are read as in training")
         splits = _load(str(spec), trained_on, _known_options(trained_on), recorded=True)
         return EvaluationData(splits, True, checksum not in (None, splits.checksum))
     if spec in (data, read_argument(data).spec):
         splits = _load(data, trained_on, _agreed(trained_on, options))
         return EvaluationData(splits, True, checksum not in (None, splits.checksum))
     splits = _load(data, trained_on, options, hold_out=False)
-    if splits.checksum == checksum:  # the training's data at another place
+    if splits.checksum == checksum:  # the training data in a different place
         return EvaluationData(_load(data, trained_on, _agreed(trained_on, options)), True)
     return EvaluationData(splits, False)
 
@@ -142,17 +141,17 @@ def _load(
 
 
 def _agreed(trained_on: dict[str, Any], options: Options) -> Options:
-    """Return the options to read the training's data with: those of the training, or of the user if they fit.
+    """Return the options to read the training data with: those of training, or of the user if they fit.
 
     Raises:
-        RequestError: They say something else.
+        RequestError: They contradict each other.
     """
     known, said = _known_options(trained_on).given(), options.given()
     mine = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
     fixed = known.keys() - {"image_root"} | ({"group", "split_column"} if mine else set())
     if other := next((name for name in fixed & said.keys() if said[name] != known.get(name)), None):
         then = f"with {flag(other)} {known[other]}" if other in known else f"without {flag(other)}"
-        raise RequestError(f"{flag(other)} {said[other]}: the training read these data {then}; leave it out")
+        raise RequestError(f"{flag(other)} {said[other]}: training read these data {then}; leave it out")
     return Options(**known | said)
 
 
@@ -161,7 +160,7 @@ def _flags(options: Options) -> str:
 
 
 def _known_options(trained_on: dict[str, Any]) -> Options:
-    """Return how the training read its data, if this user trained: a stranger's pattern may never end."""
+    """Return how training read its data, if this user trained: an untrusted pattern might run forever."""
     known = trained_on.get("options")
     trusted = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
     return Options.of(known) if isinstance(known, dict) and trusted else Options()
@@ -210,7 +209,7 @@ def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tens
         _check_unambiguous(short, "the data")
         return _index(short, synsets, model), ["ImageNet's folder names are matched to its 1000 classes"]
     if _is_nameless(known) and len(data) == len(model):
-        line = "the weights carry no class names: taken to be in the order of the data"
+        line = "the weights have no class names: they are assumed to be in the order of the data"
         return torch.arange(len(data)), [] if wanted == known else [line]
     _check_unambiguous([name for name in known if name in set(wanted)], "the model")
     return _index(wanted, known, model), []

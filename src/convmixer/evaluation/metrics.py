@@ -20,13 +20,13 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 def evaluate(
     model: nn.Module | Logits, batches: Batches, device: torch.device | None = None, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Return the metrics of a model on labelled batches; its mode and statistics stay as they were.
+    """Return the metrics of a model on labelled batches; its mode and statistics do not change.
 
     Args:
         model: A module that maps (B, C, H, W) to (B, classes), or a function that does so on arrays.
         batches: Images float32 (B, C, H, W) and labels int64 (B,).
         device: Device that a module computes on; None: the one it is on.
-        precision: Of a module, see `inference.torch_logits`.
+        precision: Precision of a module, see `inference.torch_logits`.
 
     Returns:
         See `metrics`.
@@ -40,7 +40,7 @@ def collect(
     """Return logits float32 (N, classes) and labels int64 (N,); arguments as in `evaluate`.
 
     Raises:
-        RequestError: There is not one image, or an output is NaN or infinite.
+        RequestError: There are no images, or an output is NaN or infinite.
     """
     if isinstance(model, nn.Module):
         run = torch_logits(model, device or next(model.parameters()).device, precision)
@@ -95,7 +95,7 @@ class ClassResult:
 def per_class(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[ClassResult]:
     """Return precision, recall and F1 for every class that has images, in the order of `classes`."""
     predicted, count = logits.argmax(1), len(classes)
-    scores = [  # torchmetrics knows no single class
+    scores = [  # torchmetrics needs at least two classes
         100 * score(predicted, labels, num_classes=max(2, count), average=None)[:count].double()
         for score in (tm.multiclass_precision, tm.multiclass_recall, tm.multiclass_f1_score)
     ]

@@ -48,7 +48,8 @@ def val(
     Args:
         weights: See `inference.load_classifier`.
         data: See `data.load_data`; None: the data that the weights were trained on.
-        split: "train", "val" or "test"; None: test; if other data than the training's have none, all images.
+        split: "train", "val" or "test"; None: test, or all images if data other than the training data have no test
+            split.
         limit: Evaluate on a seeded sample of this many images; None: on all.
         batch_size: Images at once, at least 1.
         precision: See `inference.load_classifier`.
@@ -123,8 +124,8 @@ def _changed(data: EvaluationData, split: str) -> list[str]:
     if split == "train" or not data.changed:
         return []
     return [
-        f"the data at {data.splits.spec} have changed since the training: images of this {split} split may have been "
-        "trained on, and the accuracy may be too high; measure on images that the training never saw"
+        f"the data at {data.splits.spec} have changed since training: the model may have been trained on images of "
+        f"this {split} split, and the accuracy may be too high; measure on images that it was not trained on"
     ]
 
 

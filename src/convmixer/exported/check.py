@@ -1,4 +1,4 @@
-"""Whether an exported file agrees with its model: both classify the same real images."""
+"""Checks that an exported file agrees with its model: both classify the same real images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from convmixer.evaluation.data import EvaluationData
     from convmixer.models.weights import LoadedModel
 
-# Largest logit difference allowed, as a share of the largest logit, and least share of equal top-1. int8 is judged by
-# the accuracy printed; its bound only catches a broken export.
+# Largest logit difference allowed, as a share of the largest logit, and smallest share of equal top-1. For int8 the
+# printed accuracy counts; its bound only catches a broken export.
 TOLERANCE = {"fp32": (1e-3, 0.995), "fp16": (5e-2, 0.98), "int8": (float("inf"), 0.8)}
 CALIBRATION = 512  # training images; an eighth of them above SMALL_SIDE
 SMALL_SIDE = 64  # up to this input size a thousand images are checked, above it 64, to stay within a minute
 
 
 class ExportError(RuntimeError):
-    """The exported file does not agree with the model; nothing was left on disk."""
+    """The exported file does not agree with the model; nothing was kept on disk."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Images:
 
 
 def real_images(loaded: "LoadedModel", data: str | None, limit: int | None, options: Options | None = None) -> Images:
-    """Return images to check and calibrate on: those of `find_data`, else files beside the weights.
+    """Return images to check and calibrate on: those of `find_data`, else sample files saved with the weights.
 
     Args:
         loaded: The model; its metadata name the data set that it was trained on.
-        data: Another data set, or None.
+        data: A different data set, or None.
         limit: Images to check on; None: 1000, or 64 if the input is larger than 64 pixels.
         options: What the user said about the columns, folders and groups of `data`.
 
@@ -69,13 +69,13 @@ def real_images(loaded: "LoadedModel", data: str | None, limit: int | None, opti
     except RequestError as error:
         if data or (options and options.given()):
             raise
-        print(f"not checked on the data of the training: {terminal(error)}")
+        print(f"not checked on the training data: {terminal(error)}")
     else:
         return _of_data(found, loaded, limit)
     chans = loaded.preprocessing.in_chans
     files = sample_files(loaded.source)
     if files:
-        return Images("the samples beside the weights", [load_image(file, chans) for file in files], None, ())
+        return Images("the samples saved with the weights", [load_image(file, chans) for file in files], None, ())
     return Images("photographs of scikit-learn", _photographs(64, chans), None, ())
 
 
@@ -116,7 +116,7 @@ def compare(
     Args:
         model: Maps (B, C, H, W) to a tuple whose first part is the logits.
         path: The file or folder.
-        preprocessing: What the model expects of its input.
+        preprocessing: How an image becomes the input.
         images: Its `check` images are compared.
         precision: Chooses the tolerance.
 
@@ -147,13 +147,13 @@ def _judge(expected: np.ndarray, got: np.ndarray, images: Images, precision: str
         raise ExportError(
             f"the exported model does not agree with the original on {len(expected)} images: logits differ by up to "
             f"{difference:.3g} (allowed {allowed:.3g}), top-1 agrees on {same:.2%} (needed {least:.1%}); "
-            "no file was left"
+            "no file was kept"
         )
     return report
 
 
 def batches(images: Sequence[Image.Image], p: Preprocessing, sizes: Sequence[int] = (32,)) -> Iterator[np.ndarray]:
-    """Yield (B, C, H, W) float32 for all images; B follows `sizes`, of which the last repeats."""
+    """Yield (B, C, H, W) float32 for all images; B takes the values in `sizes`, then repeats the last."""
     start, steps = 0, list(sizes)
     while start < len(images):
         size = steps.pop(0) if len(steps) > 1 else steps[0]

@@ -1,7 +1,7 @@
 """Writes an export of any format, checked by the format's own reader and against the model before it is kept.
 
-The batch is dynamic, the image size fixed. Class names and preprocessing travel inside the file, the paths of this
-machine do not. The same weights give the same bytes.
+The batch is dynamic, the image size fixed. The file contains class names and preprocessing, but no paths of this
+machine. The same weights give the same bytes.
 """
 
 import logging
@@ -49,7 +49,7 @@ def export(
         data: Data set for the check and for the calibration of int8; default: the one the weights were trained on.
         limit: Images to check on; default: 1000, or 64 if the input is larger than 64 pixels.
         samples: Pictures for the web page to offer: a run, a folder of images, or "none", which is the default.
-        expected: What the weights expect, see `inference.load_classifier`.
+        expected: Overrides of the weights' input settings, see `inference.load_classifier`.
         options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
@@ -71,9 +71,9 @@ def export(
     result = export_model(loaded.model, classes, p, images, path, format, precision, about, pictures)
     _print(result)
     if kind.folder:
-        print(f"{terminal(said)}{'; whoever gets the page sees them' if pictures else ''}")
+        print(f"{terminal(said)}{'; everybody who opens the page sees them' if pictures else ''}")
         if p.bits < 16:
-            print(f"the page refuses grey PNG files of 16 bits: the model reads {p.bits} of them, a browser cannot")
+            print(f"the page refuses 16-bit grey PNG files: the model uses {p.bits} of the bits, a browser cannot")
     return result
 
 
@@ -93,9 +93,9 @@ def export_model(
     Args:
         model: Maps (B, C, H, W) to (B, classes); it is not changed.
         classes: Class names in the order of the outputs.
-        preprocessing: What the model expects of its input.
+        preprocessing: How an image becomes the input.
         images: Real images to check on, and to calibrate int8 with.
-        path: The file or folder to write; an older export is replaced, anything else is left alone.
+        path: The file or folder to write; an older export is replaced, anything else is not touched.
         format: A name in `formats.FORMATS`.
         precision: One of the format's precisions.
         about: Further facts to store with it, e.g. the architecture.
@@ -154,7 +154,7 @@ def _check_precision(kind: Format, precision: str) -> None:
 
 
 def _shareable(data: Any) -> dict[str, Any] | None:
-    """Return what an export may say of its training data: no path of this machine, and no seal of this user."""
+    """Return metadata for an export, without this machine's paths and this user's seal."""
     if not isinstance(data, dict):
         return None
     spec = str(data.get("spec"))
@@ -179,7 +179,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _check_target(path: Path, kind: Format) -> None:
-    """Refuse to write over anything but an export of the same format.
+    """Raise an error instead of overwriting anything but an export of the same format.
 
     Raises:
         RequestError: Something else is at the path.
@@ -187,7 +187,7 @@ def _check_target(path: Path, kind: Format) -> None:
     if kind.folder:
         taken = path.is_symlink() or (path.exists() and not path.is_dir())
         if taken or (path.is_dir() and any(path.iterdir()) and not (path / kind.folder).is_file()):
-            raise RequestError(f"{path} exists and is no exported page: choose another --out")
+            raise RequestError(f"{path} exists and is not an exported page: choose another --out")
     elif path.is_dir():
         raise RequestError(f"{path} is a folder: name a file that ends in {kind.suffix}")
 
@@ -201,7 +201,7 @@ def _publish(draft: Path, path: Path, kind: Format) -> None:
         shutil.rmtree(old, ignore_errors=True)
         return
     for part, place in zip(reversed(kind.parts(draft)), reversed(kind.parts(path)), strict=True):
-        part.replace(place)  # the file that names the export comes last
+        part.replace(place)  # the main file of the export comes last
 
 
 class _quiet(warnings.catch_warnings):

@@ -1,7 +1,7 @@
 """Loads exported files, which are not trusted: read, checked and run in a process with limits (`process.py`).
 
-An exported file carries its class names and preprocessing, so it is used like weights. ONNX files and web folders run
-without torch. Neither ONNX Runtime nor OpenVINO may call home: telemetry is off before the import.
+An exported file contains its class names and preprocessing, so it is used like weights. ONNX files and web folders
+run without torch. Telemetry of ONNX Runtime and OpenVINO is switched off before they are imported.
 """
 
 import json
@@ -29,7 +29,7 @@ class Exported:
 
     Args:
         run: (B, C, H, W) float32 -> logits (B, classes) and class-activation maps (B, k, h, w) of the k likeliest
-            classes in falling order, or None if the file has no maps. Raises RuntimeError if the logits are not
+            classes in descending order, or None if the file has no maps. Raises RuntimeError if the logits are not
             finite.
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
@@ -69,7 +69,8 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 
 
 def open_exported(path: str | Path, threads: int = 0) -> Exported:
-    """Return what `load_exported` does, but in this process: for the limited process, and for files just written.
+    """Return what `load_exported` returns, but running in this process: for the limited process, and for files just
+    written.
 
     Raises:
         RequestError: As for `load_exported`.
@@ -89,14 +90,14 @@ def open_exported(path: str | Path, threads: int = 0) -> Exported:
         raise RequestError(f"{path} needs {error.name}: pip install 'convmixer[{kind.extra}]'") from error
     except RecursionError as error:
         raise RequestError(f"{path} is nested too deeply to be an export") from error
-    except Exception as error:  # each runtime has its own exceptions for a file that is cut or not a model
+    except Exception as error:  # each runtime has its own exceptions for a truncated file or one that is not a model
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise RequestError(f"{path} cannot be read as a {kind.name} model: {reason}") from error
     return exported
 
 
 def facts_of(exported: Exported) -> dict[str, Any]:
-    """Return what an exported file says of itself, as JSON values."""
+    """Return the metadata of an exported file, as JSON values."""
     about = {name: value for name, value in exported.describe.items() if name in ABOUT}
     return {"classes": exported.classes, "preprocessing": asdict(exported.preprocessing), "about": about}
 
@@ -117,7 +118,7 @@ def _regular(path: Path) -> Path:
 
 def _exported(path: Path, run: Run, facts: dict[str, Any]) -> Exported:
     if not {"classes", "preprocessing"} <= facts.keys():
-        raise RequestError(f"{path} carries no class names and preprocessing: write it with `convmixer export`")
+        raise RequestError(f"{path} contains no class names and preprocessing: write it with `convmixer export`")
     try:
         classes = _classes(facts["classes"])
         preprocessing = _preprocessing(facts["preprocessing"])
@@ -131,7 +132,7 @@ def _exported(path: Path, run: Run, facts: dict[str, Any]) -> Exported:
 
 
 def _checked(path: Path, run: Run, classes: int) -> Run:
-    """Return `run` with its answers checked."""
+    """Return `run` with a check of its outputs."""
 
     def checked(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         logits, maps = run(batch)
@@ -157,7 +158,7 @@ def _classes(names: Any) -> tuple[str, ...]:
 def _preprocessing(values: Any) -> Preprocessing:
     numbers = [values["img_size"], values["in_chans"], values["crop_pct"], *values["mean"], *values["std"]]
     if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
-        raise ValueError("the preprocessing holds what is not a number")
+        raise ValueError("the preprocessing holds a value that is not a number")
     if not all(math.isfinite(number) and abs(number) <= MAX_SIDE for number in numbers):
         raise ValueError(f"the preprocessing holds a number that is not finite or above {MAX_SIDE}")
     if not (isinstance(values["img_size"], int) and isinstance(values["interpolation"], str)):

@@ -45,7 +45,7 @@ def write(path: Path, source: "Source") -> None:
 
 
 def check(path: Path) -> None:
-    """Check a file as the ONNX project defines it.
+    """Check a file with the ONNX project's own checker.
 
     Raises:
         onnx.checker.ValidationError: It is not valid.
@@ -102,7 +102,7 @@ def _from_torch(source: "Source") -> Any:
 
 
 def _without_notes(model: Any) -> Any:
-    """Drop the exporter's notes (local paths, source lines); they are half of a small file."""
+    """Drop the exporter's notes (local paths, source lines), half of the size of a small file."""
     graph = model.graph
     parts = (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph)
     for part in parts:
@@ -117,7 +117,7 @@ def _to_fp16(model: Any) -> Any:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     converted = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
-    converted.topological_sort(is_deterministic=True)  # the casts come last, after the nodes that use them
+    converted.topological_sort(is_deterministic=True)  # the casts come after the nodes that use them
     return converted.model
 
 
@@ -156,7 +156,7 @@ def _to_int8(model: Any, calibration: Sequence[np.ndarray]) -> Any:
 def _pointwise(model: Any) -> list[str] | None:
     """Return the names of the 1x1 convolutions if there are depthwise ones, else None (all).
 
-    They hold nearly all of the products and weights. A depthwise kernel and the stem mix few values, so their
+    They have nearly all of the multiplications and weights. A depthwise kernel and the stem mix few values, so their
     rounding does not average out: quantising them too costs a ConvMixer several times the accuracy (docs/log.md).
     """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
@@ -175,18 +175,18 @@ def read_bytes(content: bytes, path: Path, threads: int) -> tuple[Callable[[np.n
 
     Args:
         content: The model.
-        path: Where it is from, for messages; nothing beside it is read.
+        path: Where it is from, for messages; no file next to it is read.
         threads: Processor threads; 0: the runtime's choice.
 
     Raises:
-        RequestError: The model holds what an export does not.
+        RequestError: The model contains something that our exports do not.
     """
     import onnx
 
     runtime = import_onnxruntime()
     model = onnx.load_model_from_string(content)
     check_graph(model, path)
-    model.DiscardUnknownFields()  # what this reader does not know must not reach the runtime
+    model.DiscardUnknownFields()  # fields unknown to this reader must not reach the runtime
     texts = {entry.key: entry.value for entry in model.metadata_props if entry.key in FACTS}
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -1,4 +1,4 @@
-"""OpenVINO files: the graph as XML, the weights beside it in a file that ends in .bin."""
+"""OpenVINO files: the graph as XML, the weights next to it in a .bin file."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ LAYERS = frozenset(_LAYERS.split())
 
 
 def import_openvino() -> Any:
-    """Return the openvino module with its telemetry package kept out."""
+    """Return the openvino module, imported without its telemetry package."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
@@ -44,7 +44,7 @@ def import_openvino() -> Any:
 
 
 def write(path: Path, source: "Source") -> None:
-    """Write a model as a pair of OpenVINO files, by way of ONNX."""
+    """Write a model as a pair of OpenVINO files, converted from ONNX."""
     openvino = import_openvino()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -61,7 +61,7 @@ def write(path: Path, source: "Source") -> None:
 
 
 def check(path: Path) -> None:
-    """Check a pair of files by OpenVINO's own reader.
+    """Check a pair of files with OpenVINO's own reader.
 
     Raises:
         RuntimeError: It cannot be read.
@@ -97,7 +97,9 @@ def _to_int8(model: Any, source: "Source") -> Any:
 
 
 def _not_pointwise(model: Any) -> list[str]:
-    """Return the names of an OpenVINO model's products that `onnx._pointwise` leaves out."""
+    """Return the names of an OpenVINO model's matrix multiplications and convolutions that `onnx._pointwise` leaves
+    out.
+    """
     names, depthwise = [], False
     for op in model.get_ops():
         kind = op.get_type_name()
@@ -109,7 +111,7 @@ def _not_pointwise(model: Any) -> list[str]:
 
 
 def _name_by_place(model: Any) -> None:
-    """Name the layers by kind and place: OpenVINO's names count all layers that the process has ever made."""
+    """Name the layers by kind and position: OpenVINO's names count all layers that the process has ever made."""
     seen: Counter[str] = Counter()
     for op in model.get_ordered_ops():
         kind = op.get_type_name()
@@ -122,14 +124,14 @@ def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[st
     """Return what runs an OpenVINO model, and its metadata.
 
     Raises:
-        RequestError: The pair of files holds what an export does not.
+        RequestError: The files contain something that our exports do not.
     """
     openvino = import_openvino()
     graph, weights = _graph(path), _weights(path)
     if len(weights) != _weight_bytes(graph):
         raise RequestError(f"{path.with_suffix('.bin')} does not belong to {path}: export the model again")
     core = openvino.Core()
-    # written anew from what was checked: OpenVINO's parser may see the file with other eyes
+    # written again from the checked graph: OpenVINO's parser may read the original file differently
     model = core.read_model(ElementTree.tostring(graph), weights)
     # the default precision is bf16 if the processor has it, which would not agree with the model
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -169,7 +171,7 @@ def _weights(path: Path) -> bytes:
 
 
 def _weight_bytes(graph: ElementTree.Element) -> int:
-    """Return the size of the weights that a graph speaks of."""
+    """Return the size of the weights that a graph refers to."""
     parts = [layer.find("data") for layer in graph.iter("layer") if layer.get("type") == "Const"]
     ends = (int(part.get("offset", "")) + int(part.get("size", "")) for part in parts if part is not None)
     return max(ends, default=0)

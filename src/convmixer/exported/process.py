@@ -1,8 +1,8 @@
 """Runs an exported file in a separate process that is ended if it takes too long or too much memory.
 
-A graph from a stranger can ask for endless work or memory in more ways than a reader of it can foresee: when it is
-parsed, when its constants are folded, or only at one batch size. The process bounds them all. Its other half is
-`worker.py`. They exchange one line of JSON, then raw float32 values, and never pickled objects.
+An untrusted graph can use endless time or memory in more ways than a check can foresee: when it is parsed, when its
+constants are folded, or only at one batch size. The process limits all of them. `worker.py` is the code that runs in
+it. They exchange one line of JSON, then raw float32 values, and never pickled objects.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ import numpy as np
 from convmixer.device import total_bytes
 from convmixer.errors import RequestError
 
-LOAD_SECONDS = 180.0  # OpenVINO compiles for this long on a busy machine
-RUN_SECONDS, IMAGE_SECONDS = 60.0, 20.0  # a batch of B images may take RUN + B * IMAGE: 100 times what a model takes
+LOAD_SECONDS = 180.0  # OpenVINO may compile for this long on a busy machine
+RUN_SECONDS, IMAGE_SECONDS = 60.0, 20.0  # limit of a batch: RUN + B * IMAGE, 100 times what a model takes
 LINE_BYTES = 64 * 2**20  # names of a hundred thousand classes fit
 OUTPUT_VALUES = 2**28  # per batch
 
@@ -35,8 +35,8 @@ class Confined:
     Args:
         path: The file or folder.
         threads: Processor threads for the runtime; 0: its choice.
-        memory_bytes: What the process may take; default: half of the machine's memory.
-        load_seconds: How long loading may take.
+        memory_bytes: Memory limit of the process; default: half of the machine's memory.
+        load_seconds: Time limit of loading.
 
     Raises:
         RequestError: The file is refused, or loading takes too long or too much memory.
@@ -61,7 +61,7 @@ class Confined:
             RuntimeError: The runtime fails, or takes too long or too much memory.
         """
         with self._lock:
-            if self._process.poll() is not None:  # ended by a batch before, or from outside
+            if self._process.poll() is not None:  # ended by an earlier batch, or from outside
                 self._start()
             try:
                 send(self._input, {}, [batch])
@@ -74,14 +74,14 @@ class Confined:
 
     def _start(self) -> dict[str, Any]:
         arguments = [str(self.path), str(self.threads), str(self.memory_bytes)]
-        # -P and the absolute entries alone: a module in the current folder must not be imported
+        # -P and only absolute entries: a module in the current folder must not be imported
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "convmixer.exported.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))},
-            start_new_session=True,  # Ctrl-C ends this process, which ends that one
+            start_new_session=True,  # Ctrl-C ends this process, which then ends the other
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

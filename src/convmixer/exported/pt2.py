@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_MEMBERS = 20_000
 MAX_GRAPH_BYTES = 64 * 2**20
-# What may stand in a .pt2: PyTorch unpickles, evaluates and looks up by name whatever else does.
+# What a .pt2 may contain: PyTorch unpickles, evaluates or looks up by name everything else.
 _MEMBERS = r"(data/weights/\w+|data/constants/tensor_\w+|data/\w+/model_\w+_config\.json"
 _MEMBERS += r"|data/sample_inputs/model\.pt|models/model\.json|extra/convmixer\.json"
 _MEMBERS += r"|archive_format|archive_version|byteorder|\.data/\w+)"
@@ -40,7 +40,7 @@ def write(path: Path, source: "Source") -> None:
 
 
 def check(path: Path) -> None:
-    """Check a file by torch's own reader.
+    """Check a file with torch's own reader.
 
     Raises:
         RuntimeError: It cannot be read.
@@ -54,7 +54,7 @@ def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[st
     """Return what runs a torch.export program, and its metadata.
 
     Raises:
-        RequestError: The file holds what an export does not.
+        RequestError: The file contains something that our exports do not.
     """
     checked = _without_code(path)
     import torch
@@ -116,12 +116,12 @@ def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
 
 
 def _check_graph(part: Any, path: Path, key: str = "") -> None:
-    """Drop the notes on where a graph comes from, and refuse texts that an export of ours would not hold.
+    """Drop the notes on the source code of a graph, and refuse texts that our exports would not contain.
 
     Args:
         part: The graph or a part of it, as JSON.
         path: The file.
-        key: What the part is called in the graph.
+        key: The part's key in the graph.
     """
     if isinstance(part, dict):
         if "metadata" in part:
@@ -135,7 +135,7 @@ def _check_graph(part: Any, path: Path, key: str = "") -> None:
     elif isinstance(part, str) and key in ("in_spec", "out_spec"):
         _check_graph(json.loads(part), path)
     elif isinstance(part, str):
-        # most are names, which become Python source: no more than letters, digits, "_" and "."
+        # most are names, which become Python source: only letters, digits, "_" and "."
         allowed = {"target": _CALLS, "expr_str": _SIZES, "torch_version": ".*", "type": _TYPES}
         allowed["context"] = r"null|\[\]"
         if not re.fullmatch(allowed.get(key, r"[\w.]*"), part):

@@ -1,4 +1,4 @@
-"""The pictures that a page offers to try. They may be the user's own, so they are shown only if the user says so."""
+"""The pictures that a page offers to try. They may be private, so they are shown only if the user asks for it."""
 
 import io
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from convmixer.preprocess import SUFFIXES, load_image
 from convmixer.run_folder import RunFolder, is_run
 
 MOST, SIDE = 8, 640
-LOSSLESS_SIDE = 64  # up to here a PNG is small
+LOSSLESS_SIDE = 64  # up to this side a PNG is small
 
 
 def choose_samples(choice: str | None, default: Sequence[Path] = ()) -> tuple[list[bytes], str]:
     """Return PNG and JPEG files for a page to offer, and a line that says which they are.
 
-    They are encoded anew, at most 640 pixels wide or high, so that no place or time of a photo goes along.
+    They are encoded again, at most 640 pixels wide or high, without the place and time in a photo's metadata.
 
     Args:
         choice: A run folder, a folder of images, "none", or None for the default.

@@ -1,4 +1,4 @@
-"""What is exported: the model as a function of images alone, and all that travels with it."""
+"""What is exported: the model as a function of only the images, and everything stored with it."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from convmixer.preprocess import Preprocessing
 
 @dataclass(frozen=True)
 class Source:
-    """A model to write to a file, in the one form that every format starts from.
+    """A model to write to a file, in the form that every format starts from.
 
     Args:
         model: Maps images (B, C, H, W) to a tuple of outputs; float32, on the CPU, in eval mode.
@@ -46,13 +46,13 @@ class Source:
 
     @property
     def example(self) -> torch.Tensor:
-        """Zeros of the input's shape; two images, since a batch of one would be taken as fixed."""
+        """Zeros of the input's shape; two images, because the exporters would take a batch of one as fixed."""
         p = self.preprocessing
         return torch.zeros(2, p.in_chans, p.img_size, p.img_size)
 
 
 class _Logits(nn.Module):
-    """Gives every model's input the same name and its output the same form: images -> (logits,)."""
+    """Gives every model the same input name and output form: images -> (logits,)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

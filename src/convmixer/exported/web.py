@@ -24,7 +24,7 @@ MAX_BYTES = 2**31  # an ONNX file has less than 2 GiB
 
 _PAGE = Path(convmixer.__file__).parent / "serve"
 _SCRIPTS = ("ort.js", "runtime.js", "model.js", "imaging.js", "local.js")
-# the browser itself holds the promise that nothing is uploaded: no connection may be made
+# the browser itself enforces that nothing is uploaded: no connection is allowed
 _POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' "
     "'wasm-unsafe-eval'; style-src 'self'; img-src 'self' data: blob:; connect-src 'none'; base-uri 'none'; "
@@ -33,7 +33,7 @@ _POLICY = (
 
 
 def write(path: Path, source: "Source") -> None:
-    """Write the page, the runtime and the model as files that a static server or the disk itself can give.
+    """Write the page, the runtime and the model as files that work from a static server or from disk.
 
     Binary parts are base64 text in scripts: a page opened from disk may run scripts but not read other files.
     """
@@ -70,7 +70,7 @@ def data_uri(image: bytes) -> str:
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs the model in a web folder, and its metadata; nothing of it runs but the ONNX model.
+    """Return what runs the model in a web folder, and its metadata; only the folder's ONNX model is run.
 
     Raises:
         RequestError: The folder holds no model.

@@ -1,6 +1,6 @@
 """The process that runs one exported file for `process.py`: `python -m convmixer.exported.worker PATH THREADS BYTES`.
 
-It takes no more memory than it was given, and ends when its parent does.
+It takes no more memory than it was allowed, and ends when its parent does.
 """
 
 import os
@@ -14,9 +14,9 @@ from convmixer.exported.process import receive, send
 
 
 def main(path: str, threads: str, memory_bytes: str) -> None:
-    """Load a file, say what it is, then answer batches until standard input is closed."""
+    """Load a file, send its metadata, then answer batches until standard input is closed."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a runtime prints must not mix with the answers
+    os.dup2(2, 1)  # a runtime's output must not mix with the answers
     limit_memory(int(memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     from convmixer.exported.load import facts_of, open_exported
@@ -41,7 +41,7 @@ def main(path: str, threads: str, memory_bytes: str) -> None:
 
 
 def limit_memory(count: int) -> None:
-    """Let this process allocate no more than so many bytes, if the system can limit it."""
+    """Limit the bytes that this process may allocate, if the system can."""
     try:
         import resource
 

@@ -1,4 +1,4 @@
-"""Who may ask: the names this server answers to, the pages of other origins, and the token."""
+"""Access control: the host names this server answers to, the pages of other origins, and the token."""
 
 import hmac
 import ipaddress
@@ -20,14 +20,14 @@ _ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", re.A
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Access control.
 
     Args:
-        token: Bearer token that /v1 and /metrics ask for; None: open.
-        hosts: Names that the server answers to, besides localhost and addresses of numbers. A page of another site
-            can make a browser take its own name for this machine (DNS rebinding), but not these.
+        token: Bearer token that clients of /v1 and /metrics must send; None: none needed.
+        hosts: Host names that the server answers to, besides localhost and IP addresses. Another site can point its
+            own name at this machine (DNS rebinding), but not these.
         origins: Pages of other sites that may use the API, such as https://example.org; "*": all.
-        root_path: Path in front of all others behind a proxy, such as /classify.
+        root_path: URL prefix under which a proxy serves this, such as /classify.
     """
 
     token: str | None = None
@@ -49,7 +49,7 @@ class Access:
         """Check that a request is for this server.
 
         Raises:
-            Refusal: 421 it is for another one, 400 it does not say.
+            Refusal: 421 it is for another server, 400 it has no Host header or several.
         """
         given = _values(scope, b"host")
         if not given and scope["http_version"] == "1.0":
@@ -61,10 +61,10 @@ class Access:
             raise Refusal(421, "wrong_host", text)
 
     def check_origin(self, scope: Scope) -> None:
-        """Check that a page of another site does not use the API through its visitor's browser.
+        """Check that no page of another site uses the API through its visitor's browser.
 
         Raises:
-            Refusal: 403 it does.
+            Refusal: 403 one does.
         """
         for origin in _values(scope, b"origin"):
             netloc = origin.partition("://")[2]
@@ -106,7 +106,7 @@ class Guard:
 
     Args:
         app: The application.
-        access: Who may ask.
+        access: Access control.
         count: Called with the route's path ("other" if there is none) and the status.
     """
 
@@ -124,7 +124,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(p for p in self.pairs if p[0] not in present)]
-                # the route, not the path: each path asked for would become a new series
+                # the route, not the path: each requested path would become a new series
                 self.count(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 

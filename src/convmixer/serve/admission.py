@@ -1,4 +1,4 @@
-"""Who is let in: room for requests and for the bytes of their bodies, shared among clients."""
+"""Admission: limits requests and the bytes of their bodies, in all and for each client."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from convmixer.serve.limits import Limits
 
 
 def busy() -> Refusal:
-    """Return the refusal of a request that comes while the server is full."""
+    """Return the refusal of a request that arrives while the server is full."""
     return Refusal(503, "busy", "too many images are waiting: try again later", {"retry-after": "1"})
 
 
@@ -25,22 +25,22 @@ class Slot:
 
     Args:
         admission: Where it is counted.
-        client: Whose it is.
+        client: Address of its client.
     """
 
     def __init__(self, admission: "Admission", client: str) -> None:
         self.admission, self.client, self.bytes = admission, client, 0
 
     def charge(self, size: int) -> None:
-        """Count bytes that have arrived; those that are only announced cost nothing.
+        """Count bytes that have arrived; bytes that are only announced do not count.
 
         Raises:
-            Refusal: 503 all clients together hold too much, 429 this one does.
+            Refusal: 503 all clients together hold too many bytes, 429 this one does.
         """
         held, limits = self.admission.bytes, self.admission.limits
         if held.total() + size > limits.held_bytes:
             raise busy()
-        # a lone body may always be as large as a body may be
+        # a single body may always have the largest size allowed
         if held[self.client] + size > max(limits.share(limits.held_bytes), limits.body_bytes):
             raise _too_much()
         held[self.client] += size
@@ -48,10 +48,10 @@ class Slot:
 
 
 class Admission:
-    """Counts the requests being read or decoded, and what they hold, in all and for each client.
+    """Counts the requests being read or decoded, and their bytes, in all and for each client.
 
     Args:
-        limits: How much there may be.
+        limits: The limits.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -61,10 +61,10 @@ class Admission:
 
     @contextmanager
     def slot(self, client: str) -> Iterator[Slot]:
-        """Let a request in, and count it until it is left.
+        """Admit a request, and count it until the context ends.
 
         Raises:
-            Refusal: 503 there are too many requests, 429 there are too many of this client.
+            Refusal: 503 there are too many requests, 429 this client has too many.
         """
         if self.requests.total() >= self.limits.queue:
             raise busy()
@@ -78,7 +78,7 @@ class Admission:
             for counter, number in ((self.requests, 1), (self.bytes, slot.bytes)):
                 counter[client] -= number
                 if not counter[client]:
-                    del counter[client]  # else each client ever seen would stay
+                    del counter[client]  # else the counter would grow with every client
 
 
 def _too_much() -> Refusal:

@@ -5,9 +5,10 @@
     GET  /healthz      the process runs             GET  /readyz       the model answers
     GET  /metrics      Prometheus                   GET  /openapi.json
 
-A request holds one image as its body, or up to 32 as files of a multipart form. `Limits` bounds what it may ask for,
-`Access` says who may ask. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get a plain 400.
-Concurrent requests are batched. File names and paths in a request are never used, and no image content is logged.
+A request holds one image as its body, or up to 32 as files of a multipart form. `Limits` holds the limits of a
+request, `Access` says who may send one. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get a
+plain 400. Concurrent requests are batched. File names and paths in a request are never used, and no image content is
+logged.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -50,8 +51,8 @@ def create_app(
 
     Args:
         classifier: The model to serve.
-        limits: What a request may ask for; None: the defaults.
-        access: Who may ask; None: anyone who can connect.
+        limits: Limits of requests; None: the defaults.
+        access: Who may send requests; None: anyone who can connect.
         samples: PNG or JPEG files that the page offers, as bytes.
     """
     _warm(classifier)
@@ -186,6 +187,6 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
 
 
 def _warm(classifier: Classifier) -> None:
-    """Run the model once, to see that it works and so the first request does not pay for one-time setup."""
+    """Run the model once, to check that it works and so that the first request does not wait for one-time setup."""
     p = classifier.preprocessing
     classifier.explained(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32), True)

@@ -1,4 +1,4 @@
-"""Requests that arrive together are computed together: a queue, one worker, no waiting for a batch to fill."""
+"""Batches concurrent requests: a queue, one worker, no waiting for a batch to fill."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Compute = Callable[[np.ndarray, bool], tuple[np.ndarray, Maps]]
 
 
 class QueueFull(Exception):
-    """More images wait than the queue may hold."""
+    """The images do not fit into the queue."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Item:
 
 
 class Batcher:
-    """Runs a model in one thread on whatever is waiting, so that a batch forms while the one before is computed.
+    """Runs a model in one thread on whatever is waiting, so that a batch forms while the previous one is computed.
 
     A lone request is computed at once: nothing waits for a timer.
 
@@ -73,7 +73,7 @@ class Batcher:
             items = [await self.waiting.get()]
             while len(items) < self.max_batch and not self.waiting.empty():
                 items.append(self.waiting.get_nowait())
-            items = [item for item in items if not item.answer.done()]  # given up by their requests
+            items = [item for item in items if not item.answer.done()]  # without those whose requests gave up
             if items:
                 await self._answer(items)
 

@@ -1,4 +1,4 @@
-"""A request's body: read at its pace and size, and taken apart if it is a multipart form."""
+"""A request's body: read within limits of time and size, and split if it is a multipart form."""
 
 import asyncio
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ async def read_form(request: Request, limits: Limits, slot: Slot) -> Form:
     """Return what a request's body holds.
 
     Raises:
-        Refusal: It is not of a type that is taken, too large, too slow, malformed or empty.
+        Refusal: It is of an unsupported type, too large, too slow, malformed or empty.
     """
     try:
         kind = _check_type(request)
@@ -52,7 +52,7 @@ def _check_type(request: Request) -> str:
         raise Refusal(400, "bad_multipart", "the Content-Type is too long")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(
-            415, "unsupported_encoding", "send the body without Content-Encoding: images are packed already"
+            415, "unsupported_encoding", "send the body without Content-Encoding: images are compressed already"
         )
     return kind
 
@@ -94,16 +94,16 @@ def _declared_length(request: Request) -> int:
 
 
 def split_form(body: bytes, content_type: str, max_images: int) -> Form:
-    """Return what a multipart body holds. Files' names are not looked at; what has one is an image.
+    """Return what a multipart body holds. A part with a file name is an image; the name itself is not used.
 
-    The work is bounded by the size of the body: the first thing that is wrong ends it.
+    The size of the body bounds the work: it ends at the first error.
 
     Raises:
         Refusal: 400 it is malformed or has no images, 413 it has too many, 422 it has fields of other names.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary or len(boundary) > BOUNDARY_BYTES:
-        raise Refusal(400, "bad_multipart", "the multipart Content-Type has no proper boundary")
+        raise Refusal(400, "bad_multipart", "the multipart Content-Type has no valid boundary")
     form = Form([], {})
     mark = b"--" + boundary
     place = 0 if body.startswith(mark) else body.find(b"\r\n" + mark) + 2
@@ -122,7 +122,7 @@ def split_form(body: bytes, content_type: str, max_images: int) -> Form:
 
 
 def _malformed() -> Refusal:
-    return Refusal(400, "bad_multipart", "the multipart body is malformed or cut short")
+    return Refusal(400, "bad_multipart", "the multipart body is malformed or truncated")
 
 
 def _add_part(form: Form, head: bytes, content: bytes, max_images: int) -> None:
@@ -146,10 +146,10 @@ def _add_part(form: Form, head: bytes, content: bytes, max_images: int) -> None:
 
 
 def chosen(fields: dict[str, str], topk: int | None, explain: bool | None, classes: int) -> tuple[int, bool]:
-    """Return `topk` and `explain` from the query (not None) or the form's fields, else their defaults.
+    """Return `topk` and `explain` from the query (if not None) or the form's fields, else their defaults.
 
     Raises:
-        Refusal: A field's value is not one, or it is in the query too.
+        Refusal: A field has an invalid value, or is in the query too.
     """
     for name, given in (("topk", topk), ("explain", explain)):
         if name in fields and given is not None:

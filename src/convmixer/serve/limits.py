@@ -1,4 +1,4 @@
-"""What requests may ask for, and how much of it one client may have."""
+"""The limits of requests, and each client's share of them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from convmixer.errors import RequestError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits of requests.
 
     Args:
         body_bytes: Size of a body.
@@ -20,7 +20,7 @@ class Limits:
         held_bytes: Bodies being read or decoded, together.
         connections: Open connections.
 
-    One client may have half of the connections, of the requests being read or decoded, and of the bytes.
+    Each client is limited to half of the connections, of the requests being read or decoded, and of the bytes.
     """
 
     body_bytes: int = 16 << 20
@@ -39,10 +39,10 @@ class Limits:
                 raise RequestError(f"the limit {name} must be above 0, not {value:g}")
         if self.images > self.queue or self.body_bytes > self.held_bytes:
             raise RequestError(
-                f"a request of {self.images} images in {self.body_bytes} bytes would never be taken: at most "
+                f"a request of {self.images} images in {self.body_bytes} bytes would never be accepted: at most "
                 f"{self.queue} images wait, and {self.held_bytes} bytes are held"
             )
 
     def share(self, most: int) -> int:
-        """Return how much of something one client may have: half, at least one."""
+        """Return one client's share of a limit: half, but at least one."""
         return max(1, most // 2)

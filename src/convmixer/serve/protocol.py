@@ -8,17 +8,17 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from convmixer.serve.http import reason
 
-HEAD_BYTES = 65_536  # of a request's head, of its trailers, and of what frames the chunks of its body
-PACE_BYTES = 65_536  # that a client must take of an answer within `Protocol.seconds`
+HEAD_BYTES = 65_536  # of a request's head, trailers and chunk framing
+PACE_BYTES = 65_536  # of an answer, which a client must read within `Protocol.seconds`
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """One connection.
 
     Attributes:
-        seconds: Time for a request's head to arrive, and for PACE_BYTES of the answer to be taken.
-        most: Open connections.
-        most_per_client: Open connections of one address.
+        seconds: Time for a request's head to arrive, and for PACE_BYTES of the answer to be read.
+        most: Most open connections.
+        most_per_client: Most open connections of one address.
     """
 
     seconds = 10.0
@@ -47,7 +47,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._head_timer.cancel()
         elif self._head_timer.cancelled():
             self._head_timer = self.loop.call_later(self.seconds, self._head_late)
-        # what is not body is head, trailers or the frames of chunks, whose parsing costs time and memory
+        # everything outside the body (head, trailers, chunk framing) costs time and memory to parse
         if self._received - self._body > HEAD_BYTES + self._body // 8 and not self.transport.is_closing():
             text = f"a head may have at most {HEAD_BYTES} bytes, and chunks must not be tiny"
             self._hang_up("431 Request Header Fields Too Large", "head_too_large", text)
@@ -74,7 +74,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._hang_up("408 Request Timeout", "too_slow", text)
 
     def _watch(self) -> None:
-        """Give up a client that does not take its answer."""
+        """Disconnect a client that does not read its answer."""
         unsent = self.transport.get_write_buffer_size()
         if unsent and self._unsent and unsent > self._unsent - PACE_BYTES:
             self.transport.abort()

@@ -26,7 +26,7 @@ class Evidence(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The likeliest classes of one image, in falling order."""
+    """The likeliest classes of one image, in descending order."""
 
     classes: list[str]
     probabilities: list[float]
@@ -56,15 +56,15 @@ class ModelInfo(BaseModel):
 REFUSALS = {
     400: "empty or malformed body",
     401: "no or wrong bearer token",
-    403: "a page of another origin asks",
-    408: "the request came too slowly",
+    403: "the request comes from a page of another origin",
+    408: "the request arrived too slowly",
     413: "too many bytes, pixels or images",
     415: "not an image type",
-    421: "the Host is none of this server's names",
+    421: "the Host header is not one of this server's names",
     422: "not a readable image, or a bad parameter",
-    429: "this client asks for too much at once; see Retry-After",
+    429: "this client sends too much at once; see Retry-After",
     431: "the head is too large",
-    500: "the model failed, or its answer is not a number",
+    500: "the model failed, or its output is NaN or infinite",
     503: "busy; see Retry-After",
     504: "no answer in time",
 }

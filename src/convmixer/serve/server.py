@@ -1,4 +1,4 @@
-"""The process that serves: its address, its token, its end."""
+"""The server process: its address, its token, its shutdown."""
 
 import ctypes
 import ipaddress
@@ -25,7 +25,7 @@ def read_token(path: Path | None) -> str | None:
     """Return the bearer token in a file, else in the environment variable CONVMIXER_TOKEN, else None.
 
     Raises:
-        RequestError: The file cannot be read, or what it holds cannot be sent in a header.
+        RequestError: The file cannot be read, or its contents cannot be sent in a header.
     """
     source = f"the token file {path}" if path else "CONVMIXER_TOKEN"
     try:
@@ -51,14 +51,14 @@ def is_loopback(host: str) -> bool:
 
 
 def protocol(limits: Limits) -> type[Protocol]:
-    """Return the class that speaks HTTP within limits."""
+    """Return the class that handles HTTP within limits."""
     most = min(limits.connections, _open_files() - 100)
     values = {"seconds": limits.send_seconds, "most": most, "most_per_client": limits.share(most)}
     return type("LimitedProtocol", (Protocol,), values)
 
 
 def _open_files() -> int:
-    """Return how many files this process may have open, after asking for more."""
+    """Raise the limit of open files if possible, and return it."""
     try:
         import resource
 
@@ -71,7 +71,7 @@ def _open_files() -> int:
 
 
 def _give_memory_back() -> None:
-    """Have the C library (glibc) take bodies and pixels from the system, and give them back when they are freed."""
+    """Make the C library (glibc) return the memory of bodies and pixels to the system when it is freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; set once, it no longer grows with what is freed
@@ -99,14 +99,14 @@ def serve(
 
     Args:
         weights: Whatever `load_classifier` takes.
-        host: Address to listen on; anything but this machine's own is open to others.
-        port: Port; 0 takes a free one, which is printed.
+        host: Address to listen on; with anything but a loopback address, other machines can connect.
+        port: Port; 0: any free one, which is printed.
         precision: See `load_classifier`.
-        access: Who may ask; None: anyone who can connect. The host is added to the names it answers to.
-        limits: What a request may ask for.
-        samples: Pictures that the page offers: a run, a folder of images, or "none"; default: those beside the
+        access: Who may send requests; None: anyone who can connect. The host is added to the names it answers to.
+        limits: Limits of requests.
+        samples: Pictures that the page offers: a run, a folder of images, or "none"; default: those saved with the
             weights if only this machine can connect, else none.
-        expected: What the weights expect, see `load_classifier`.
+        expected: Overrides of the weights' input settings, see `load_classifier`.
 
     Raises:
         RequestError: The weights or samples cannot be loaded, or the address cannot be listened on.

@@ -38,7 +38,7 @@ class Service:
 
     Args:
         classifier: The model.
-        limits: What a request may ask for.
+        limits: Limits of requests.
         samples: PNG or JPEG files that the page offers, as bytes.
     """
 
@@ -64,12 +64,12 @@ class Service:
         """Return the answer to one request.
 
         Args:
-            request: Its body holds the images, and may hold what is None here.
+            request: Its body holds the images, and may hold the arguments that are None here.
             topk: Classes per image; None: 5, or as the form says.
             explain: Whether to add the evidence; None: no, or as the form says.
 
         Raises:
-            Refusal: It is not served; says why.
+            Refusal: It is not served; the refusal says why.
         """
         try:
             async with asyncio.timeout(None) as limit:
@@ -108,7 +108,7 @@ class Service:
         return done  # type: ignore[return-value]
 
     async def _decode_one(self, file: bytes, number: int) -> Image.Image:
-        """Return what the network sees of an image. Those that may take long wait for each other alone."""
+        """Return what the network sees of an image. Images that may take long wait only for each other."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self.decoders, self._square, file, number, False)
@@ -128,7 +128,7 @@ class Service:
         try:
             _, (width, height) = read_header(file, apart)
             if width * height > self.limits.pixels:
-                text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are taken"
+                text = f"image {number} is {width} x {height}: at most {self.limits.pixels} pixels are accepted"
                 raise Refusal(413, "too_many_pixels", text)
             with self._room_for(width * height):
                 image = resize_and_crop(load_image(file, p.in_chans, p.bits, apart), p)
@@ -140,7 +140,7 @@ class Service:
 
     @contextmanager
     def _room_for(self, pixels: int) -> Iterator[None]:
-        """Wait until an image of this size may be decoded beside the others: small files can hold large images."""
+        """Wait until there is room to decode an image of this size: small files can hold large images."""
         with self.decoded:
             self.decoded.wait_for(
                 lambda: not self.decoding_pixels or self.decoding_pixels + pixels <= DECODING_PIXELS
@@ -176,7 +176,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _trim_memory() -> None:
-    """Hand freed memory back to the system, if the C library can (glibc)."""
+    """Return freed memory to the system, if the C library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
