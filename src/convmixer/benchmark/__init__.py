@@ -1,1 +1,3 @@
-"""Speed and memory of this package's kernels beside its peers, measured side by side on the machine it runs on."""
+"""Speed and memory of this package's kernels and of other runtimes ("peers"), measured alternately on the same
+machine.
+"""

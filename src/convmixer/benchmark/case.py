@@ -1,4 +1,4 @@
-"""What is measured: one network at one image size, batch size and precision. Nothing here measures."""
+"""Describes what is measured: one network at one image size, batch size and precision. Nothing here measures."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Case:
         dim, depth, kernel_size, patch_size, num_classes, act: The network, see `ConvMixer`.
         img_size: Side of the square image in pixels.
         batch_size: Images per step.
-        precision: "fp32", "bf16" (autocast when training) or, for "infer" alone, "int8".
+        precision: "fp32", "bf16" (autocast when training) or, only for "infer", "int8".
         threads: Threads of every contender.
 
     Raises:
@@ -52,12 +52,12 @@ class Case:
 
     @property
     def model(self) -> str:
-        """The name that `create_model` knows the network by."""
+        """The network's name for `create_model`."""
         return f"convmixer_{self.dim}_{self.depth}_p{self.patch_size}_k{self.kernel_size}"
 
     @property
     def rows(self) -> int:
-        """Rows of a pointwise product: batch size times positions."""
+        """Rows of the matrix of a pointwise convolution: batch size times positions."""
         return self.batch_size * (self.img_size // self.patch_size) ** 2
 
 
@@ -74,11 +74,11 @@ def case_of(
 
     Args:
         task: "train" or "infer".
-        model: A ConvMixer's name; None takes the sizes alone.
-        overrides: Sizes by name; None leaves the model's own.
+        model: A ConvMixer's name; None: only the sizes.
+        overrides: Sizes by name; None: the model's own.
         precision: See `Case`.
         batch_size: Images per step; None: 64 for images up to 64 pixels, else 4.
-        threads: Of every contender; None: torch's default, which counts only the cores this process may use.
+        threads: Threads of every contender; None: torch's default, which counts only the cores this process may use.
 
     Raises:
         RequestError: The name is not a ConvMixer's, or a size is missing.
@@ -98,14 +98,16 @@ def case_of(
 
 
 def build(case: Case) -> ConvMixer:
-    """Return the seeded network; BatchNorm statistics come from its own activations, so that values stay ordinary."""
+    """Return the seeded network; BatchNorm statistics come from its own activations, so that values have a normal
+    size.
+    """
     torch.manual_seed(0)
     fields = {f.name for f in dataclasses.fields(Case)}
     args = {name: getattr(case, name) for name in fields & set(ConvMixer.__init__.__annotations__)}
     model = ConvMixer(**args)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the mean over the passes: one pass sets it
+        norm.momentum = None  # the mean over all passes, so one pass sets the statistics
     side = min(case.img_size, 8 * case.patch_size)
     with torch.no_grad():
         model.train()(torch.randn(4, model.in_chans, side, side))

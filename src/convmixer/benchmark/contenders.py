@@ -1,6 +1,6 @@
-"""Who is measured: ours and its peers, each as a function that prepares a case and returns one step of it.
+"""The contenders: ours and the peers (other runtimes), each a function that prepares a case and returns a step of it.
 
-A peer whose package is missing raises `ImportError` while it is prepared; whoever calls names it as missing.
+A peer whose package is missing raises `ImportError` while it is prepared; the caller reports it as missing.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class Contender:
 
     Args:
         name: As shown and selected, e.g. "eager-bf16-nhwc".
-        prepare: Case -> step; everything that is done once happens here.
-        slow_start: Compiles for long, so that the time limit applies.
+        prepare: Case -> step; does everything that is done once.
+        slow_start: Whether it compiles for long, so that the time limit applies.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Contender:
 
 
 def ours(task: str) -> Contender:
-    """Return this package's way: `accelerate` for training, `optimize_for_inference` for inference."""
+    """Return this package's contender: `accelerate` for training, `optimize_for_inference` for inference."""
     return Contender("ours", _ours_train if task == "train" else _ours_infer)
 
 
@@ -132,7 +132,7 @@ def _train_step(model: nn.Module, case: Case, precision: str) -> Step:
 def _infer_step(model: nn.Module, case: Case, precision: str) -> Step:
     model, images = model.eval(), _layout(model, batch(case)[0])
     compiled = hasattr(model, "_orig_mod")
-    if precision == "bf16" and not compiled:  # autocast would cast all weights anew at every step
+    if precision == "bf16" and not compiled:  # autocast would cast all weights again at every step
         model, images = model.bfloat16(), images.bfloat16()
 
     def step() -> torch.Tensor:
@@ -143,7 +143,7 @@ def _infer_step(model: nn.Module, case: Case, precision: str) -> Step:
     return step
 
 
-# ONNX Runtime and OpenVINO; what they convert takes minutes for the large networks, and is kept
+# ONNX Runtime and OpenVINO; converting large networks takes minutes, so the files are kept
 
 
 def _onnxruntime(case: Case) -> Step:
@@ -161,7 +161,7 @@ def _openvino(case: Case) -> Step:
     openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(_openvino_int8(case, core) if case.precision == "int8" else _onnx(case))
-    # its own default is bf16 where the processor has it; for int8 that is the rest of the network at its fastest
+    # its default is bf16 if the processor has it; with int8, that is fastest for the rest of the network
     config = {
         "INFERENCE_PRECISION_HINT": "f32" if case.precision == "fp32" else "bf16",
         "INFERENCE_NUM_THREADS": case.threads,
@@ -180,7 +180,7 @@ def _cache(case: Case) -> Path:
 
 
 def _onnx(case: Case) -> Path:
-    """Return the network as ONNX for its batch size: a fixed shape is what both runtimes are fastest with."""
+    """Return the network as ONNX for its batch size, because both runtimes are fastest with a fixed shape."""
     path = _cache(case) / f"b{case.batch_size}-torch{torch.__version__}.onnx"
     if not path.exists():
         program = torch.onnx.export(build(case).eval(), (batch(case)[0],), dynamo=True, verbose=False)

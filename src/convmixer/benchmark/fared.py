@@ -1,4 +1,4 @@
-"""How the kernels fared in the latest benchmarks on this machine, kept beside the built library for `info`."""
+"""Results of the latest benchmarks on this machine, kept with the built library for `info`."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def keep(result: dict[str, Any]) -> None:
 
 
 def fared() -> list[str]:
-    """Return a line for each case that was measured with this build of the kernels."""
+    """Return one line per case that was measured with this build of the kernels."""
     return [_line(name, row) for name, row in _kept().items()]
 
 

@@ -1,4 +1,4 @@
-"""Ours beside PyTorch on a GPU: steps timed by CUDA events in turns, step memory, and the card's own bound."""
+"""Ours against PyTorch on a GPU: steps timed alternately by CUDA events, step memory, and the GPU's own bound."""
 
 import subprocess
 import time
@@ -47,18 +47,19 @@ def benchmark_gpu(
     record: Path | None = None,
     device_name: str = "cuda",
 ) -> dict[str, Any]:
-    """Measure ours beside the peers on a GPU and return all figures.
+    """Measure ours and the peers (other runtimes) on a GPU and return all figures.
 
     Args:
         case: What to run.
         selected: Names of the peers to measure; None: all.
         rounds: Turns of each contender.
-        sample_seconds: Shortest time of a turn, in seconds.
+        sample_seconds: Minimum seconds per turn.
         record: JSON-lines file to append a `RunRecord` to.
         device_name: "cuda", or "cpu" to try the measurement itself.
 
     Returns:
-        As `benchmark.run.benchmark`; `bound_images_per_second` is the card's, by its measured copy or product rate.
+        As `benchmark.run.benchmark`; `bound_images_per_second` is the GPU's, from its measured rate of copies or
+        matrix multiplications.
 
     Raises:
         RequestError: There is no such device, no kernels for it, or a selected peer is not known.
@@ -74,7 +75,7 @@ def benchmark_gpu(
     for name in wanted:
         try:
             steps[name], memory[name] = _prepared(makers[name], device)
-        except Exception as error:  # whatever fails in a peer is no reason to lose the others' figures
+        except Exception as error:  # a failing peer must not lose the figures of the others
             if name == "ours":
                 raise
             missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -165,7 +166,7 @@ def _as_graph(step: Step) -> Step:
 def _interleave(
     steps: dict[str, Step], rounds: int, sample_seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return seconds per step of each contender, one value a round, measured in turns."""
+    """Return seconds per step of each contender, one value per round, measured alternately."""
     if device.type == "cuda" and "train_step" in getattr(steps["ours"], "__qualname__", ""):
         steps = steps | {"ours": _as_graph(steps["ours"])}  # as in `convmixer train`
     counts = {name: max(1, round(sample_seconds / _seconds(step, 2, device))) for name, step in steps.items()}
@@ -193,7 +194,9 @@ def _seconds(step: Step, count: int, device: torch.device) -> float:
 
 
 def _rates(device: torch.device, precision: str) -> dict[str, float]:
-    """Return the bytes a second of a copy (read and written) and the operations a second of a product."""
+    """Return the bytes per second of a copy (read and written) and the operations per second of a matrix
+    multiplication.
+    """
     on_gpu = device.type == "cuda"
     x = torch.empty(2**29 if on_gpu else 2**24, dtype=torch.uint8, device=device)
     y, side = torch.empty_like(x), 8192 if on_gpu else 256
@@ -211,7 +214,7 @@ def _rates(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def bound(case: Case, rates: dict[str, float]) -> float:
-    """Return the card's limit in images per second: set by its copies or by its products, whichever is slower."""
+    """Return the GPU's limit in images per second, set by copies or matrix multiplications, whichever is slower."""
     positions = (case.img_size // case.patch_size) ** 2
     size = 2 if case.precision == "bf16" else 4
     moved = LEAST_COPIES[case.task] * positions * case.dim * size * case.depth
@@ -247,7 +250,7 @@ def _result(
 
 
 def _card() -> str | None:
-    """Return the card's name, driver, clocks (MHz) and power (W) as its tool shows them now."""
+    """Return the GPU's name, driver, clocks (MHz) and power (W), as nvidia-smi reports them now."""
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw"
     try:
         done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""How speed is measured: steps interleaved in rounds, the bound set by matrix products, and peak memory."""
+"""Measures speed (steps interleaved in rounds), the bound set by matrix multiplications, and peak memory."""
 
 import math
 import time
@@ -19,7 +19,7 @@ LONG_SECONDS = 0.3
 
 
 def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) -> dict[str, list[float]]:
-    """Return seconds per step of each contender, one value a round, measured in turns: A B C, A B C, ...
+    """Return seconds per step of each contender, one value per round, measured alternately: A B C, A B C, ...
 
     Each turn starts with one untimed step: the previous contender left the caches and the thread pool in its own
     state. Steps longer than `LONG_SECONDS` need none.
@@ -27,7 +27,7 @@ def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) ->
     Args:
         steps: What to time; each has run before.
         rounds: Values per contender.
-        sample_seconds: Least time of a turn; short steps are repeated.
+        sample_seconds: Minimum seconds per turn; short steps are repeated.
     """
     first = {name: _seconds(step, 1) for name, step in steps.items()}
     counts = {name: max(1, math.ceil(sample_seconds / max(first[name], 1e-6))) for name in steps}
@@ -48,27 +48,27 @@ def _seconds(step: Step, count: int) -> float:
 
 
 def summary(case: Case, seconds: list[float]) -> dict[str, float]:
-    """Return images per second: the median over the rounds, the slowest and the fastest."""
+    """Return images per second: the median, the slowest and the fastest round."""
     rates = [case.batch_size / s for s in seconds]
     return {"images_per_second": median(rates), "min": min(rates), "max": max(rates)}
 
 
 def gemm_steps(case: Case) -> dict[str, Step]:
-    """Return the matrix products of all pointwise layers and nothing else, once for each library that could do them.
+    """Return only the matrix multiplications of all pointwise layers, once for each library that could compute them.
 
     Forward (rows x dim x dim) for inference; for training also the gradients of the input and of the weight. The
-    quickest of them bounds what any implementation with these products can reach.
+    quickest of them bounds the speed of any implementation that computes these multiplications.
     """
     kinds: dict[str, Callable[[Case], Step]] = {"mm": _mm}
     if _product_dtype(case) is torch.float32:
-        kinds["conv"] = _conv  # oneDNN, where `mm` in fp32 goes to MKL or OpenBLAS
+        kinds["conv"] = _conv  # oneDNN, while `mm` in fp32 uses MKL or OpenBLAS
     if case.precision == "int8":
         kinds = {"int_mm": _int_mm}
     return {f"gemm-{name}": make(case) for name, make in kinds.items()}
 
 
 def _product_dtype(case: Case) -> torch.dtype:
-    """Return the type that the processor multiplies fastest in the case's precision; emulated bf16 is no bound."""
+    """Return the dtype that the processor multiplies fastest in the case's precision, but not an emulated bf16."""
     return torch.bfloat16 if case.precision == "bf16" and native_bf16() else torch.float32
 
 
@@ -103,7 +103,7 @@ def _conv(case: Case) -> Step:
 
 
 def _int_mm(case: Case) -> Step:
-    rows = max(case.rows, 17)  # its least number of rows
+    rows = max(case.rows, 17)  # the smallest number it accepts
     x = torch.randint(-127, 127, (rows, case.dim), dtype=torch.int8)
     weights = [torch.randint(-127, 127, (case.dim, case.dim), dtype=torch.int8) for _ in range(case.depth)]
 
@@ -118,7 +118,7 @@ def peak_memory(case: Case, name: str) -> int:
     """Return the step memory of a contender in bytes, measured in a fresh process.
 
     The process first runs one step on the smallest images, then builds the case, resets the peak of its resident
-    memory and runs three steps. Step memory is this peak less the memory held before the steps, less gradients and
+    memory and runs three steps. Step memory is this peak minus the memory held before the steps, minus gradients and
     optimizer state.
 
     Raises:

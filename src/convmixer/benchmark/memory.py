@@ -13,7 +13,7 @@ from convmixer.models.create import create_model
 
 
 def measured_here(case: dict[str, Any], name: str) -> int:
-    """Return the bytes of a contender's steps, in a process that does nothing else; see `measure.peak_memory`."""
+    """Return the step memory of a contender in bytes, measured in this process; see `measure.peak_memory`."""
     of = Case(**case)
     torch.set_num_threads(of.threads)
     known = [contenders.ours(of.task), *contenders.peers(of.task, of.precision)]
@@ -33,7 +33,7 @@ def _smallest(case: Case) -> Case:
 
 
 def _kept_bytes(case: Case) -> int:
-    """Return the bytes of gradients and optimizer state that the first step adds and every later one keeps."""
+    """Return the bytes of gradients and optimizer state, which the first step allocates and later ones keep."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in create_model(case.model, num_classes=case.num_classes).parameters())
     return 3 * 4 * weights if case.task == "train" else 0  # the gradient and AdamW's two means, fp32

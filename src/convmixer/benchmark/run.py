@@ -1,4 +1,4 @@
-"""`convmixer benchmark`: prepare ours and the peers, measure them in turns, print the table, keep the record."""
+"""`convmixer benchmark`: prepare ours and the peers, measure them alternately, print the table, keep the record."""
 
 import signal
 import time
@@ -28,13 +28,13 @@ def benchmark(
     memory: bool = True,
     record: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure ours beside the peers and return all figures.
+    """Measure ours and the peers (other runtimes) and return all figures.
 
     Args:
         case: What to run.
         selected: Names of the peers to measure; None means all, an empty list none.
         rounds: Turns of each contender.
-        sample_seconds: Shortest time of a turn, in seconds.
+        sample_seconds: Minimum seconds per turn.
         compile_limit: Seconds that a compiling peer may take before its first step; 0 leaves it out.
         memory: Measure peak memory too, of ours and of eager PyTorch in the same precision.
         record: JSON-lines file to append a `RunRecord` to.
@@ -59,7 +59,7 @@ def benchmark(
     for contender in (c for c in contenders if c.name not in left_out):
         try:
             steps[contender.name] = _prepared(contender, case, compile_limit)
-        except Exception as error:  # whatever fails in a peer is no reason to lose the others' figures
+        except Exception as error:  # a failing peer must not lose the figures of the others
             missing[contender.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     times = measure.interleave(steps, rounds, sample_seconds)
     rates = {name: measure.summary(case, seconds) for name, seconds in times.items()}
@@ -100,7 +100,7 @@ def _prepared(contender: Contender, case: Case, compile_limit: int) -> Step:
 
 @contextmanager
 def _limit(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after so many seconds; 0 means no limit."""
+    """Raise `TimeoutError` in the block after that many seconds; 0 means no limit."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not compiled after {seconds} s")
@@ -133,7 +133,7 @@ def _result(case: Case, rates: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _memory(case: Case, contenders: list[Contender]) -> dict[str, Any]:
-    """Peak bytes of ours and of eager PyTorch in the same precision; the ratio is to the leanest of these."""
+    """Peak bytes of ours and of eager PyTorch in the same precision; the ratio is to the smallest of PyTorch's."""
     names = [c.name for c in contenders if c.name.startswith(f"eager-{case.precision}")]
     peak = {name: measure.peak_memory(case, name) for name in ("ours", *names)}
     stock = min((peak[name] for name in names), default=None)
@@ -160,9 +160,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, reason in {**result["missing"], **result["left_out"]}.items():
         print(f"  {name:28s} not measured: {reason}")
     bound, share = result["gemm_bound_images_per_second"], result["share_of_bound"]
-    print(f"  {'pointwise products alone':28s} {bound:10.2f}  ours reaches {share:.0%} of this bound")
+    print(f"  {'only pointwise multiplications':28s} {bound:10.2f}  ours reaches {share:.0%} of this bound")
     if result.get("peak_memory_ratio"):
-        print(f"  step memory: {result['peak_memory_ratio']:.2f} of the leanest eager PyTorch")
+        print(f"  step memory: {result['peak_memory_ratio']:.2f} of the smallest of eager PyTorch")
 
 
 def _append(path: Path, case: Case, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Make a model fast on kernels: `accelerate` for training, `optimize_for_inference` for a trained model."""
+"""Run a model on the kernels: `accelerate` for training, `optimize_for_inference` for a trained model."""
 
 from convmixer.fast.inference import optimize_for_inference
 from convmixer.fast.support import has_kernels

@@ -23,7 +23,7 @@ class CudaInference(nn.Module):
 
     Args:
         model: The model, on its device; its weights are copied.
-        dtype: What is stored and multiplied: float32, bfloat16 or float16.
+        dtype: Dtype of activations and multiplications: float32, bfloat16 or float16.
     """
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class CudaInference(nn.Module):
             return self.graphs(images) if images.is_cuda and len(images) else self.compute(images)
 
     def compute(self, images: Tensor) -> Tensor:
-        """The same without a graph; images are of the storage type."""
+        """The same without a graph; images have the storage dtype."""
         B, C, H, W = images.shape
         p = self.patch_size
         h, w = H // p, W // p
@@ -76,7 +76,7 @@ class Graphs:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return a new tensor with the function's result."""
-        with self.lock, torch.cuda.device(x.device):  # threads that serve share the graph's tensors
+        with self.lock, torch.cuda.device(x.device):  # serving threads share the graph's tensors
             shape = tuple(x.shape)
             if shape not in self.known:
                 self.known[shape] = self._capture(x)
@@ -93,7 +93,7 @@ class Graphs:
         inside = x.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and makes the library's workspaces
+        with torch.cuda.stream(stream):  # compiles the kernels and creates cuBLAS's workspaces
             self.function(inside)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

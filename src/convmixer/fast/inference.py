@@ -1,7 +1,8 @@
 """Make a trained ConvMixer fast to use: the whole network as one kernel, in fp32, bf16 or int8.
 
-Activation, BatchNorm (as a scale and a shift) and the residual sum are computed where the depthwise convolution and
-the product end, so no tensor goes through memory twice. For training see `fast.accelerate`.
+Activation, BatchNorm (as a scale and a shift) and the residual sum are fused into the end of the depthwise
+convolution and of the matrix multiplication, so no tensor goes through memory twice. For training see
+`fast.accelerate`.
 """
 
 import copy
@@ -30,32 +31,33 @@ LARGEST_KERNEL = 15
 def optimize_for_inference(
     model: nn.Module, precision: str = "fp32", calibration: Tensor | Iterable[Tensor] | None = None
 ) -> nn.Module:
-    """Return a module that computes a trained model's logits as fast as this machine can; the model stays as it is.
+    """Return a module that computes a trained model's logits as fast as this machine can; the model is not changed.
 
-    fp32 and bf16 are exact but for rounding, and safe as a default. int8 has its weights rounded for each output and
-    the inputs of the matrix products for each channel, and costs accuracy: measure it with `convmixer val --precision
-    int8`. The weights are copied: train the model, then optimise it. If the kernels cannot be used (see
-    `support.why_not`, or a model that is not a plain ConvMixer) the model itself computes, in eval mode and the
-    precision asked for; for a ConvMixer the reason is printed once. On a GPU each batch shape becomes a CUDA graph.
+    fp32 and bf16 are exact except for rounding, and safe as a default. int8 rounds the weights per output and the
+    inputs of the matrix multiplications per channel, and costs accuracy: measure it with
+    `convmixer val --precision int8`. The weights are copied: train the model, then optimise it. If the kernels cannot
+    be used (see `support.why_not`, or a model that is not a plain ConvMixer) the model itself runs, in eval mode and
+    in the precision asked for; for a ConvMixer the reason is printed once. On a GPU each batch shape becomes a CUDA
+    graph.
 
     Args:
-        model: Left untouched, but that it is put into eval mode.
-        precision: "fp32", "bf16" (storage and products; sums are fp32; where the processor has no bf16 products, fp32
-            takes its place), on a GPU also "tf32" and "fp16", or on a CPU "int8".
+        model: Not changed, but put into eval mode.
+        precision: "fp32", "bf16" (storage and multiplications; sums are fp32; fp32 instead if the processor cannot
+            multiply bf16), on a GPU also "tf32" and "fp16", or on a CPU "int8".
         calibration: For int8, typical preprocessed images, (B, C, H, W) or several such batches; 64 are enough.
 
     Returns:
         (B, in_chans, H, W) -> (B, num_classes), fp32, without gradients. It needs no autocast and ignores it.
 
     Raises:
-        RequestError: The precision is not known, int8 has no calibration images, or no kernels.
+        RequestError: The precision is not known, or int8 lacks calibration images or kernels.
     """
     known = DTYPES if next(model.parameters()).is_cuda else PRECISIONS
     if precision not in known:
         raise RequestError(f"precision must be one of {', '.join(known)}, not {precision!r}")
     reason = _unfit(model, precision)
     if reason is None and isinstance(model, ConvMixer) and next(model.parameters()).is_cuda:
-        from convmixer.fast.cuda import CudaInference  # Triton comes with CUDA builds of PyTorch alone
+        from convmixer.fast.cuda import CudaInference  # Triton comes only with CUDA builds of PyTorch
 
         return CudaInference(model, DTYPES[precision])
     if reason is None and prefers_library(model, precision):
@@ -76,7 +78,7 @@ def optimize_for_inference(
 
 
 def _say_if_slower(int8: nn.Module, fp32: nn.Module, images: Tensor) -> None:
-    """Say so if int8, which costs accuracy, does not even save time here: three passes of one image each."""
+    """Print a line if int8, which costs accuracy, saves no time here, judged by three passes of one image each."""
     one = images[:1]
     seconds = [min(_seconds(run, one) for _ in range(3)) for run in (int8, fp32)]
     if seconds[0] >= seconds[1]:
@@ -133,7 +135,7 @@ class FastInference(nn.Module):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
             logits = F.linear(pooled, self.head_weight, self.head_bias)
-            if self.precision == "int8":  # whole numbers know neither NaN nor Inf
+            if self.precision == "int8":  # integers have neither NaN nor Inf
                 logits = torch.where(images.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
             return logits
 
@@ -151,7 +153,7 @@ def _unfit(model: Any, precision: str) -> str | None:
         return QUIETLY
     about = found(model.eval())
     if about.reason or about.mixed_dtypes():
-        return about.reason or "its parameters differ in type"
+        return about.reason or "its parameters differ in dtype"
     return why_not(about.weights[0].device, DTYPES[precision]) or _stem_or_kernel(model) or _head(model)
 
 
@@ -161,12 +163,12 @@ def _stem_or_kernel(model: Any) -> str | None:
         return f"kernels must be of one size up to {LARGEST_KERNEL}"
     conv, dim = model.stem[0], model.stem[2].num_features
     if len(model.stem) != 3 or not is_patches(conv) or conv.bias is None or conv.weight.shape[0] != dim:
-        return "the stem is no patch embedding"
+        return "the stem is not a patch embedding"
     return None if model.blocks[0][3].num_features == dim else "its widths differ"
 
 
 def _head(model: Any) -> str | None:
-    """Return what is unknown in the pooling, the classifier and the dropout before it, or None."""
+    """Return what the kernels do not support in the pooling, the dropout or the classifier, or None."""
     if model.global_pool != "avg":
         return f"it pools by {model.global_pool or 'nothing'}, not by the mean"
     for module, kinds in ((model.head, (nn.Linear, nn.Identity)), (model.head_drop, (nn.Dropout, nn.Identity))):
@@ -191,7 +193,9 @@ def _optimized(model: Any, precision: str, calibration: Tensor | Iterable[Tensor
         bias = rounded_off @ mean[:, :, None] + (point * scales[:, :, None]) @ (low * steps)[:, :, None]
         spatial_vectors[:, VECTORS.index("steps")], spatial_vectors[:, VECTORS.index("zero")] = steps, -low * steps
         point_vectors[:, VECTORS.index("multiply")] = scales
-        point_vectors[:, VECTORS.index("bias")] += bias[:, :, 0]  # what rounding the weights does to the mean, undone
+        point_vectors[:, VECTORS.index("bias")] += bias[
+            :, :, 0
+        ]  # undoes the shift of the mean by rounding the weights
     spatial = torch.stack([block[0].fn[0].weight[:, 0] for block in blocks])
     stem = (model.stem[0].weight, _vectors(model.stem[0], model.stem[2]))
     packed = pack(*stem, spatial, spatial_vectors, point, point_vectors, precision)
@@ -213,7 +217,7 @@ def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least, the greatest and the mean input of each channel of the products, (depth, dim) each."""
+    """Return the smallest, largest and mean input of each channel of the multiplications, (depth, dim) each."""
     if calibration is None:
         raise RequestError("int8 is calibrated on images: give some, or choose another precision")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)

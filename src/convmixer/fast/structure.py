@@ -1,7 +1,7 @@
-"""What the kernels know of a model: every type and attribute that changes its result, and whether one has changed.
+"""Checks every type and attribute of a model that changes its result, and notices changes of them.
 
-The kernels compute a ConvMixer from its parameters alone. Whatever else a module holds that changes its output must
-therefore have the one value that the kernels assume; `unusual` names the first that has not.
+The kernels compute a ConvMixer only from its parameters. Everything else in a module that changes its output must
+therefore have the value that the kernels assume; `unusual` names the first that does not.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
 ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
-QUIETLY = "another tool needs the plain model"  # nothing that the user should change
+QUIETLY = "another tool needs the plain model"  # nothing for the user to change
 _OVERRIDES = ("forward", "forward_features", "forward_head", "_run")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS: tuple[Any, ...] = (
@@ -34,7 +34,7 @@ _DTYPE = attrgetter("dtype")
 
 
 def unusual(model: Any) -> str | None:
-    """Return what in the model the kernels do not know, or None."""
+    """Return what in the model the kernels do not support, or None."""
     if any(name in model.__dict__ for name in _OVERRIDES):
         return "a method of the model was replaced"
     if any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True)):
@@ -46,7 +46,7 @@ def unusual(model: Any) -> str | None:
 
 
 def _called(model: Any) -> int:
-    """Return of how many blocks the convolutions are called as modules, see `plain_blocks`."""
+    """Return the number of blocks whose convolutions are called as modules, see `plain_blocks`."""
     return 0 if _wrong(model.stem, nn.Sequential) else plain_blocks(model)
 
 
@@ -55,7 +55,7 @@ def _wrong(module: Any, kind: type[nn.Module]) -> str | None:
 
 
 def _stem_reason(stem: Any) -> str | None:
-    """Return what the kernels do not know in a stem: convolutions, called as modules, then activation and norm."""
+    """Return what the kernels do not support in a stem: convolutions, called as modules, then activation and norm."""
     if _wrong(stem, nn.Sequential) or len(stem) < 3:
         return "the stem is built in another way"
     reason = _wrong(stem[0], nn.Conv2d)
@@ -76,7 +76,7 @@ def _is_pooled(conv: Any, pool: Any) -> bool:
 
 
 def is_patches(conv: Any) -> bool:
-    """Return whether a convolution sees each pixel once, so that it is a product of patches."""
+    """Return whether a convolution reads each pixel once, so that it is a matrix multiplication of patches."""
     p = conv.kernel_size[0]
     square = conv.kernel_size == conv.stride == (p, p) and conv.padding == (0, 0)
     return square and conv.dilation == (1, 1) and conv.groups == 1
@@ -153,7 +153,7 @@ def _norms_reason(model: Any) -> str | None:
 def plain_blocks(model: Any) -> int:
     """Return how many blocks run as torch modules: the first, if the stem pools between its norm and that block.
 
-    What the kernels start from is a convolution's output with activation and norm still to come.
+    The kernels start from a convolution's output, before activation and norm.
     """
     return int(type(model.stem[-1]) is nn.AvgPool2d)
 
@@ -173,15 +173,15 @@ def norms_of(model: Any) -> list[Any]:
 
 
 def all_depthwise(blocks: Any) -> bool:
-    """Return whether every block mixes places by a depthwise convolution, so that the kernels compute all of it."""
+    """Return whether every block has a depthwise convolution, so that the kernels compute all of it."""
     return all(type(block[0].fn[0]) is DepthwiseConv2d for block in blocks)
 
 
 class Found:
     """What `unusual` found in a model, and everything that it depends on.
 
-    A module is its `__dict__`, its tensors and its parts. These are compared with copies, which is quick because
-    almost all values are the same objects.
+    The `__dict__`, tensors and submodules of each module are compared with saved copies, which is quick because
+    almost all values are identical objects.
     """
 
     def __init__(self, model: Any) -> None:
@@ -197,18 +197,18 @@ class Found:
         self.weights = [p for p in own if p.ndim == 4]
         self.vectors = [p for p in own if p.ndim != 4]
         if not self.reason and any(type(p) not in (nn.Parameter, Tensor) for p in own):
-            self.reason = QUIETLY  # what holds the values is another tool's
+            self.reason = QUIETLY  # another tool's objects hold the values
 
     def holds(self) -> bool:
         if any(self.hooks) or list(map(type, self.modules)) != self.types:
             return False
         try:
             return self.dicts == self.copies
-        except Exception:  # a tensor was replaced, and the old and the new one have no order
+        except Exception:  # a tensor was replaced, and comparing the two raises
             return False
 
     def mixed_dtypes(self) -> bool:
-        """Return whether parameters differ in type; norms and biases may stay in fp32."""
+        """Return whether parameters differ in dtype; norms and biases may stay in fp32."""
         kinds = set(map(_DTYPE, self.weights))
         return len(kinds) != 1 or not set(map(_DTYPE, self.vectors)) <= {*kinds, torch.float32}
 
@@ -217,7 +217,7 @@ _FOUND: "weakref.WeakKeyDictionary[nn.Module, Found]" = weakref.WeakKeyDictionar
 
 
 def found(model: nn.Module) -> Found:
-    """Return what `unusual` finds, looking again only if something has changed in the model."""
+    """Return what `unusual` finds, checking again only if something has changed in the model."""
     known = _FOUND.get(model)
     if known is None or not known.holds():
         known = _FOUND[model] = Found(model)

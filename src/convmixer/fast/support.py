@@ -76,7 +76,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
     """Return why the kernels must not run this pass, or None.
 
     Kernels run only if plain PyTorch would give the same result: no other tool changes or watches what the modules
-    do, the kernels know everything in the model, and its first convolution takes the images.
+    do, the kernels know everything in the model, and its first convolution accepts the images.
     """
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
         return QUIETLY  # fx passes proxies, other tools tensor subclasses
@@ -97,13 +97,13 @@ def unfit(model: Any, x: Tensor) -> str | None:
 
 
 def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
-    """Return what is wrong with the images of a pass, or with how the model is to be run."""
+    """Return what is wrong with the images of a pass, or with the way the model is run."""
     if x.device != weight.device:
         return f"the model is on {weight.device}, the images on {x.device}"
     if model.grad_checkpointing:
         return "gradient checkpointing is on"
     if x.ndim != 4 or x.shape[1] != model.stem[0].in_channels or x.layout is not torch.strided:
-        return QUIETLY  # the plain model says what is wrong
+        return QUIETLY  # the plain model reports what is wrong
     autocast = torch.is_autocast_enabled(x.device.type)
     return None if x.dtype is weight.dtype or (autocast and x.dtype in _CAST) else QUIETLY
 

@@ -1,6 +1,6 @@
-"""Make a model fast in place: swap ConvMixers, and models that vary one part of them, for kernel-backed ones.
+"""Swaps ConvMixers, and models that vary one part of them, for kernel-backed ones, in place.
 
-Parameters, buffers, state-dict keys and the whole interface stay those of the plain model. If the kernels
+Parameters, buffers, state-dict keys and the whole interface stay the same as in the plain model. If the kernels
 cannot be used, the plain model runs and the reason is printed once.
 """
 
@@ -21,10 +21,10 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     The kernels are built on first use. Each forward pass runs on them when it can: on a CPU or an NVIDIA GPU, in fp32
     or bf16 (by the parameters, or by autocast; on a GPU also in fp16), with the paper's own layers; otherwise it runs
-    as before, and says why once.
+    as before, and the reason is printed once.
 
     An `Isotropic` is swapped if stem and blocks end in activation and norm as ConvMixer's do, whatever its mixer.
-    Other models stay as they are.
+    Other models are not changed.
 
     Args:
         model: Any module; ConvMixers in it are found at any depth.
@@ -42,7 +42,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _why_not_at_all(model: nn.Module) -> str | None:
-    """Return why no kernels compute where the model is, in any type, or None."""
+    """Return why no kernels can run on the model's device in any dtype, or None."""
     return why_not(next(model.parameters()).device, torch.float32)
 
 
@@ -56,7 +56,7 @@ def _plain_class(model: nn.Module) -> type[ConvMixer]:
 
 
 class _OnKernels(ConvMixer):
-    """What both fast models share: stem, blocks and pool on the kernels."""
+    """The parts shared by both fast models: stem, blocks and pool on the kernels."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
@@ -106,8 +106,8 @@ class FastConvMixer(_OnKernels):
 class FastIsotropic(_OnKernels, Isotropic):
     """An Isotropic on the kernels.
 
-    All on kernels, except a non-patch stem's convolutions, the mixers (unless all are depthwise) and the first block
-    after a pooled stem.
+    Everything runs on the kernels except the convolutions of a stem without patches, the mixers (unless all are
+    depthwise) and the first block after a pooled stem.
     """
 
 
@@ -120,11 +120,11 @@ def block_parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> 
 
 
 def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any], pool: bool) -> Tensor:
-    """Return what act, first norm and the blocks `rest` make of a convolution's output, and move running statistics.
+    """Run activation, first norm and the blocks `rest` on a convolution's output, and update running statistics.
 
     Args:
         v: (N, H, W, C), or with depthwise mixers `blocks.wide(C)`.
-        norms: All the norms, in their order.
+        norms: All norms, in order.
         act: The activation.
         rest: The blocks; may be none.
         pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
@@ -146,7 +146,7 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
 
 
 def _stem(model: Any, x: Tensor) -> Tensor:
-    """(B, in_chans, H, W) -> (B, h, w, dim or wider): what the last convolution before the kernels gives."""
+    """(B, in_chans, H, W) -> (B, h, w, dim or wider): the output of the last convolution before the kernels."""
     conv, dtype = model.stem[0], dtype_of(model)
     if len(model.stem) == 3 and is_patches(conv):
         return _patch_embedding(conv, x, dtype, wider=all_depthwise(model.blocks))
@@ -159,7 +159,9 @@ def _stem(model: Any, x: Tensor) -> Tensor:
 
 
 def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """(B, in_chans, H, W) -> (B, H // p, W // p, dim or wider): a patch is a row, so the convolution is a product."""
+    """(B, in_chans, H, W) -> (B, H // p, W // p, dim or wider): each patch is a row, so it is a matrix
+    multiplication.
+    """
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
     if min(H, W) < p:
@@ -171,7 +173,7 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> T
 
 
 def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """Return a convolution as a product.
+    """Return a convolution computed as a matrix multiplication.
 
     Rows hold the k x k window at each position: (M, in_chans * k * k) -> (M, dim).
     With `wider` (M, `blocks.wide(dim)`), the last columns zero.
@@ -191,12 +193,12 @@ def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor
 def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     """(B, in_chans, H, W) -> (B, dim, h, w) of a stem that ends in average pooling.
 
-    The kernels see each window of the pool as one image, and take the mean over that image.
+    The kernels take each window of the pool as one image, and return the mean over that image.
     """
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
     p, dtype = pool.kernel_size, dtype_of(model)
-    if H % p or W % p:  # the norm sees pixels that are in no window
+    if H % p or W % p:  # the norm also uses pixels outside all windows
         return cast(Tensor, model.stem(x))
     h, w, k = H // p, W // p, conv.kernel_size[0]
     padded = nn.functional.pad(x, (conv.padding[1],) * 2 + (conv.padding[0],) * 2)
@@ -209,12 +211,12 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
 
 
 def _update_running(norms: list[Any], statistics: Tensor, count: int) -> None:
-    """Move the running statistics as BatchNorm does: towards the mean and the unbiased variance."""
+    """Update the running statistics as BatchNorm does: towards the mean and the unbiased variance."""
     means, variances = statistics.unbind(1)
     unbiased = variances * (count / (count - 1))
     with torch.no_grad():
         dtype = norms[0].running_mean.dtype
-        for momentum in {norm.momentum for norm in norms}:  # one launch each on a GPU, however many norms
+        for momentum in {norm.momentum for norm in norms}:  # one launch each on a GPU, for any number of norms
             chosen = [i for i, norm in enumerate(norms) if norm.momentum == momentum]
             for name, values in (("running_mean", means.to(dtype)), ("running_var", unbiased.to(dtype))):
                 torch._foreach_lerp_([getattr(norms[i], name) for i in chosen], [values[i] for i in chosen], momentum)

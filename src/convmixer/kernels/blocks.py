@@ -28,7 +28,7 @@ def features(
         v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16: the dtype of
             everything between. Or padded to `wide(C)` channels with zeros.
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
-        running: Running mean and variance of each norm, read when not `training`.
+        running: Running mean and variance of each norm, used if not `training`.
         eps: BatchNorm's.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
@@ -56,7 +56,7 @@ def wide(channels: int) -> int:
 
 
 def _wider(parameters: list[Tensor], running: list[Tensor], more: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Give all blocks more channels, of zeros: they stay zero and add nothing to the others."""
+    """Pad all blocks with channels of zeros, which stay zero and add nothing to the others."""
     vector, depthwise, pointwise = (0, more), (0,) * 7 + (more,), (0, 0, 0, 0, 0, more, 0, more)
     block = [depthwise, vector, vector, vector, pointwise, vector, vector, vector]
     sides = [vector, vector, *block * (len(parameters) // PER_BLOCK)]

@@ -1,6 +1,6 @@
 """Blocks whose spatial mixer is any torch module; the kernels compute the rest of the block.
 
-If models differ only in the mixer, only the mixer should change their time and memory. The names are those of
+If models differ only in the mixer, only the mixer should affect their time and memory. The names are those of
 `blocks`: u is the mixer's output, and v stands for norm(act(v)), which is x of the next block.
 """
 
@@ -32,7 +32,7 @@ def features(
         v: Output of the stem's last convolution, (N, H, W, C), contiguous, fp32 or bf16.
         mixers: One function for each block, (N, C, H, W) -> (N, C, H, W).
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
-        running: Running mean and variance of each norm, read when not `training`.
+        running: Running mean and variance of each norm, used if not `training`.
         eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
@@ -132,7 +132,7 @@ class _Rest(torch.autograd.Function):
         back, *norm_2 = norm_gradients(weight_2, statistics[1], sums, count, eps, training)
         pointwise_grad, bias_grad, sums = _kernels.channel_backward(
             grad, v, back, u, norm_u, before, norm_before, pointwise.flatten(1).to(v.dtype), act
-        )  # now it is the gradient of the residual sum
+        )  # now holds the gradient of the residual sum
         back, *norm_1 = norm_gradients(weight_1, statistics[0], sums, count, eps, training)
         u_grad = grad.clone()
         _kernels.act_norm_backward(u_grad, u, back, act)

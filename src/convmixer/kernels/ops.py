@@ -42,7 +42,7 @@ for _schema in SCHEMAS:
 
 
 def differentiable_once(ctx: Any, *gradients: Any) -> Any:
-    """Refuse the gradient of a gradient, which torch would otherwise take for zero."""
+    """Raise an error for the gradient of a gradient, which torch would otherwise take for zero."""
     raise RuntimeError("the kernels are differentiable once: CONVMIXER_KERNELS=0 runs plain PyTorch")
 
 

@@ -1,4 +1,4 @@
-"""Runs of one's own side by side: a table of what differs and what came out, and pictures of accuracy and curves."""
+"""Compares the user's own runs: a table of settings that differ and of results, and plots of accuracy and curves."""
 
 import functools
 import json
@@ -67,7 +67,7 @@ def _accuracy(run: RunSummary) -> float | None:
 
 
 class _Comparison:
-    """What is shown of some runs."""
+    """The table and plots of some runs."""
 
     def __init__(self, runs: Sequence[RunSummary]) -> None:
         self.runs = runs
@@ -116,7 +116,7 @@ class _Comparison:
         ]
 
     def own(self, run: RunSummary) -> str:
-        """Return in words the settings of a run that are not the same in all."""
+        """Return in words those settings of a run that are not the same in all runs."""
         return ", ".join(f"{name} {_text(run.settings[name])}" for name in self.differs if name in run.settings)
 
     def print(self) -> None:

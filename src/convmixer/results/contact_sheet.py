@@ -1,4 +1,4 @@
-"""A contact sheet: one row of small images for each class, with its name, on white so that it reads on any page."""
+"""A contact sheet: one row of small images per class, with its name, on white so that it is legible on any page."""
 
 import io
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 SIDE = 72  # of a small image, pixels
 GAP = 6
 LABEL = 240  # width of the names, pixels
-LETTERS = 30  # of a name; the middle of a longer one is left out
+LETTERS = 30  # most characters of a name; the middle of longer ones is left out
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:

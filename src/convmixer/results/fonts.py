@@ -12,7 +12,7 @@ from matplotlib import font_manager, ft2font
 from convmixer.text import shortened
 
 OWN = "DejaVu Sans"  # ships with matplotlib
-MOST_FILES = 2000  # looked into at most: some machines have tens of thousands
+MOST_FILES = 2000  # font files to search: some machines have tens of thousands
 _said: set[str] = set()
 
 
@@ -22,7 +22,7 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
 
     Args:
         style: Matplotlib settings.
-        texts: Names that the picture will hold.
+        texts: Names in the picture.
     """
     families, missing = families_for("".join(texts))
     if missing and missing not in _said:
@@ -36,7 +36,7 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
 
 
 def as_drawn(text: str, most: int = 14) -> str:
-    """Return a name to draw with `parse_math=False`: short, and valid text, which a file name need not be."""
+    """Return a name to draw with `parse_math=False`: shortened, and made valid text, which a file name may not be."""
     return shortened(text.encode(errors="replace").decode(), most)
 
 
@@ -58,7 +58,7 @@ def families_for(text: str) -> tuple[list[str], str]:
 def _installed() -> list[tuple[str, str]]:
     """Return (family, file) of upright, regular fonts, those made for many scripts first."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in set(font_manager.findSystemFonts()[:MOST_FILES]) - known:  # installed after matplotlib looked
+    for path in set(font_manager.findSystemFonts()[:MOST_FILES]) - known:  # installed after matplotlib made its list
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             font_manager.fontManager.addfont(path)
     regular = {

@@ -7,11 +7,14 @@ from PIL import Image, ImageDraw, ImageFont
 from convmixer.results.fonts import as_drawn, font_file
 
 BAND, INK, BAR = (12, 14, 18, 190), (255, 255, 255, 255), (90, 170, 255, 150)
-LEAST_SIDE, MOST_SIDE = 240, 4096  # smaller pictures are enlarged, larger ones reduced: names must be legible, pixels
+LEAST_SIDE, MOST_SIDE = (
+    240,
+    4096,
+)  # pixels; smaller pictures are enlarged, larger ones reduced, so that names are legible
 
 
 def with_labels(image: Image.Image, labels: Sequence[tuple[str, float]]) -> Image.Image:
-    """Return an image in RGB with a line for each label, the likeliest first; of a usual size, legible.
+    """Return an image in RGB with one line per label, the likeliest first, scaled so that they are legible.
 
     Args:
         image: Of any mode and size.

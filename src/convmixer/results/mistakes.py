@@ -1,7 +1,7 @@
 """The mistakes of a model on one page: likely label errors, classes that are confused, images with the largest loss.
 
-Bounded: however many images and classes there are, the page shows at most about 180 small pictures. Numbers and a
-function that reads an image go in, HTML and CSV come out.
+For any number of images and classes, the page shows at most about 180 small pictures. Numbers and a function that
+reads an image go in, HTML and CSV come out.
 """
 
 import csv
@@ -28,10 +28,10 @@ Read = Callable[[int], Image.Image | None]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered to the images of a split, one entry per image.
+    """A model's answers to the images of a split, one entry per image.
 
     Args:
-        places: int64 (N,), where the image is in the split.
+        places: int64 (N,), index of the image in the split.
         labels: int64 (N,).
         predicted: int64 (N,), the likeliest class.
         confidence: float64 (N,), probability of the predicted class.
@@ -49,7 +49,7 @@ class Answers:
         """Return the answers in logits (N, classes) to images with these labels (N,); places default to 0, 1, ..."""
         places = np.arange(len(labels)) if places is None else places
         if len(places) != len(labels):
-            raise ValueError(f"{len(labels)} answers to {len(places)} images: some could be read only sometimes")
+            raise ValueError(f"{len(labels)} answers to {len(places)} images: some could not be read every time")
         values = logits.astype(np.float64)
         values -= values.max(axis=1, keepdims=True)
         total = np.log(np.exp(values).sum(axis=1))
@@ -93,7 +93,7 @@ def label_errors(answers: Answers) -> np.ndarray:
     classes = int(max(answers.labels.max(), answers.predicted.max())) + 1
     count = np.bincount(answers.labels, minlength=classes)
     usual = np.bincount(answers.labels, own, classes) / np.maximum(count, 1)
-    usual[count == 0] = np.inf  # a class without images has no usual probability
+    usual[count == 0] = np.inf  # a class without images has no average probability
     found = np.flatnonzero(answers.wrong & (answers.confidence >= usual[answers.predicted]))
     margin = answers.confidence[found] - own[found]
     order: np.ndarray = found[np.argsort(-margin, kind="stable")]
@@ -113,12 +113,12 @@ def write_mistakes(
 
     Args:
         path: The HTML file.
-        answers: Of the model, for at least one image.
+        answers: The model's answers, for at least one image.
         classes: Class names by label.
         read: Gives the image at a place of the split, or None if it cannot be read.
         name: Gives what to call that image.
         about: What was measured on what, for the top of the page.
-        seconds: Time for reading images; those that do not fit are left out of the page, which then says so.
+        seconds: Time limit for reading images; the page leaves out the rest and says so.
     """
     write_atomic(path, _Page(answers, classes, _Pictures(read, seconds), name).html(about).encode(errors="replace"))
 
@@ -138,7 +138,7 @@ def write_table(path: Path, answers: Answers, classes: Sequence[str], name: Call
 
 
 class _Pictures:
-    """Small pictures as HTML, each read once, until the time is up."""
+    """Small pictures as HTML, each read once, until the time limit."""
 
     def __init__(self, read: Read, seconds: float) -> None:
         self.read, self.end = read, time.monotonic() + seconds
@@ -175,8 +175,9 @@ class _Page:
     def _label_errors(self) -> str:
         found = label_errors(self.answers)
         note = (
-            "The model contradicts these labels as surely as it usually names the class that it predicts. Look at "
-            "them first: a wrong label costs accuracy in training, and makes the accuracy measured here too low."
+            "The model contradicts these labels as confidently as it usually names the class that it predicts. "
+            "Look at them first: a wrong label costs accuracy in training, and makes the accuracy measured here "
+            "too low."
         )
         return self._section("Likely label errors", found, LABEL_ERRORS, note, "None found.")
 

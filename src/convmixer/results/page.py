@@ -1,4 +1,4 @@
-"""HTML pages that need nothing beside them: the template, tables that scroll, pictures inside the file."""
+"""Self-contained HTML pages: the template, tables that scroll, embedded pictures."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ def html_page(title: str, body: str) -> str:
 
     Args:
         title: Plain text.
-        body: HTML; whatever a stranger wrote is escaped in it already.
+        body: HTML; untrusted text in it is already escaped.
     """
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     return template.replace("<!-- title -->", escape_html(title)).replace("<!-- body -->", body)

@@ -1,7 +1,7 @@
-"""Pictures of a single run, from numbers alone: curves, grids of images, filters and kernels.
+"""Pictures of a single run, made only from numbers: curves, grids of images, filters and kernels.
 
-Charts have a white background and dark text. Filters and kernels have no background and grey text, so that they
-read on a light and on a dark page without a glaring frame.
+Charts have a white background and dark text. Filters and kernels have no background and grey text, so that they are
+legible on a light and on a dark page without a glaring frame.
 """
 
 import math
@@ -45,7 +45,11 @@ _BARE: dict[Any, Any] = _STYLE | {
     "axes.labelcolor": BOTH,
     "axes.edgecolor": BOTH,
 }
-NUMBERED, NAMED, PAIRS = 15, 60, 20  # classes with numbers in the cells, with all names; pairs listed beside
+NUMBERED, NAMED, PAIRS = (
+    15,
+    60,
+    20,
+)  # most classes with numbers in the cells, with all names; pairs listed at the side
 CHOSEN = 40  # classes shown if there are more than NAMED
 
 
@@ -124,7 +128,7 @@ def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
     low, high = chosen.min(axis, keepdims=True), chosen.max(axis, keepdims=True)
     if weight.shape[2] > 1:
         chosen = (chosen - low) / np.maximum(high - low, 1e-12)
-    else:  # one pixel has no range: scale by that of all
+    else:  # one pixel has no range: use the range of all filters
         chosen = (chosen - chosen.min()) / max(float(chosen.max() - chosen.min()), 1e-12)
     size = "x".join(map(str, weight.shape[2:]))
     _tiles(chosen, f"First convolution: {len(order)} of {len(weight)} filters ({size}), largest first", path)
@@ -187,7 +191,7 @@ def kernel_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def receptive_field(fields: Mapping[str, np.ndarray], path: Path) -> None:
-    """Draw how strongly each pixel acts on the features in the middle, on a logarithmic scale.
+    """Draw how strongly each pixel affects the features in the middle, on a logarithmic scale.
 
     Args:
         fields: Name -> (H, W), with a maximum of 1.
@@ -215,14 +219,14 @@ def explanation(
     shares: Sequence[float],
     path: Path,
 ) -> None:
-    """Draw the photo, the evidence for the first class over it, what the network saw, and the likeliest classes.
+    """Draw the photo, the evidence for the likeliest class over it, what the network saw, and the likeliest classes.
 
     Args:
         photo: (H, W) grey or (H, W, 3), 0 to 1.
         framed: The same photo cut to what the network saw, square, in any resolution.
         seen: (S, S) or (S, S, 3), what the network saw.
-        evidence: (h, w), what each patch adds to the logit of the first class; None leaves the panel out.
-        classes: Names in falling order of probability.
+        evidence: (h, w), what each patch adds to the logit of the likeliest class; None leaves the panel out.
+        classes: Names in descending order of probability.
         shares: Their probabilities.
         path: The PNG to write.
     """
@@ -246,7 +250,7 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarray, side: int, name: str) -> None:
-    """Colour a pale grey photo; the less a patch says, the clearer the photo."""
+    """Colour a pale grey photo: the weaker the evidence of a patch, the clearer the photo."""
     grey = framed if framed.ndim == 2 else framed @ np.array([0.299, 0.587, 0.114])
     _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 22)}")
     axes.title.set_parse_math(False)
@@ -275,7 +279,7 @@ def _probabilities(axes: Axes, classes: Sequence[str], shares: Sequence[float]) 
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draw the confusion matrix, and beside it list the pairs confused most.
+    """Draw the confusion matrix, next to a list of the pairs confused most.
 
     Up to 15 classes keep their order, and their cells hold the numbers. With more than 15, classes often confused
     with each other are put side by side. With more than 60, only the 40 confused most are shown.

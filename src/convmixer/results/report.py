@@ -1,4 +1,4 @@
-"""A study's report: one HTML file that needs nothing beside it, and the same as Markdown. Files in, files out."""
+"""A study's report: one self-contained HTML file, and the same as Markdown. Files in, files out."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
 
 def _lines(results: StudyResults) -> list[str]:
-    """Return what the terminal shows: arms from the best to the worst, then the verdicts."""
+    """Return the lines for the terminal: arms from the best to the worst, then the verdicts."""
     rows = sorted((row for row in results.rows() if row.test), key=lambda row: -row.test.mean if row.test else 0)
     arms = [
         f"arm      {row.label:<32} {_accuracy(row):>15} % test top-1, n = {row.test.n}" for row in rows if row.test
@@ -261,7 +261,7 @@ def _each(texts: Iterable[str]) -> str:
 
 
 def _computed_with(results: StudyResults, measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return in words what runs (by name) or probes (by arm) were computed with, each way with its arms."""
+    """Return in words what runs (by name) or probes (by arm) were computed with, and on which arms."""
     ways: dict[str, set[str]] = {}
     for name, r in measured.items():
         way = ", ".join(f"{key} {r[key]}" for key in ("precision", "device", "threads", "kernels") if key in r)

@@ -25,21 +25,21 @@ def read_metrics(run: RunFolder) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. None if it is not measured, or not yet.
+    """One run. Fields are None if they are not measured, or not yet.
 
     Args:
         path: Its folder.
         label: What to call it.
         settings: All of them, by name, and the arguments of the model.
         data: Name and checksum of its data.
-        parameters: Of the model.
-        epochs: Trained so far.
+        parameters: Number of the model's parameters.
+        epochs: Epochs trained so far.
         test_top1, val_top1: Percent; of an unfinished run the best validation so far.
         test_n, val_n: Images.
-        seconds: Of the training.
-        images_per_second: Of the training.
+        seconds: Training time.
+        images_per_second: Training speed.
         rows: See `read_metrics`.
-        finished: It has a record.
+        finished: Whether it has a record.
     """
 
     path: Path
@@ -117,7 +117,7 @@ def _number(value: object) -> float | None:
 
 
 def labels_of(paths: list[Path]) -> list[str]:
-    """Return short names of folders that tell them apart: as few of their last parts as it takes."""
+    """Return short names that distinguish folders: as few of their last parts as needed."""
     whole = [path.absolute().parts for path in paths]
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]

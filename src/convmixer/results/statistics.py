@@ -59,7 +59,7 @@ def paired_difference(
 ) -> Interval | None:
     """Return the mean of first - second over the seeds that both have, or None if they share none.
 
-    Pairing removes what a seed does to both arms: the order of the data, and the augmentation.
+    Pairing removes effects of the seed that both arms share: the order of the data, and the augmentation.
     """
     seeds = sorted(first.keys() & second.keys())
     return mean_interval([first[s] - second[s] for s in seeds], level) if seeds else None

@@ -1,4 +1,4 @@
-"""The results in a study folder: arms, values per seed, intervals, verdicts. Reads the plan and the records alone."""
+"""The results in a study folder: arms, values per seed, intervals, verdicts. Reads only the plan and the records."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from convmixer import records
 from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
 from convmixer.run_folder import STUDY, StudyFolder, study_of_weights
 
-SPEEDS = ("train_images_per_second", "infer_images_per_second")  # of the probe; the runs may have shared machines
+SPEEDS = ("train_images_per_second", "infer_images_per_second")  # from the probe; runs may have shared machines
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class ArmRow:
         name, label: The arm's.
         parameters, macs: The model's; macs are per image.
         test: Interval of test top-1 in percent over the seeds.
-        train_speed, infer_speed: Images per second, of the probe.
+        train_speed, infer_speed: Images per second, from the probe.
         seconds: Time of one run at that speed.
-        memory: Bytes that training takes beyond libraries and data, of the probe.
+        memory: Bytes that training needs beyond libraries and data, from the probe.
     """
 
     name: str
@@ -68,7 +68,7 @@ class StudyResults:
         return sorted(found, key=lambda record: record.seed or 0)
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
-        """Return seed -> value of a measure of an arm; of a speed: the probe's turn -> value."""
+        """Return seed -> value of a measure of an arm; for a speed: turn of the probe -> value."""
         if measure in SPEEDS:
             return {i: float(turn[measure]) for i, turn in enumerate(self.plan["probes"][arm]["rounds"])}
         return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}

@@ -1,6 +1,6 @@
-"""Pictures of a study as SVG: readable on light and dark pages, in print, and without telling colours apart.
+"""Pictures of a study as SVG: legible on light and dark pages, in print, and without distinguishing colours.
 
-Ink and grid are CSS variables of the page; `standalone` puts fixed ones in, on white, for files that stand alone.
+Ink and grid are CSS variables of the page; `standalone` replaces them by fixed colours on white, for separate files.
 Colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm also has its own marker and line style.
 """
 
@@ -54,7 +54,7 @@ UNITS = {
 
 
 def style_of(index: int) -> dict[str, Any]:
-    """Return colour, marker and line style of the arm at that place in the study."""
+    """Return colour, marker and line style of the arm at that position in the study."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -92,10 +92,10 @@ def draw(name: str, height: float, plot: Callable[[Axes], bool], texts: Sequence
     """Return a picture as themed SVG, or None if there is nothing to draw.
 
     Args:
-        name: Of the picture, different from all others on its page.
-        height: Of the figure, inches.
+        name: Name of the picture, unique on its page.
+        height: Height of the figure, inches.
         plot: Draws into the axes, and returns whether there was anything.
-        texts: Names that it will hold, in any script.
+        texts: Names in the picture, in any script.
     """
     with drawing({**_STYLE, "svg.hashsalt": name}, texts):  # a fixed salt: equal numbers give equal files
         figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
@@ -111,7 +111,7 @@ def standalone(svg: str) -> str:
 
 
 def draw_weights(weights: Path, folder: Path, arm: str) -> None:
-    """Draw the first convolution and the depthwise kernels of saved weights, if it has any.
+    """Draw the first convolution and the depthwise kernels of saved weights, if there are any.
 
     Args:
         weights: A .safetensors file.

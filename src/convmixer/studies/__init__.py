@@ -1,1 +1,1 @@
-"""Comparisons of models: one YAML file each, and what reads, matches, queues, runs and verifies them."""
+"""Comparisons of models: one YAML file each, and the code that reads, matches, queues, runs and verifies them."""

@@ -1,6 +1,6 @@
-"""Families of models that a study can name, and what an arm of a given size costs. Allocates no weights.
+"""Families of models that a study can name, and the number of parameters of an arm. Allocates no weights.
 
-An arm is a registry name and plain arguments: the same pair builds the model to train and to load its weights into.
+An arm is a registry name and plain arguments, which build the model for training and for loading its weights.
 """
 
 import inspect
@@ -100,7 +100,7 @@ def build_args(family: str, sizes: dict[str, Any], img_size: int) -> Build:
     """Return registry name and arguments of an arm.
 
     Raises:
-        RequestError: A size is missing or the sizes do not go together.
+        RequestError: A size is missing or the sizes do not fit together.
     """
     missing = {"dim", "depth"} - set(sizes)
     if missing:

@@ -24,7 +24,7 @@ def count(by: str, img_size: int, in_chans: int, num_classes: int) -> Cost:
 def solve(
     family: str, sizes: dict[str, Any], key: str, target: float, tolerance: float, cost: Cost
 ) -> dict[str, Any]:
-    """Return the sizes with `key` chosen so that the cost comes nearest to the target.
+    """Return the sizes with `key` chosen so that the cost is closest to the target.
 
     Args:
         family: A name of `FAMILIES`.
@@ -35,7 +35,7 @@ def solve(
         cost: (family, sizes) -> a number that grows with `key`.
 
     Raises:
-        RequestError: No size comes near enough; the message names the nearest.
+        RequestError: No size comes close enough; the message names the closest.
     """
     check_sizes(family, sizes)
     step = width_step(family, sizes) if key == "dim" else 1

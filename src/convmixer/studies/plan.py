@@ -1,7 +1,7 @@
-"""A study made ready to run: data read, sizes solved, parameters counted, costs measured. The plan is plain JSON.
+"""Prepares a study: reads data, solves sizes, counts parameters, measures costs. The plan is plain JSON.
 
-The plan goes into the study folder and into the queue, so every worker trains the same sizes, and a report can be
-made from the plan and the records alone.
+The plan goes into the study folder and into the queue, so every worker trains the same sizes, and a report needs only
+the plan and the records.
 """
 
 import dataclasses
@@ -60,9 +60,9 @@ def make_plan(study: Study, data: str) -> Plan:
 
 
 def identity(study: Study) -> str:
-    """Return the study's name with a short fingerprint of its file: settings left at their defaults do not count.
+    """Return the study's name with a short fingerprint of its file, without settings left at their defaults.
 
-    A setting that a newer version adds therefore does not make a study another one.
+    Therefore a setting that a newer version adds does not change the identity of a study.
     """
     contents = dataclasses.asdict(study) | {"recipe": difference(Config(), study.recipe)}
     parts = json.dumps(contents, sort_keys=True, default=str)
@@ -75,10 +75,10 @@ def run_name(arm: str, seed: int) -> str:
 
 
 def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
-    """Return arm -> what `probe` measured, saying each as it is measured.
+    """Return arm -> what `probe` measured, printing each as it is measured.
 
-    If a claim is about a speed, all arms are measured once for every seed, in turns: the speeds are then the medians,
-    and `rounds` holds each turn's.
+    If a claim is about speed, all arms are measured alternately, once per seed: the speeds are then the medians, and
+    `rounds` holds the values of each turn.
     """
     rounds = len(study.seeds) if any(claim.measure in SPEEDS for claim in study.claims) else 1
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["arms"]}
@@ -102,7 +102,7 @@ def _typical(costs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load_splits(study: Study, data: str) -> DataSplits:
-    """Return the data as the study's runs see them, except for the seed of a validation split."""
+    """Return the data as the study's runs read them, except for the seed of a validation split."""
     c = study.recipe
     return load_data(
         data,

@@ -1,4 +1,6 @@
-"""What an arm costs on this machine: a few real steps in a fresh process, so that the memory is the arm's alone."""
+"""Measures what an arm costs on this machine: a few real steps in a fresh process, so that only the arm uses its
+memory.
+"""
 
 import json
 import statistics
@@ -24,7 +26,7 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
 
     Returns:
         `train_images_per_second`, `infer_images_per_second`, `peak_memory_bytes` (of training, beyond the libraries
-        and the data), `seconds` (of a whole run at these speeds), and what computed: `precision`, `device`,
+        and the data), `seconds` (of a whole run at these speeds), and how they were computed: `precision`, `device`,
         `threads`, `kernels`.
 
     Raises:

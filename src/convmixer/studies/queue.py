@@ -1,7 +1,7 @@
-"""The runs of a study as a queue that several workers, on one machine or many, take from. Optuna keeps it.
+"""The runs of a study as a queue from which several workers take, on one machine or many. Optuna manages it.
 
-Only its queue is used: every run is enqueued before the first one starts, and nothing is sampled. Each worker sends a
-heartbeat. When it stops, Optuna enqueues the worker's run again, and the next worker continues it.
+Only Optuna's queue is used: every run is enqueued before the first one starts, and nothing is sampled. Each worker
+sends a heartbeat. If it stops, Optuna enqueues the worker's run again, and the next worker continues it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from convmixer.errors import RequestError
 from convmixer.processes import is_dead, one_at_a_time, sign
 
 HEARTBEAT_SECONDS = 15
-GRACE_BEATS = 8  # missed before a worker counts as dead; a paused machine should not
+GRACE_BEATS = 8  # missed heartbeats before a worker counts as dead; a briefly paused machine should not
 RETRIES = 5
 
 Record = dict[str, Any]
@@ -31,10 +31,10 @@ class Queue:
     """The runs of one study in a database.
 
     Args:
-        url: SQLAlchemy URL of the database; missing tables are made.
+        url: SQLAlchemy URL of the database; missing tables are created.
         name: The study's name there.
-        heartbeat_seconds: Time between the signs of life of a worker; if the study was started before, the time
-            given then holds for all workers.
+        heartbeat_seconds: Time between a worker's heartbeats; if the study was started before, the time given then
+            applies to all workers.
 
     Raises:
         RequestError: The database cannot be used.
@@ -46,21 +46,21 @@ class Queue:
         self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
 
     def _beat(self, seconds: int) -> None:
-        # other workers apply their own grace period to this one, so all must have the same
+        # other workers judge this one by their own grace period, so all must have the same
         self.heartbeat_seconds = self._storage.heartbeat_interval = seconds
         self._storage.grace_period = GRACE_BEATS * seconds
 
     def exists(self) -> bool:
-        """Return whether the study was started in this database, to the end of `start`."""
+        """Return whether the study was started in this database and `start` finished."""
         return "plan" in self._attributes()
 
     def start(self, runs: list[str], plan: dict[str, Any], done: Mapping[str, Record] | None = None) -> None:
-        """Enqueue all runs, in order, and keep the plan for every worker; a study that exists stays as it is.
+        """Enqueue all runs, in order, and keep the plan for every worker; an existing study is not changed.
 
         Args:
             runs: Names of all runs.
             plan: What every worker needs to know.
-            done: Run name -> record of the runs that have ended already: they are kept, not enqueued.
+            done: Run name -> record of the runs that are already finished: they are kept, not enqueued.
         """
         if self.exists():
             return
@@ -75,7 +75,7 @@ class Queue:
                 study.enqueue_trial({"run": run})
         study.set_user_attr("runs", runs)
         study.set_user_attr("heartbeat_seconds", self.heartbeat_seconds)
-        study.set_user_attr("plan", plan)  # last: a worker that sees it sees the whole queue
+        study.set_user_attr("plan", plan)  # last, so that a worker that finds the plan finds the whole queue
 
     def plan(self) -> dict[str, Any]:
         """Return the plan kept by `start`.
@@ -109,7 +109,7 @@ class Queue:
         return self._runs(TrialState.RUNNING)
 
     def retry_failures(self) -> None:
-        """Enqueue the runs that failed once more."""
+        """Enqueue failed runs again."""
         for run in self.failures():
             self._study().enqueue_trial({"run": run})
 
@@ -125,8 +125,8 @@ class Queue:
         """Take the next run, train it, keep its record.
 
         Args:
-            train: Run name -> record with "results" in it; what it raises is kept as the run's failure. After
-                SystemExit or KeyboardInterrupt the run is the next to be taken.
+            train: Run name -> record with "results" in it; an exception is kept as the run's failure. After
+                SystemExit or KeyboardInterrupt the run is the next one taken.
 
         Returns:
             The run's name, or None if no run was waiting.
@@ -138,7 +138,7 @@ class Queue:
         def objective(trial: optuna.Trial) -> float:
             taking.close()
             run = _run_of(self._storage.get_trial(trial._trial_id))
-            if run is None:  # another worker took the last one a moment before
+            if run is None:  # another worker has just taken the last one
                 raise optuna.TrialPruned
             ids.append(trial._trial_id)
             taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))
@@ -147,20 +147,20 @@ class Queue:
 
         if self.waiting():
             try:
-                with taking:  # in SQLite, Optuna gives two workers that ask at the same moment the same run
+                with taking:  # in SQLite, Optuna gives the same run to two workers that ask at the same moment
                     taking.enter_context(_one_at_a_time(self.name))
                     self._study().optimize(objective, n_trials=1, catch=(Exception,))
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
                 if not (ids and self._storage.get_trial(ids[0]).state.is_finished()):
                     raise
-                print(f"{taken[0]} was silent for too long and another worker has taken it over: not recorded")
+                print(f"{taken[0]} sent no heartbeat for too long and another worker has taken it over: not recorded")
         return taken[0] if taken else None
 
     def _train(self, trial: optuna.Trial, run: str, train: Train) -> float:
         try:
-            record = self.records().get(run) or train(run)  # a run thought dead may have ended after all
+            record = self.records().get(run) or train(run)  # a run that counted as dead may have finished after all
         except (SystemExit, KeyboardInterrupt) as stop:
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has it
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has recorded it
                 self._put_back(trial._trial_id)
             raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
         except Exception as error:
@@ -172,12 +172,12 @@ class Queue:
         return float(record["results"]["test_top1"])
 
     def _put_back(self, trial_id: int) -> None:
-        # remove this worker's number, or the next worker would look dead until it has written its own
+        # remove this worker's process number, or the next worker would look dead until it has written its own
         self._storage.set_trial_user_attr(trial_id, "worker", None)
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def _take_back(self, trial_id: int) -> None:
-        """Take a run again that another worker put back although this one is alive, if nobody has taken it since."""
+        """Take back a run that another worker put back although this one is alive, if nobody has taken it since."""
         if self._storage.get_trial(trial_id).state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
@@ -195,21 +195,21 @@ class Queue:
 
 
 def open_storage(url: str, heartbeat_seconds: int) -> RDBStorage:
-    """Return a database of Optuna's in which the trials of workers that fall silent are enqueued again.
+    """Return an Optuna database that enqueues the trials of workers without a heartbeat again.
 
     Args:
-        url: SQLAlchemy URL; missing tables are made.
-        heartbeat_seconds: Time between the signs of life of a worker.
+        url: SQLAlchemy URL; missing tables are created.
+        heartbeat_seconds: Time between a worker's heartbeats.
 
     Raises:
         RequestError: The database cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # experimental by name for years; a later Optuna that changes them fails our tests, not silently
+    # marked experimental for years; if a later Optuna changes them, our tests fail
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 disagree on the driver meant
+    if url.startswith(("postgres://", "postgresql://")):  # SQLAlchemy 2.0 and 2.1 choose different drivers
         url = "postgresql+psycopg2://" + url.partition("://")[2]
-    # SQLite lets one writer in at a time: wait for it instead of failing
+    # SQLite allows one writer at a time: wait for it instead of failing
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
         return RDBStorage(
@@ -221,7 +221,7 @@ def open_storage(url: str, heartbeat_seconds: int) -> RDBStorage:
         )
     except ImportError as error:
         raise RequestError(f"{url.split(':')[0]} needs its driver: pip install 'convmixer[postgres]'") from error
-    except Exception as error:  # whatever SQLAlchemy and the driver raise for a wrong address
+    except Exception as error:  # SQLAlchemy and the drivers raise many types for a wrong address
         reason = str(error).strip().splitlines()[0]
         raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
 
@@ -243,7 +243,7 @@ def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None
 
 
 def _one_at_a_time(name: str) -> contextlib.AbstractContextManager[None]:
-    """Let the workers of a study on this machine take runs, and look for dead workers, one after the other."""
+    """Make the workers of a study on this machine take runs, and look for dead workers, one at a time."""
     return one_at_a_time(Path(tempfile.gettempdir()) / f"convmixer-{os.getuid()}-{name}.lock")
 
 

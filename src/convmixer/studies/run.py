@@ -36,18 +36,18 @@ def compare(
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     reuse: Path | None = None,
 ) -> dict[str, Any]:
-    """Train what a study still lacks and write its report.
+    """Train the missing runs of a study and write its report.
 
     Args:
         name: A shipped study, or the path of a study file.
         data: The data argument; None: the study's own.
         out: Study folder; None: `studies/<name>`.
-        resume: Go on with the study in that folder.
-        budget: Start no run that would not end within this time, such as "2h"; None: the study's own, or no limit.
+        resume: Continue the study in that folder.
+        budget: Start only runs that would end within this time, such as "2h"; None: the study's own, or no limit.
         dry_run: Probe and print the plan; train nothing.
         worker: Take runs from a queue that another process started.
         storage: SQLAlchemy URL of the queue; None: SQLite in the study folder.
-        heartbeat_seconds: Time between the signs of life of this worker.
+        heartbeat_seconds: Time between this worker's heartbeats.
         reuse: Folder of another study; runs that finished there with the same model, settings, seed and data are
             not trained again.
 
@@ -98,7 +98,7 @@ class Runner:
         spec: The data argument; workers on other machines may keep the same data elsewhere.
         queue: Its queue, started.
         out: The study folder.
-        deadline: Start nothing that would end after this (`time.monotonic`).
+        deadline: Start only runs that would end before this (`time.monotonic`).
         reuse: Folder of another study to take finished runs from.
     """
 
@@ -117,7 +117,7 @@ class Runner:
         """Check that the data here are those of the plan.
 
         Raises:
-            RequestError: They are not.
+            RequestError: They differ.
         """
         if load_splits(self.study, self.spec).checksum != self.plan["data"]["checksum"]:
             raise RequestError(f"{self.spec} holds other data than the study was started with")
@@ -212,7 +212,7 @@ class Runner:
         return None
 
     def _reused(self, run: str, record: records.RunRecord) -> dict[str, Any]:
-        """Return another study's record as this one's."""
+        """Return another study's record, changed to belong to this one."""
         assert self.reuse
         arm, theirs = self.of_run[run][0], _read_plan(self.reuse)
         results = record.results | {
@@ -229,7 +229,7 @@ class Runner:
         self._draw(done)
 
     def _draw(self, done: dict[str, Any]) -> None:
-        """Draw filters and kernels of every arm's first seed, once, while the weights are at hand."""
+        """Draw filters and kernels of every arm's first seed, once, while the weights are available."""
         from convmixer.results.study_plots import draw_weights
 
         for arm in self.plan["arms"]:
@@ -241,7 +241,7 @@ class Runner:
     # Time
 
     def _estimate(self, run: str) -> float:
-        """Return the seconds a run will still take, by the arm's finished runs on this machine, else by the probe."""
+        """Return the remaining seconds of a run, from the arm's finished runs here, else from the probe."""
         arm, seed = self.of_run[run]
         if self._elsewhere(run):
             return 0.0
@@ -276,7 +276,7 @@ def _rebuild_queue(queue: Queue, out: Path) -> None:
     plan, path = _read_plan(out), StudyFolder(out).records
     done = {record.name: dataclasses.asdict(record) for record in (records.read(path) if path.exists() else ())}
     queue.start(plan["runs"], plan, done)
-    print(f"study    its queue is not in {out}: rebuilt from the plan and {len(done)} records")
+    print(f"study    its queue is missing in {out}: rebuilt from the plan and {len(done)} records")
 
 
 def _machine(environment: dict[str, Any]) -> list[Any]:
@@ -304,7 +304,7 @@ def _say_plan(plan: Plan) -> None:
 
 
 def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
-    """Refuse to mix two studies in one folder, or to continue one without --resume."""
+    """Raise an error instead of mixing two studies in one folder, or continuing one without --resume."""
     if not StudyFolder(out).plan.exists():
         if out.exists() and any(out.iterdir()) and not goes_on:
             raise RequestError(f"{out} is not empty: choose another --out")

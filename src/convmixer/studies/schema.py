@@ -1,4 +1,4 @@
-"""A study as read from its YAML file: arms, the recipe they share, seeds, claims. Checks everything, trains nothing.
+"""Reads a study from its YAML file: arms, the recipe they share, seeds, claims. Checks everything, trains nothing.
 
 The file is the pre-registration: it holds the claims, their directions and the smallest differences that matter.
 """
@@ -24,7 +24,7 @@ MEASURES = ("test_top1", *SPEEDS)
 # settings of `train` that a study's recipe must not hold, and what to do instead
 ELSEWHERE = {
     "seed": "write `seeds`",
-    "model": "it is the arm's",
+    "model": "write it on the arm",
     "act": "write it on the arm",
     "drop_rate": "arms are built without dropout",
 }
@@ -35,12 +35,12 @@ class Arm:
     """One model of a study.
 
     Args:
-        name: Its key in the file; also part of folder names.
+        name: Its key in the file; also a part of folder names.
         label: Its name in tables and plots.
         family: A name of `arms.FAMILIES`.
         sizes: Arguments of the family; `match` may replace width or depth.
         fixed: Keep the sizes as written although the study matches.
-        recipe: Settings that only this arm has; allowed if the study says `unequal: true`.
+        recipe: Settings of only this arm; allowed if the study says `unequal: true`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Match:
-    """What makes arms comparable: `by` one of MATCH_BY, equal to the arm `like`, by solving for `solve`."""
+    """How arms are made comparable: equal in `by` (one of MATCH_BY) to the arm `like`, by solving for `solve`."""
 
     by: str
     like: str
@@ -105,13 +105,13 @@ class Study:
     notes: str
 
     def config(self, arm: str, seed: int) -> Config:
-        """Return the settings of one run: the shared recipe, the seed, and what the study lets the arm change."""
+        """Return the settings of one run: the shared recipe, the seed, and the settings of the arm."""
         return dataclasses.replace(override(self.recipe, self.arms[arm].recipe), seed=seed)
 
     def runs(self) -> list[tuple[str, int]]:
         """Return (arm, seed) of every run, most informative first: all arms of a seed before the next seed.
 
-        A paired difference needs both arms of one seed, so a study that is cut short has complete pairs.
+        A paired difference needs both arms of one seed; in this order, a study that stops early has complete pairs.
         """
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 

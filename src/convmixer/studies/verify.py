@@ -1,4 +1,4 @@
-"""Does a recorded number still hold? Finds its weights and data, checks them, and measures again."""
+"""Checks whether a recorded number still holds: finds its weights and data, checks them, and measures again."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[
     """Re-evaluate recorded test accuracies and return whether each still holds.
 
     Args:
-        path: The record of a run or the records of a study; the weights are beside it.
+        path: The record of a run or the records of a study; the weights are in the same folder.
         data: Where the data are now; None: as recorded.
         run: Verify only the record of this name.
 

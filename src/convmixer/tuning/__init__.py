@@ -1,1 +1,1 @@
-"""Searching settings on a validation split: `convmixer tune`."""
+"""Hyperparameter search on a validation split: `convmixer tune`."""

@@ -1,4 +1,4 @@
-"""Search settings: trials that train on the data and are judged on the validation split alone.
+"""Hyperparameter search: trials train on the data and are scored only on the validation split.
 
 Optuna proposes the values, stops trials that fall behind, and keeps the search in a database, so that it can be
 stopped, continued and shared by several workers. The test split is never read.
@@ -30,7 +30,7 @@ from convmixer.tuning.space import Space, load_space, suggest, values_of
 
 RECIPE, TABLE = "recipe.yaml", "trials.csv"
 VAL_FRACTION = 0.1  # held out if neither the recipe nor the data have a validation split
-STARTUP_TRIALS = 5  # at random, before the sampler learns from them
+STARTUP_TRIALS = 5  # random ones, from which the sampler then learns
 
 
 def tune(
@@ -47,7 +47,7 @@ def tune(
     storage: str | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
 ) -> dict[str, Any]:
-    """Search the settings of a recipe on a data set and write the best as a recipe file.
+    """Search hyperparameters of a recipe on a data set and write the best as a recipe file.
 
     Args:
         data: The data argument.
@@ -55,19 +55,19 @@ def tune(
         recipe_name: Its name.
         out: Folder for trials, tables and pictures; None: `tune/<recipe>`.
         space: YAML file of the settings to search; None: the shipped `space.yaml`.
-        trials: Trials that end the search, over all workers; None: 20 if there is no budget either.
-        budget: Start no trial that would not end within this time, such as "2h".
+        trials: Number of trials of all workers after which the search ends; None: 20 if there is no budget either.
+        budget: Start only trials that would end within this time, such as "2h".
         resumes: Continue the search in that folder.
         worker: Help with a search that was started elsewhere.
         storage: SQLAlchemy URL of the database; None: SQLite in the folder.
-        heartbeat_seconds: Time between the signs of life of this worker.
+        heartbeat_seconds: Time between this worker's heartbeats.
 
     Returns:
         `best` (setting -> value), `val_top1` (percent), `trials`, `pruned`, `failed` (counts), `recipe` (path).
 
     Raises:
         RequestError: The settings, the data or the folder do not allow it.
-        RuntimeError: Not one trial ended.
+        RuntimeError: No trial ended.
     """
     if trials is not None and trials < 1:
         raise RequestError(f"--trials must be at least 1, not {trials}")
@@ -80,7 +80,7 @@ def tune(
 
 
 def _base(recipe: Config) -> Config:
-    """Return the recipe with a validation split, without pictures, and with the test split closed."""
+    """Return the recipe with a validation split, without pictures, and without reading the test split."""
     return dataclasses.replace(recipe, test=False, draw=False, val_fraction=recipe.val_fraction or VAL_FRACTION)
 
 
@@ -91,7 +91,7 @@ class Search:
         data: The data argument.
         base: Settings that are not searched.
         recipe_name: Their name.
-        space: Settings that are.
+        space: Settings that are searched.
         out: The folder.
     """
 
@@ -105,7 +105,7 @@ class Search:
         """Open or start the search.
 
         Raises:
-            RequestError: The folder holds something else, or a search that was not to be continued.
+            RequestError: The folder holds something else, or a search that is not to be continued.
         """
         known = self.out / SEARCH
         if known.exists() and not joins:
@@ -120,7 +120,7 @@ class Search:
         store = open_storage(storage or f"sqlite:///{self.out.resolve()}/{STUDY_QUEUE}", heartbeat_seconds)
         seed = int.from_bytes(hashlib.sha256(f"{self.base.seed} {sign()}".encode()).digest()[:4], "little")
         found = self.name in optuna.get_all_study_names(store)
-        first = self.base.seed if not found else seed  # workers with one seed would propose the same
+        first = self.base.seed if not found else seed  # workers with the same seed would propose the same values
         self.study = optuna.create_study(
             storage=store,
             study_name=self.name,
@@ -145,7 +145,7 @@ class Search:
             self._say(self.study.get_trials(deepcopy=False)[-1])
 
     def recover(self) -> None:
-        """Enqueue again what workers of this machine had when they died."""
+        """Enqueue the trials of workers that died on this machine again."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if is_dead(trial.user_attrs.get("worker")):
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -155,7 +155,7 @@ class Search:
         """Write the best settings, a table and pictures; print and return what was found.
 
         Raises:
-            RuntimeError: Not one trial ended.
+            RuntimeError: No trial ended.
         """
         done = self.study.get_trials(deepcopy=False)
         counts = {state: sum(trial.state == state for trial in done) for state in TrialState}
@@ -204,7 +204,7 @@ class Search:
         except optuna.TrialPruned:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             raise
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # the best may be trained again; the weights stay
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # the weights stay; the best trial may be trained again
         trial.set_user_attr("seconds", time.monotonic() - began)
         if result["val_top1"] is None:
             raise RequestError(f"{self.data} has no validation split to choose on")
@@ -233,7 +233,7 @@ class Search:
         return head + str(yaml.safe_dump(settings, sort_keys=False))
 
     def _draw(self, found: set[float | None]) -> None:
-        """Draw the course of the search and, if trials ended with different accuracies, what mattered."""
+        """Draw the history of the search and, if the accuracies of trials differ, the importance of each setting."""
         import warnings
 
         from convmixer.results.plots import save
@@ -244,14 +244,14 @@ class Search:
             self.out / "importance.png",
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental interfaces; few trials tell little, as anyone sees
+            warnings.simplefilter("ignore")  # of experimental interfaces and of few trials
             save(_figure(draw.plot_optimization_history(self.study, target_name="val top-1 (%)")), history)
             if len(found) > 1 and len(self.space) > 1:
                 save(_figure(draw.plot_param_importances(self.study, target_name="val top-1")), importance)
 
 
 def _figure(axes: Any) -> Any:
-    """Return the figure around Optuna's axes, which it does not lay out."""
+    """Return the figure of Optuna's axes, laid out."""
     axes.figure.set_layout_engine("constrained")
     return axes.figure
 

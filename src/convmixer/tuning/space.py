@@ -1,4 +1,4 @@
-"""The space of settings to search: read from a YAML file, checked against the settings, sampled by Optuna."""
+"""The search space: read from a YAML file, checked against the settings, sampled by Optuna."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def load_space(path: Path | None) -> Space:
     """Return the space in a YAML file, the shipped one if no path is given.
 
     Raises:
-        RequestError: The file cannot be read, names no setting, or a range or choice is not one the setting takes.
+        RequestError: The file cannot be read, names no setting, or the setting does not accept a range or choice.
     """
     space = load_settings(path or SHIPPED)
     if not space:
@@ -61,7 +61,7 @@ def _check(name: str, values: Any) -> None:
     """Check a line of the space.
 
     Raises:
-        RequestError: It is no range and no list of choices, or the setting does not take its values.
+        RequestError: It is neither a range nor a list of choices, or the setting does not accept its values.
     """
     if isinstance(values, dict) and values.keys() == {"choices"} and isinstance(values["choices"], list):
         tried = values["choices"]
@@ -76,4 +76,4 @@ def _check(name: str, values: Any) -> None:
     if not tried:
         raise RequestError(f"{name} has no choices")
     for value in tried:
-        override(Config(), {name: value})  # refuses unknown names and values out of range
+        override(Config(), {name: value})  # raises for unknown names and values out of range

@@ -1,8 +1,8 @@
-"""Build the shipped C++ source on first use, cache the result, and say why if it cannot be built.
+"""Build the shipped C++ source on first use, cache the result, and report why if it cannot be built.
 
 The source is written against torch's stable ABI and compiled on the machine that runs it, so it may use all of that
-machine's instructions. Home folders are shared between unlike machines: the cache key holds everything that the
-binary depends on. Nothing here runs at import.
+machine's instructions. Different machines may share a home folder, so the cache key covers everything that the binary
+depends on. Nothing here runs at import.
 """
 
 import ctypes
@@ -27,10 +27,10 @@ OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
 MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
 VARIANTS = {  # each runs on any processor, so that the code for others can be tested, or timed, on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
-    "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied two at a time
+    "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied in pairs
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
-    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in blocks as small as of narrow ones
-    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 products by torch, as on processors with matrix units
+    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in the small blocks of narrow ones
+    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300
 _OFF_VALUES = ("0", "off", "false", "no")
@@ -106,12 +106,12 @@ def cache_folder() -> Path:
 
 
 def flags(version: str) -> list[str]:
-    """Return the flags for the compiler that calls itself `version`. No fast-math: it would change NaN, Inf, sums."""
+    """Return the flags for a compiler, given its version text. No fast-math: it would change NaN, Inf and sums."""
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
     march += VARIANTS.get(target(), [])
     shape = ["-fno-math-errno", "-fno-trapping-math"]
-    if "clang" not in version:  # it turns the unrolled sums of a convolution into register moves and spills
+    if "clang" not in version:  # this flag's optimisation turns unrolled sums into register moves and spills
         shape.append("-fno-predictive-commoning")
     return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]
 
@@ -146,7 +146,7 @@ def _build(compiler: list[str], version: str, built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
         _compile(compiler, version, Path(folder), out)
-        os.replace(out, built)  # atomic: no process ever sees half a library
+        os.replace(out, built)  # atomic: no process ever reads half a library
     print(f"convmixer: built in {time.monotonic() - start:.0f} s: {built}", file=sys.stderr, flush=True)
 
 

@@ -36,7 +36,8 @@ def pack(
     """Return the weights of a network in the order that this machine's kernel reads them.
 
     Every sum becomes act(sum * multiply + bias) * scale + shift, row by row of `VECTORS`; with int8, a depthwise
-    output z then goes into the product as round(z * steps + zero), 0 to 255, and only products have `multiply`.
+    output z then goes into the matrix multiplication as round(z * steps + zero), 0 to 255, and only matrix
+    multiplications have `multiply`.
 
     Args:
         stem: (dim, in_chans, patch, patch), fp32 like all of them.
@@ -48,7 +49,7 @@ def pack(
         precision: One of `PRECISIONS`.
 
     Returns:
-        int32, for `run` on this machine alone.
+        int32, only for `run` on this machine.
     """
     parts = (stem, stem_vectors, depthwise, depthwise_vectors, point, point_vectors)
     floats = [part.detach().float().contiguous() for part in parts]

@@ -1,6 +1,6 @@
-"""The block's kernels for CUDA, in Triton, which comes with PyTorch: users install and build nothing.
+"""The CUDA kernels of the block, in Triton. Triton comes with PyTorch, so there is nothing to install or build.
 
-Like the C++ ones they are loaded on first use, and `why_not` says why they cannot be used.
+Like the C++ kernels they are loaded on first use, and `why_not` says why they cannot be used.
 """
 
 import functools
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot compute on a CUDA device in a type, or None. Loads them on first use."""
+    """Return why the kernels cannot run on a CUDA device with a dtype, or None. Loads them on first use."""
     if dtype not in DTYPES:
         return f"on a GPU they compute in fp32, bf16 and fp16, not in {dtype}"
     return switched_off() or _unsupported(device) or _load("CUDA")
@@ -25,7 +25,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _unsupported(device: torch.device) -> str | None:
     if torch.version.hip:
-        return "they are for NVIDIA cards, this PyTorch is for AMD's"
+        return "they are for NVIDIA GPUs, this PyTorch is for AMD GPUs"
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST:
         name = torch.cuda.get_device_name(device)
@@ -35,7 +35,7 @@ def _unsupported(device: torch.device) -> str | None:
 
 @functools.cache
 def _load(key: str) -> str | None:
-    """Put the kernels behind the ops for a dispatch key; return why that failed, or None."""
+    """Register the kernels for the ops under a dispatch key; return why that failed, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton, which they are written in, is not installed"
     try:

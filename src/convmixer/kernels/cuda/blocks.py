@@ -1,8 +1,8 @@
-"""The order of the CUDA kernels for all blocks of a ConvMixer: the GPU's side of `convmixer.kernels.blocks`.
+"""Runs the CUDA kernels of all blocks of a ConvMixer in order: the GPU's part of `convmixer.kernels.blocks`.
 
-As on the CPU only u and v of each block are kept. Between the halves only parts of sums go on: one launch adds them
-and makes the next kernel's scale and shift (see `sums`). Without gradients and with running statistics there is
-nothing to wait for, and a half is one launch.
+As on the CPU, only u and v of each block are kept. Each half passes on only partial sums: one launch adds them and
+makes the next kernel's scale and shift (see `sums`). Without gradients and with running statistics there are no sums,
+and a half is one launch.
 """
 
 from typing import NamedTuple
@@ -100,7 +100,7 @@ def backward(
         dv, h, x, bias_parts = rows.operands(grad, after, back, u, norm_u, before, norm_before, act)
         matrix_grad = product.weight_gradient(dv, h).view_as(block.matrix)
         matrix_bias = sums.total(bias_parts)[:, 0]
-        dh = h  # its place; the product of the weights has been
+        dh = h  # reuses its memory: the weight gradient is already computed
         parts = product.input_gradient(dv, block.matrix.flatten(1).to(v.dtype), u, dh, act)
         back, *norm_1 = norm(2 * i + 1, block.weight_1, parts)
         du = dv
@@ -109,7 +109,7 @@ def backward(
         grad, parts = depthwise.input_gradient(du, dh, before, depthwise.taps_of(block.taps), act)
         gradients = [taps_grad, taps_bias, *norm_1, matrix_grad, matrix_bias, *norm_2, *gradients]
     back, *norm_0 = norm(0, parameters[0], parts)
-    out = torch.empty_like(grad)  # `grad` may be the caller's where there are no blocks
+    out = torch.empty_like(grad)  # `grad` may be the caller's if there are no blocks
     rows.act_norm_backward(grad, v, back, out, act)
     return out, [*norm_0, *gradients]
 
@@ -124,7 +124,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(parameters: list[Tensor], dtype: torch.dtype) -> list[Prepared]:
-    """Return the convolutions of all blocks for inference in a type."""
+    """Return the convolutions of all blocks for inference with a dtype."""
     return [
         Prepared(depthwise.taps_of(b.taps), b.taps_bias, b.matrix.flatten(1).to(dtype), b.matrix_bias)
         for b in _blocks(parameters)

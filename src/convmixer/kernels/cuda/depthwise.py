@@ -1,9 +1,9 @@
 """The depthwise convolution on normalised values: forward with its statistics, input gradient, weight gradient.
 
 A program computes tiles of 2 to 4 rows and `_WIDE` columns for one block of channels, down a strip of an image. A
-thread holds two channels and keeps the whole tile's sums in registers: it walks over the input rows once, and each
-value it loads serves all the sums that need it, without shared memory and without a barrier. Only the tile is
-unrolled; unrolling more compiles for minutes.
+thread holds two channels and keeps the whole tile's sums in registers: it goes over the input rows once, and uses
+each loaded value for all sums that need it, without shared memory and without a barrier. Only the tile is unrolled;
+unrolling more compiles for minutes.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from convmixer.kernels.cuda.activation import activate, norm
 
 _WIDE = 8
-_PROGRAMS = 1024  # wanted: several for each multiprocessor of the largest cards
+_PROGRAMS = 1024  # at least: several for each multiprocessor of the largest GPUs
 _TAPS = 28  # of the weight gradient at once: each is a sum in a register
 
 
@@ -35,14 +35,14 @@ def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Te
 
 
 def forward_norm(x: Tensor, taps: Tensor, bias: Tensor, scale_shift: Tensor, act: int) -> Tensor:
-    """Return h = norm(act(u)) + x, the whole half of a block once its statistics are known."""
+    """Return h = norm(act(u)) + x: the whole half of a block, if its statistics are known."""
     h = torch.empty_like(x)
     _convolve(x, taps, h, act, mode="norm", bias=bias, scale_shift=scale_shift)
     return h
 
 
 def input_gradient(du: Tensor, dh: Tensor, before: Tensor, taps: Tensor, act: int) -> tuple[Tensor, Tensor]:
-    """Return dh plus what the convolution passes back of du, and the parts of its sums, (P, 2, C)."""
+    """Return dh plus the convolution's input gradient from du, and the parts of its sums, (P, 2, C)."""
     dx, parts = torch.empty_like(du), _parts(du, "gradient")
     _convolve(du, taps, dx, act, mode="gradient", residual=dh, before=before, parts=parts)
     return dx, parts
@@ -97,11 +97,11 @@ def _parts(x: Tensor, mode: str) -> Tensor:
 
 
 def _shape(x: Tensor, mode: str) -> dict[str, Any]:
-    """Return the grid and the sizes of a program, from nothing but the shape, the type and the mode."""
+    """Return the grid and the sizes of a program, which depend only on shape, dtype and mode."""
     N, H, W, C = x.shape
     channels, wide = _channels(C), _wide(W)
     columns, blocks = triton.cdiv(W, wide), triton.cdiv(C, channels)
-    # as high as registers allow: what a tile reads and writes at its end counts too
+    # as high as registers allow, including what a tile reads and writes at its end
     wide_values = x.dtype is torch.float32
     high = 3 if mode == "gradient" else 2 if wide_values else 4
     rows = triton.cdiv(H, high) * high

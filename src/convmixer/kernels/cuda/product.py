@@ -1,7 +1,7 @@
-"""The pointwise convolution as a product of (rows, C) with (C, C), with what comes before and after it in one pass.
+"""The pointwise convolution as a multiplication of (rows, C) by (C, C), fused with the steps before and after it.
 
-16-bit products go to the tensor cores with fp32 sums. fp32 products are the library's, after torch's own setting of
-TF32, with passes before and after: on the other cores, nothing here would be faster.
+16-bit multiplications use the tensor cores with fp32 sums. fp32 multiplications are cuBLAS's, with torch's own
+setting of TF32 and separate passes before and after: without tensor cores, nothing here would be faster.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from convmixer.kernels.cuda import rows
 from convmixer.kernels.cuda.activation import activate, norm
 
-FUSED_WIDTH = 256  # up to this many channels one program makes whole rows, so that h is made once, on the way
+FUSED_WIDTH = 256  # up to this many channels one program computes whole rows, and so h only once
 
 
 def forward(u: Tensor, norm_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def forward(u: Tensor, norm_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def forward_norm(h: Tensor, weight: Tensor, bias: Tensor, norm_v: Tensor, act: int) -> Tensor:
-    """Return norm(act(h weight + bias)), the whole half of a block once its statistics are known."""
+    """Return norm(act(h weight + bias)): the whole half of a block, if its statistics are known."""
     if h.dtype is torch.float32:
         return rows.act_norm(_by_library(h, weight.t(), bias), norm_v, act)
     y = torch.empty_like(h)
@@ -100,7 +100,7 @@ def _multiply(
 
 
 def _tile(C: int, fused: bool) -> dict[str, Any]:
-    """Return the tile of a program: its rows and columns, and how much of the sum is taken at once."""
+    """Return the tile of a program: its rows and columns, and how many terms of the sum it takes at once."""
     width = max(16, triton.next_power_of_2(C))
     if fused:
         return {

@@ -1,4 +1,4 @@
-"""Passes over activations as a matrix (rows, C): what stands between the convolutions and the products.
+"""Passes over activations as a matrix (rows, C): the steps between the convolutions and the matrix multiplications.
 
 A program takes whole rows of some channels, tile by tile, and writes its sums as one part, see `sums`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convmixer.kernels.cuda.activation import activate, norm, norm_backward
 
-_PROGRAMS = 2048  # wanted: several for each multiprocessor of the largest cards
+_PROGRAMS = 2048  # at least: several for each multiprocessor of the largest GPUs
 _MOST_ROWS = 512  # per program, so that fp32 sums stay short
 
 
@@ -56,7 +56,9 @@ def operands(
     norm_before: Tensor,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the gradients of a product need: that of v; h; x; and the parts of the sum of v's, (P, 1, C)."""
+    """Return what the gradients of the pointwise convolution need: v's gradient, h, x, and the parts of that
+    gradient's sum, (P, 1, C).
+    """
     dv, h, x = (torch.empty_like(v) for _ in range(3))
     parts = _with_parts(_operands, 1, v, grad, v, back, u, norm_u, before, norm_before, dv, h, x, act)
     return dv, h, x, parts
@@ -101,7 +103,7 @@ def _common(act: int, like: Tensor) -> dict[str, Any]:
 
 
 def _shape(like: Tensor) -> dict[str, Any]:
-    """Return the grid, the rows of a program and its tile, from nothing but the shape."""
+    """Return the grid, the rows of a program and its tile, which depend only on the shape."""
     C = like.shape[-1]
     rows = like.numel() // C
     channels = min(64, triton.next_power_of_2(C))
@@ -147,7 +149,7 @@ def _read(tensor, at, here):
 
 @triton.jit
 def _write(tensor, at, here, value):
-    """Store and return the value as it was rounded."""
+    """Store the value and return it as rounded."""
     rounded = value.to(tensor.dtype.element_ty)
     tl.store(tensor + at, rounded, mask=here)
     return rounded.to(tl.float32)

@@ -1,7 +1,7 @@
 """Sums over the batch without atomics: each program writes its part, the kernels here add the parts in a fixed order.
 
-So results are equal in every bit each time. One launch adds the parts of a norm and turns them into what the next
-kernel multiplies by; a dozen operations on vectors of C values would each cost a launch.
+Therefore results are the same, bit for bit, each time. One launch adds the parts of a norm and turns them into the
+next kernel's scale and shift; as separate operations on vectors of C values, each of a dozen would cost a launch.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ _PARTS = 256  # loaded at once
 
 
 class Norm(NamedTuple):
-    """What a norm needs: weight and bias, (C,) fp32, eps, and the number of values behind each sum."""
+    """The inputs of a norm: weight and bias, (C,) fp32, eps, and the number of values in each sum."""
 
     weight: Tensor
     bias: Tensor
