@@ -1,22 +1,20 @@
 """The network as one op: equal to the plain model within rounding, on every kind of build, shape and precision."""
 
-import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from sklearn.datasets import load_digits
 
-from convmixer import create_model, kernels, optimize_for_inference
+from convmixer import kernels, optimize_for_inference
+from convmixer.device import choose_precision
 from convmixer.errors import RequestError
-from convmixer.fast import support
+from convmixer.fast import inference
 from convmixer.fast.inference import FastInference, PlainInference
-from convmixer.inference import fastest
 from convmixer.kernels.cpu import build
 from convmixer.models.convmixer import ConvMixer
 
@@ -36,6 +34,8 @@ SHAPES = [
     (33, 1, 1, 3, "gelu", (33, 33), 1),
     (48, 2, 15, 2, "gelu", (12, 12), 1),
     (48, 2, 2, 2, "gelu", (14, 70), 3),
+    (24, 2, 10, 1, "relu", (7, 37), 2),
+    (40, 2, 9, 1, "gelu", (50, 33), 3),
     (768, 1, 3, 2, "gelu", (40, 40), 1),  # weights that do not fit into the second-level cache
 ]
 
@@ -64,17 +64,19 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @needs_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fp32_and_bf16_are_as_exact_as_torch(shape: tuple) -> None:
+def test_fp32_and_bf16_are_as_exact_as_torch_and_int8_is_close(shape: tuple) -> None:
     *sizes, (height, width), batch = shape
     model = trained(*sizes)
     images = torch.randn(batch, 3, height, width)
     fast = {precision: optimize_for_inference(model, precision)(images) for precision in ("fp32", "bf16")}
+    int8 = optimize_for_inference(model, "int8", images)(images)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch_bf16 = model(images)
     with torch.no_grad():
         exact = model.double()(images.double())
     assert error(fast["fp32"], exact) < 2e-5
     assert error(fast["bf16"], exact) < 2 * error(torch_bf16, exact)
+    assert error(int8, exact) < 0.03
 
 
 @needs_kernels
@@ -217,17 +219,19 @@ def test_int8_wants_images_and_the_model_stays_as_it_is() -> None:
     assert not any(block[1]._forward_pre_hooks for block in model.blocks)
 
 
-def test_wide_models_on_amx_take_the_librarys_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_HAS_AMX", True)
-    cpu = torch.device("cpu")
-    wide, narrow = (create_model(f"convmixer_{dim}_1_p4_k3", num_classes=3).eval() for dim in (512, 256))
-    assert support.prefers_library(wide, "bf16")
-    assert not support.prefers_library(wide, "fp32")
-    assert not support.prefers_library(narrow, "bf16")
-    assert isinstance(optimize_for_inference(wide, "bf16"), PlainInference)
-    assert isinstance(optimize_for_inference(wide, "fp32"), FastInference)
-    assert type(wide) is ConvMixer  # left as it was
-    images = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
-    expected = wide(torch.from_numpy(images)).detach().numpy()
-    found = fastest(copy.deepcopy(wide), cpu, "bf16")(images)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+@needs_kernels
+@pytest.mark.parametrize("quicker", [True, False])
+def test_int8_says_if_it_saves_no_time(
+    quicker: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The clock is made, since on one processor int8 is only either."""
+    times = {"int8": 1.0 if quicker else 3.0, "fp32": 1.5}
+    monkeypatch.setattr(inference, "_seconds", lambda run, images: times[run.precision])
+    optimize_for_inference(trained(32, 1, 3, 2, "gelu"), "int8", torch.randn(2, 3, 8, 8))
+    said = capfd.readouterr().err
+    assert ("int8 is not quicker than fp32 here, 0.50 of its speed" in said) is not quicker
+    assert quicker or build.level() in said
+
+
+def test_auto_never_takes_int8() -> None:
+    assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")

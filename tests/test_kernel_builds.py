@@ -16,8 +16,8 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
-def _check_parity(*files: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", *(str(TESTS / file) for file in files)]
+def _check_parity(*files: str, only: str = "", **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-k", only, *(str(TESTS / file) for file in files)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout
@@ -32,6 +32,15 @@ def test_the_ops_of_another_processor() -> None:
 @pytest.mark.parametrize("march", ["pairs", "library", "wide-pairs", "x86-64-v3", "scalar"])
 def test_other_processors(march: str) -> None:
     _check_parity(*PARITY, CONVMIXER_KERNELS_MARCH=march)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("march", ["tiles", "vectors"])
+def test_inference_with_and_without_a_matrix_unit(march: str) -> None:
+    _check_parity(
+        "test_fast_inference.py", "-k", "as_exact or largest or digits or threads", CONVMIXER_KERNELS_MARCH=march
+    )
 
 
 @pytest.mark.slow

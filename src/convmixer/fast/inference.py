@@ -5,7 +5,6 @@ convolution and of the matrix multiplication, so no tensor goes through memory t
 `fast.accelerate`.
 """
 
-import copy
 import sys
 import time
 from collections.abc import Iterable
@@ -19,8 +18,8 @@ from torch import Tensor
 from convmixer import kernels
 from convmixer.errors import RequestError
 from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
-from convmixer.fast.support import DTYPES, differentiating, prefers_library, say_once, tools_at_work, why_not
-from convmixer.fast.training import FastConvMixer, accelerate
+from convmixer.fast.support import DTYPES, differentiating, say_once, tools_at_work, why_not
+from convmixer.fast.training import FastConvMixer
 from convmixer.kernels.cpu.build import largest_int8_weight, level
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
 from convmixer.models.convmixer import ConvMixer
@@ -60,8 +59,6 @@ def optimize_for_inference(
         from convmixer.fast.cuda import CudaInference  # Triton comes only with CUDA builds of PyTorch
 
         return CudaInference(model, DTYPES[precision])
-    if reason is None and prefers_library(model, precision):
-        return PlainInference(accelerate(copy.deepcopy(model)), precision)
     if reason is None:
         if calibration is not None and not isinstance(calibration, Tensor):
             calibration = list(calibration)

@@ -23,9 +23,6 @@ DTYPES = {
     "int8": torch.int8,
 }
 _NATIVE_BF16 = native_bf16()
-_HAS_AMX = torch.cpu._is_amx_tile_supported()
-# our matrix multiplications are faster at 256 channels and batch 1; at 768 PyTorch's are 2.4 to 3.8 times as fast
-WIDE_FOR_AMX = 512
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
 
 
@@ -49,15 +46,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def emulates_bf16(device: torch.device) -> bool:
     """Return whether torch emulates bf16 matrix multiplications on a device, a hundred times slower than fp32."""
     return device.type == "cpu" and not _NATIVE_BF16
-
-
-def prefers_library(model: nn.Module, precision: str) -> bool:
-    """Return whether the training kernels, which use PyTorch's bf16 matrix multiplications, are faster on this CPU.
-
-    It does if the model is wide and the CPU has AMX: our own inference kernels do not use its matrix instructions.
-    """
-    width = max((module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)), default=0)
-    return precision == "bf16" and _HAS_AMX and width >= WIDE_FOR_AMX
 
 
 def has_kernels(device: torch.device, precision: str) -> bool:

@@ -30,6 +30,8 @@ VARIANTS = {  # each runs on any processor, so that the code for others can be t
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied in pairs
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
     "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in the small blocks of narrow ones
+    "vectors": ["-DCONVMIXER_TILES=0"],  # inference without the matrix unit of AMX
+    "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],  # with one, in plain C++
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300

@@ -10,6 +10,9 @@
 #include <array>
 #include <iterator>
 #include <utility>
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 #include "activation.h"
 
@@ -85,6 +88,17 @@ struct Int8 {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(a), (__m256i)b);
     return sum + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
+#elif defined(__ARM_FEATURE_MATMUL_INT8) && CONVMIXER_LANES == 4
+  static constexpr int MOST = 127;
+  INLINE static Sum dot(Sum sum, int32_t a, vi b) {
+    return (vi)vusdotq_s32((int32x4_t)sum, vreinterpretq_u8_s32(vdupq_n_s32(a)), (int8x16_t)b);
+  }
+#elif defined(__ARM_FEATURE_DOTPROD) && CONVMIXER_LANES == 4
+#define CONVMIXER_OFFSET 128  // it multiplies signed bytes alone
+  static constexpr int MOST = 127;
+  INLINE static Sum dot(Sum sum, int32_t a, vi b) {
+    return (vi)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_s32(vdupq_n_s32(a)), (int8x16_t)b);
+  }
 #else
   static constexpr int MOST = 127;
   INLINE static Sum dot(Sum sum, int32_t a, vi b) {
@@ -92,6 +106,10 @@ struct Int8 {
     return sum;
   }
 #endif
+#ifndef CONVMIXER_OFFSET
+#define CONVMIXER_OFFSET 0
+#endif
+  static constexpr int OFFSET = CONVMIXER_OFFSET;  // activations are stored less this
 };
 
 // The order of channels within a block of the depthwise kernel's output. The interleaving instructions give bf16 in
@@ -125,7 +143,7 @@ INLINE void put_bytes(uint8_t* a, vf q) {
   typedef uint8_t vb __attribute__((vector_size(L)));
   q = q > 0 ? q : vf{};
   q = q < 255 ? q : splat(255);
-  store_vector(a, __builtin_convertvector(__builtin_convertvector(q + 0.5f, vi), vb));
+  store_vector(a, __builtin_convertvector(__builtin_convertvector(q + 0.5f, vi) - Int8::OFFSET, vb));
 }
 
 template <class K, int ACT>
