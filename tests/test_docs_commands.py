@@ -189,12 +189,15 @@ def test_slow_commands_run(command: Command, trained: Path, monkeypatch: pytest.
 
 
 def test_the_files_shown_are_what_the_commands_read(tmp_path: Path) -> None:
-    for page in ("recipes.md", "studies.md"):
-        assert len(yaml_blocks(page)) == 1
+    assert [len(yaml_blocks(page)) for page in ("recipes.md", "studies.md")] == [1, 2]
     study, settings = tmp_path / "study.yaml", tmp_path / "settings.yaml"
     study.write_text(yaml_blocks("studies.md")[0])
     settings.write_text(yaml_blocks("recipes.md")[0])
     assert len(study.read_text().splitlines()) <= 10
     assert set(load_study(str(study)).arms) == {"conv", "none"}
+    study.write_text("\n".join(yaml_blocks("studies.md")))
+    tune = load_study(str(study)).tune
+    assert tune is not None
+    assert tune.trials == 8
     assert load_settings(settings)["epochs"] == 20
     assert yaml.safe_load(study.read_text())["match"]["by"] == "parameters"

@@ -10,7 +10,8 @@ import pytest
 from convmixer.config import Config
 from convmixer.studies import plan as plan_module
 from convmixer.studies.queue import Queue
-from convmixer.studies.run import Runner, compare
+from convmixer.studies.run import compare
+from convmixer.studies.runner import Runner
 from convmixer.studies.schema import load_study
 from study_runs import tiny
 

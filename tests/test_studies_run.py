@@ -15,7 +15,8 @@ from PIL import Image
 
 from convmixer.cli import main
 from convmixer.errors import RequestError
-from convmixer.studies.run import Runner, compare
+from convmixer.studies.run import compare
+from convmixer.studies.runner import Runner
 from study_runs import finish, kill_in_the_middle, numbers, start, tiny, without
 
 

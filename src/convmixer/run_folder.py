@@ -16,6 +16,7 @@ LATEST, PREVIOUS, SHARES = "latest.pt", "previous.pt", "shares.bin"
 MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
 BEST, LAST = "best", "last"
 STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl", "failures.json", "queue.db"
+STUDY_TRIALS = "trials.jsonl"
 SEARCH = "tune.json"
 MISTAKES = "mistakes.html"
 
@@ -78,6 +79,7 @@ class StudyFolder:
         self.path = Path(path)
         self.plan = self.path / STUDY
         self.records = self.path / STUDY_RECORDS
+        self.trials = self.path / STUDY_TRIALS
         self.failures = self.path / STUDY_FAILURES
         self.queue = self.path / STUDY_QUEUE
         self.pictures = self.path / "pictures"

@@ -21,6 +21,7 @@ RELATIONS = {
     "at-least": "less than {m} worse",
     "same": "less than {m} apart",
 }
+CHOSEN = "●"
 HEADS = ("arm", "test top-1 %", "n", "parameters", "MACs", "train images/s", "infer images/s", "time", "memory")
 HOW = (
     "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds; "
@@ -72,6 +73,8 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     parts += [f"> **{markdown_text(line)}**" for line in _warnings(results)]
     parts += ["## Claims and verdicts", table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
     parts += ["## Arms", table(HEADS, [_cells(row) for row in results.rows()]), HOW]
+    if results.tune:
+        parts += ["## Tuning", tuning_sentence(results.tune), table(*tuning_table(results))]
     parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
     parts += ["## What was done", plan["notes"], _sizes_sentence(results), "```\n" + _commands(results) + "\n```"]
     parts += [table(("", ""), _facts(results)), "### Shared recipe", table(("setting", "value"), _recipe(plan))]
@@ -93,6 +96,7 @@ def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
 {_paper_html(results)}</section>
 <section><h2>Arms</h2>{html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
 <p class="small">{escape_html(HOW)}</p></section>
+{_tuning_html(results)}
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
 <section><h2>What was done</h2><p>{escape_html(plan["notes"])}</p><p>{escape_html(_sizes_sentence(results))}</p>
@@ -112,7 +116,8 @@ def _warnings(results: StudyResults) -> list[str]:
         own = [f"{a['label']} ({_changes(a['recipe'])})" for a in arms if a["recipe"]]
         lines.append(f"Unequal: not all arms share one recipe. Different: {'; '.join(own) or 'none after all'}.")
     if results.missing:
-        done, total = len(results.records), len(plan["runs"])
+        total = len(plan["runs"]) + len(results.tune["runs"] if results.tune else ())
+        done = total - len(results.missing)
         lines.append(f"Incomplete: {done} of {total} runs are done. Missing: {', '.join(results.missing)}.")
     lines += [f"Failed: {run}: {error}" for run, error in results.failures.items()]
     return lines
@@ -198,6 +203,51 @@ def _accuracy(row: ArmRow) -> str:
     if row.test is None:
         return "–"
     return f"{row.test.mean:.2f}" + (f" ± {row.test.half_width:.2f}" if row.test.n > 1 else "")
+
+
+def tuning_sentence(tune: dict[str, Any]) -> str:
+    """Return in words what every arm tried, from the plan's `tune`."""
+    epochs = tune["epochs"]
+    length = f" of {epochs} epoch{'s' if epochs > 1 else ''}" if epochs else ""
+    return (
+        f"Every arm got {tune['trials']} trials{length} with the same values, each judged on "
+        f"{tune['val_fraction']:.0%} of the training images, held out of its training. The settings of the best "
+        f"trial ({CHOSEN}) then trained the arm's seeds. No trial read the test set."
+    )
+
+
+def tuning_table(results: StudyResults) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Return heads and rows: a trial, its settings, and each arm's validation accuracy with the chosen one marked."""
+    tune, arms = results.tune or {}, results.plan["arms"]
+    names = list(tune["settings"])
+
+    def cell(arm: str, trial: int) -> str:
+        tried = results.tried(arm)
+        if trial not in tried:
+            return "–"
+        value, mark = tried[trial], f" {CHOSEN}" if results.chosen(arm) == trial else ""
+        return "diverged" if value is None else f"{value:.2f}{mark}"
+
+    rows: list[Sequence[str]] = [
+        (
+            str(i),
+            *(_value(values.get(name, results.plan["recipe"][name])) for name in names),
+            *(cell(arm, i) for arm in arms),
+        )
+        for i, values in enumerate(tune["proposals"])
+    ]
+    return ("trial", *names, *(f"{arm['label']}, val top-1 %" for arm in arms.values())), rows
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else _short(value)
+
+
+def _tuning_html(results: StudyResults) -> str:
+    if not results.tune:
+        return ""
+    text = escape_html(tuning_sentence(results.tune))
+    return f"<section><h2>Tuning</h2><p>{text}</p>{_html_table(*tuning_table(results), 'arms')}</section>"
 
 
 def _sizes_sentence(results: StudyResults) -> str:

@@ -54,18 +54,38 @@ class StudyResults:
         self.folder = folder
         path = StudyFolder(folder).records
         self.records = {record.name: record for record in records.read(path)} if path.exists() else {}
+        path = StudyFolder(folder).trials
+        self.trials = list(records.read(path)) if path.exists() else []
         failures = StudyFolder(folder).failures
         self.failures: dict[str, str] = json.loads(failures.read_text("utf-8")) if failures.exists() else {}
 
     @property
     def missing(self) -> list[str]:
-        """Runs of the plan without a record."""
-        return [run for run in self.plan["runs"] if run not in self.records]
+        """Trials and runs of the plan without a record."""
+        tried = {record.name for record in self.trials}
+        trials = [trial for trial in (self.tune or {"runs": ()})["runs"] if trial not in tried]
+        return trials + [run for run in self.plan["runs"] if run not in self.records]
+
+    @property
+    def tune(self) -> dict[str, Any] | None:
+        """What the trials try, as the plan holds it; None if the study tunes nothing."""
+        found: dict[str, Any] | None = self.plan.get("tune")
+        return found
 
     def of_arm(self, arm: str) -> list[records.RunRecord]:
         """Return the records of an arm in the order of their seeds."""
         found = [record for record in self.records.values() if record.results["arm"] == arm]
         return sorted(found, key=lambda record: record.seed or 0)
+
+    def tried(self, arm: str) -> dict[int, float | None]:
+        """Return trial -> validation top-1 in percent of an arm's trials that have ended; None if it diverged."""
+        found = [t.results for t in self.trials if t.results["arm"] == arm]
+        return {r["trial"]: r["val_top1"] for r in sorted(found, key=lambda r: int(r["trial"]))}
+
+    def chosen(self, arm: str) -> int | None:
+        """Return the trial with an arm's best validation accuracy, the first of equal ones; None if none has one."""
+        values = {trial: value for trial, value in self.tried(arm).items() if value is not None}
+        return max(values, key=lambda trial: values[trial]) if values else None
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
         """Return seed -> value of a measure of an arm; for a speed: turn of the probe -> value."""

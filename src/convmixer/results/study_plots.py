@@ -74,6 +74,7 @@ def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
     arms, claims = len(results.plan["arms"]), len(results.plan["claims"])
     tall = 3.6 + 0.2 * ((arms + 1) // 2)  # with room for the legend
     add("accuracy", "Test accuracy of every arm, with the 95% interval over seeds", _accuracy, 1.2 + 0.34 * arms)
+    add("trials", "Validation accuracy of every trial; the chosen ones are filled", _trials, 1.2 + 0.34 * arms)
     add("verdicts", "Difference of every claim, with the 95% interval", _claims, 1.3 + 0.5 * claims)
     add("parameters", "Accuracy against parameters", _against("parameters", "parameters, millions", 1e6), tall)
     add(
@@ -174,6 +175,22 @@ def _accuracy(results: StudyResults, axes: Axes) -> bool:
     axes.set(xlabel="test top-1, %", ylim=(-0.6, len(rows) - 0.4))
     axes.grid(axis="y", visible=False)
     return bool(rows)
+
+
+def _trials(results: StudyResults, axes: Axes) -> bool:
+    if not any(results.tried(arm) for arm in results.plan["arms"]):
+        return False
+    for place, arm in enumerate(results.plan["arms"]):
+        style = style_of(place) | {"linestyle": "none"}
+        for trial, value in results.tried(arm).items():
+            if value is not None:
+                chosen = trial == results.chosen(arm)
+                axes.plot(value, place, ms=7, markerfacecolor=style["color"] if chosen else "none", **style)
+    labels = [arm["label"] for arm in results.plan["arms"].values()]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="validation top-1, %", ylim=(-0.6, len(labels) - 0.4))
+    axes.grid(axis="y", visible=False)
+    return True
 
 
 def _claims(results: StudyResults, axes: Axes) -> bool:

@@ -53,6 +53,7 @@ def make_plan(study: Study, data: str) -> Plan:
         "arms": arms,
         "claims": [dataclasses.asdict(claim) for claim in study.claims],
         "runs": [run_name(arm, seed) for arm, seed in study.runs()],
+        "tune": _tune(study),
         "data": _describe(found),
         "command": records.command_line(),
         "environment": records.environment(),
@@ -65,6 +66,8 @@ def identity(study: Study) -> str:
     Therefore a setting that a newer version adds does not change the identity of a study.
     """
     contents = dataclasses.asdict(study) | {"recipe": difference(Config(), study.recipe)}
+    if study.tune is None:  # a key that older versions did not know
+        del contents["tune"]
     parts = json.dumps(contents, sort_keys=True, default=str)
     return f"{study.name}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
 
@@ -72,6 +75,11 @@ def identity(study: Study) -> str:
 def run_name(arm: str, seed: int) -> str:
     """Return the name of a run: its folder below `runs/`."""
     return f"{arm}-seed{seed}"
+
+
+def trial_name(arm: str, trial: int) -> str:
+    """Return the name of an arm's trial, as `run_name` does."""
+    return f"{arm}-trial{trial}"
 
 
 def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
@@ -121,6 +129,15 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _tune(study: Study) -> dict[str, Any] | None:
+    """Return what the trials try, the same values for every arm; all arms try one before any tries the next."""
+    if study.tune is None:
+        return None
+    proposals = study.tune.proposals()
+    runs = [trial_name(arm, i) for i in range(study.tune.trials) for arm in study.arms]
+    return dataclasses.asdict(study.tune) | {"proposals": proposals, "runs": runs}
 
 
 def _describe(data: DataSplits) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Queue:
             raise
         self._take_back(trial._trial_id)
         trial.set_user_attr("record", record)
-        return float(record["results"]["test_top1"])
+        return _value(record)
 
     def _put_back(self, trial_id: int) -> None:
         # remove this worker's process number, or the next worker would look dead until it has written its own
@@ -226,10 +226,15 @@ def open_storage(url: str, heartbeat_seconds: int) -> RDBStorage:
         raise RequestError(f"cannot use the storage {_without_password(url)}: {reason}") from error
 
 
+def _value(record: Record) -> float:
+    """Return a number for Optuna, which samples nothing here and needs one all the same."""
+    return float(record["results"]["test_top1"] or 0.0)
+
+
 def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenTrial:
     """Return a run that ended elsewhere as a trial of the queue."""
     return optuna.trial.create_trial(
-        value=float(record["results"]["test_top1"]),
+        value=_value(record),
         params={"run": run},
         distributions={"run": optuna.distributions.CategoricalDistribution(runs)},
         user_attrs={"record": record},

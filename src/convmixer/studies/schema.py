@@ -16,6 +16,7 @@ from convmixer.config import Config, difference, override, parse_seconds
 from convmixer.errors import RequestError, unknown
 from convmixer.results.study import SPEEDS
 from convmixer.studies.arms import check_sizes
+from convmixer.studies.tune import Tune, parse_tune
 
 RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
@@ -103,6 +104,7 @@ class Study:
     budget: str | None
     unequal: bool
     notes: str
+    tune: Tune | None = None
 
     def config(self, arm: str, seed: int) -> Config:
         """Return the settings of one run: the shared recipe, the seed, and the settings of the arm."""
@@ -148,14 +150,35 @@ def load_study(study: str) -> Study:
         RequestError: The file cannot be read, or any part of it is wrong; the message names the part.
     """
     path = find_study(study)
+    raw = _read(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"cannot read the study {path}: {error}") from error
-    try:
-        return parse(path.stem, raw)
+        return parse(path.stem, _extended(raw))
     except RequestError as error:
         raise RequestError(f"study {path.name}: {error}") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"cannot read the study {path}: {error}") from error
+
+
+def _extended(raw: Any) -> Any:
+    """Return a study with what it takes from the shipped study that its key `extends` names.
+
+    Keys written in the file replace those of the other; `recipe` replaces single settings.
+    """
+    if not isinstance(raw, dict) or "extends" not in raw:
+        return raw
+    name = raw["extends"]
+    if name not in list_studies():
+        raise unknown("study", str(name), list_studies())
+    base = _read(find_study(name))
+    if "extends" in base:
+        raise RequestError(f"extends: {name} extends another study itself: name that one, {base['extends']}")
+    own = {key: value for key, value in raw.items() if key != "extends"}
+    return base | own | {"recipe": base["recipe"] | dict(_mapping(own.get("recipe", {}), "recipe"))}
 
 
 def parse(name: str, raw: Any) -> Study:
@@ -186,6 +209,7 @@ def parse(name: str, raw: Any) -> Study:
         budget=_budget(values.get("budget")),
         unequal=unequal,
         notes=str(values.get("notes", "")).strip(),
+        tune=parse_tune(dict(_mapping(values["tune"], "tune"))) if values.get("tune") else None,
     )
 
 

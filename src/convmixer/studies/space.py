@@ -1,4 +1,4 @@
-"""The search space: read from a YAML file, checked against the settings, sampled by Optuna."""
+"""The space of settings to search: read from a YAML file, checked against the settings, sampled by Optuna."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,24 +11,32 @@ from convmixer.recipes import load_settings
 if TYPE_CHECKING:
     import optuna
 
-SHIPPED = Path(__file__).with_name("space.yaml")
 _KEYS = {"low", "high", "log", "step"}
 
 Space = dict[str, dict[str, Any]]  # setting -> {"choices": [...]} or {"low", "high" and maybe "log", "step"}
 
 
-def load_space(path: Path | None) -> Space:
-    """Return the space in a YAML file, the shipped one if no path is given.
+def load_space(path: Path) -> Space:
+    """Return the space in a YAML file.
 
     Raises:
         RequestError: The file cannot be read, names no setting, or the setting does not accept a range or choice.
     """
-    space = load_settings(path or SHIPPED)
+    space = load_settings(path)
     if not space:
         raise RequestError(f"{path} names no setting to search")
+    check_space(space)
+    return space
+
+
+def check_space(space: Mapping[str, Any]) -> None:
+    """Check every setting of a space.
+
+    Raises:
+        RequestError: A line is neither a range nor a list of choices, or the setting does not accept its values.
+    """
     for name, values in space.items():
         _check(name, values)
-    return space
 
 
 def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Any]:
@@ -58,11 +66,6 @@ def _is_choice(values: Any) -> bool:
 
 
 def _check(name: str, values: Any) -> None:
-    """Check a line of the space.
-
-    Raises:
-        RequestError: It is neither a range nor a list of choices, or the setting does not accept its values.
-    """
     if isinstance(values, dict) and values.keys() == {"choices"} and isinstance(values["choices"], list):
         tried = values["choices"]
     elif isinstance(values, dict) and {"low", "high"} <= values.keys() <= _KEYS:
