@@ -45,7 +45,7 @@ PARSED = {
     r"convmixer train cifar10 .*": "hours",
     r"convmixer train '?(https|s3)://\S+": "needs a server; test_data_remote.py",
     r"convmixer (tune flowers|train flowers --config tune/).*": "hours; test_tuning.py searches",
-    r"convmixer compare mixers cifar10 .*": "needs CIFAR-10, or a database",
+    r"convmixer compare (mixers|models-100) cifar10 .*": "needs CIFAR-10, or a database",
     r"convmixer compare smoke digits --out studies/second --reuse .*": "test_studies_run.py reuses a study",
     r"convmixer (verify (results/.*|record.jsonl)|val \S+ cifar10).*": "needs CIFAR-10; test_pretrained.py does both",
     r"convmixer benchmark .*": "needs an idle machine; test_benchmark.py",
@@ -57,6 +57,7 @@ OTHER = {
     r"torchrun (--nnodes \d+ )?--nproc-per-node \d+ (--rdzv-\S+ \S+ )*-m convmixer .*": "test_train_machines.py",
     r"curl -F image=@photo.jpg localhost:8000/v1/predict": "test_serve_api.py sends the same form",
     r"docker (build|run) .*": "test_serve_docker.py",
+    r"python tools/run_studies.py .*": "test_studies_script.py",
     r"source .venv/bin/activate|pip install .*": "the installation",
 }
 VERBS = set(next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices)

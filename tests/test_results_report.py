@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from convmixer.errors import RequestError
 from convmixer.records import RunRecord, append
 from convmixer.results import study_plots
 from convmixer.results.report import write_report
@@ -25,13 +26,25 @@ def made_up_probe(arm: int, rounds: int) -> dict[str, Any]:
     return speeds | {"peak_memory_bytes": 2**27, "seconds": 600 + 60.0 * arm, "rounds": turns, "device": "cpu"}
 
 
-def made_up(folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool = False) -> Path:
+def made_up(
+    folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool = False, means: dict[str, float] = MEANS
+) -> Path:
     """Write study.json and records.jsonl with invented numbers, marked as such."""
     parsed = load_study(study)
     arms: dict[str, Any] = {}
     for name, arm in parsed.arms.items():
-        arms[name] = {"label": arm.label, "sizes": {"dim": 256} | arm.sizes, "solved": "dim", "recipe": {}}
-        arms[name] |= {"parameters": 600_000 + 1000 * len(arms), "macs": 38_000_000 + 4_000_000 * len(arms)}
+        arms[name] = {
+            "label": arm.label,
+            "sizes": {"dim": 256} | arm.sizes,
+            "solved": "dim",
+            "recipe": {},
+            "build": [name, {}],
+        }
+        arms[name] |= {
+            "build": [name, {}],
+            "parameters": 600_000 + 1000 * len(arms),
+            "macs": 38_000_000 + 4_000_000 * len(arms),
+        }
     environment = {"processor": "made up", "cores": 2, "system": "none", "versions": {"torch": "0"}, "commit": "none"}
     plan = {
         "name": study,
@@ -55,7 +68,7 @@ def made_up(folder: Path, seeds: int = 3, study: str = "mixers", unequal: bool =
     draw = random.Random(0)
     for seed in range(seeds):
         for i, arm in enumerate(arms):
-            top1 = MEANS.get(arm, 60.0) + draw.uniform(-0.3, 0.3) + 0.5 * seed
+            top1 = means.get(arm, 60.0) + draw.uniform(-0.3, 0.3) + 0.5 * seed
             history = [{"epoch": e, "train_loss": 2 / e + i / 9 + draw.random() / 9} for e in range(1, 11)]
             results = {"arm": arm, "test_top1": top1, "seconds": 600 + 60.0 * i, "history": history}
             record = RunRecord(f"{arm}-seed{seed}", "none", {}, {}, results, seed, environment, "2000-01-01T00:00:00")
@@ -160,3 +173,32 @@ def test_the_report_opens_in_a_browser_offline(tmp_path: Path) -> None:
             assert min(boxes) > 60
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()
+
+
+def test_a_changed_order_against_another_study_is_named_with_its_certainty(tmp_path: Path) -> None:
+    here = made_up(tmp_path / "here", means=MEANS | {"attention": 76.0, "linear": 70.6})
+    there = made_up(tmp_path / "there")
+    found = write_report(here, there)
+    said = [line for line in found["lines"] if line.startswith("order")]
+    assert any(re.search(r"self-attention − depthwise convolution: \+\d.*, -\d.* is clear\.", line) for line in said)
+    assert any("linear token mixing" in line and "not clear" in line for line in said)
+    text = (here / "report.md").read_text()
+    section = text.partition("## Against: MADE UP")[2].partition("## ")[0]
+    assert re.search(r"\| self-attention \| 1 \| 76\.\d+ \| [23] \| 70\.\d+ \|", section)
+    assert "<h2>Against: MADE UP" in (here / "report.html").read_text()
+
+
+def test_the_same_order_is_said(tmp_path: Path) -> None:
+    found = write_report(made_up(tmp_path / "here"), made_up(tmp_path / "there"))
+    assert "order    The order of the arms is the same in both studies." in found["lines"]
+
+
+def test_studies_on_other_data_or_without_common_arms_are_not_compared(tmp_path: Path) -> None:
+    here = made_up(tmp_path / "here")
+    with pytest.raises(RequestError, match="share fewer than two arms"):
+        write_report(here, made_up(tmp_path / "stems", study="stems"))
+    other = made_up(tmp_path / "other")
+    plan = json.loads((other / "study.json").read_text())
+    (other / "study.json").write_text(json.dumps(plan | {"data": plan["data"] | {"checksum": "sha256:1"}}))
+    with pytest.raises(RequestError, match="other data"):
+        write_report(here, other)

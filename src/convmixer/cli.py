@@ -543,6 +543,9 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--reuse", type=Path, metavar="DIR", help="reuse identical runs of this study instead of training them"
     )
+    sub.add_argument(
+        "--against", type=Path, metavar="DIR", help="say whether the order of the arms is the same in this study"
+    )
     sub.add_argument("--dry-run", action="store_true", help="probe every arm, print the plan, train nothing")
     _add_worker(sub, "study")
 
@@ -572,6 +575,7 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         storage=args.storage,
         heartbeat_seconds=args.heartbeat,
         reuse=args.reuse,
+        against=args.against,
     )
 
 
@@ -595,7 +599,15 @@ def _runs_to_compare(args: argparse.Namespace) -> list[Path]:
     if not all(runs):
         other = args.what[runs.index(False)]
         raise RequestError(f"{other} is not a run folder: name a study and data, or only runs")
-    defaults = {"resume": False, "budget": None, "reuse": None, "dry_run": False, "worker": False, "storage": None}
+    defaults = {
+        "resume": False,
+        "budget": None,
+        "reuse": None,
+        "against": None,
+        "dry_run": False,
+        "worker": False,
+        "storage": None,
+    }
     given = [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(args, name) != value]
     if given:
         raise RequestError(f"{', '.join(given)}: for studies only; runs are compared as they are")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convmixer.files import write_atomic
+from convmixer.results.order import order_sentences, order_table
 from convmixer.results.page import embedded, figure, html_page, html_table
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
 from convmixer.results.study import ArmRow, StudyResults
@@ -33,29 +34,37 @@ HOW = (
 )
 
 
-def write_report(folder: Path) -> dict[str, Any]:
+def write_report(folder: Path, against: Path | None = None) -> dict[str, Any]:
     """Write report.html, report.md and the pictures of a study folder from its plan and records.
 
     Args:
         folder: The study folder, with its plan and records.
+        against: Another study's folder; the report then says whether the order of the shared arms is the same there.
 
     Returns:
         `report` (the HTML file), `verdicts`, `missing` (run names), and `lines` to print.
 
     Raises:
-        ValueError: The folder holds no study.
+        ValueError: A folder holds no study.
+        RequestError: The other study shares no arms with this one.
     """
     results = StudyResults(folder)
+    other = StudyResults(against) if against else None
     pictures = figures(results)
     for name, (_, svg) in pictures.items():
         write_atomic(StudyFolder(folder).pictures / f"{name}.svg", standalone(svg).encode())
-    write_atomic(folder / "report.md", markdown(results, pictures).encode())
+    write_atomic(folder / "report.md", markdown(results, pictures, other).encode())
     path = folder / "report.html"
-    write_atomic(path, page(results, pictures).encode())
-    return {"report": path, "verdicts": results.verdicts(), "missing": results.missing, "lines": _lines(results)}
+    write_atomic(path, page(results, pictures, other).encode())
+    return {
+        "report": path,
+        "verdicts": results.verdicts(),
+        "missing": results.missing,
+        "lines": _lines(results, other),
+    }
 
 
-def _lines(results: StudyResults) -> list[str]:
+def _lines(results: StudyResults, other: StudyResults | None) -> list[str]:
     """Return the lines for the terminal: arms from the best to the worst, then the verdicts."""
     rows = sorted((row for row in results.rows() if row.test), key=lambda row: -row.test.mean if row.test else 0)
     arms = [
@@ -63,16 +72,20 @@ def _lines(results: StudyResults) -> list[str]:
     ]
     claims = [f"claim    {c['says']}: {c['verdict']}, {difference_text(c)}, n = {c['n']}" for c in results.verdicts()]
     missing = [f"missing  {', '.join(results.missing)}"] if results.missing else []
-    return arms + claims + missing
+    order = [f"order    {sentence}" for sentence in order_sentences(results, other)] if other else []
+    return arms + claims + order + missing
 
 
-def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
+def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]], other: StudyResults | None = None) -> str:
     """Return the report as Markdown; pictures are links into `pictures/`."""
     plan, parts = results.plan, []
     parts += [f"# {plan['title']}", plan["question"]]
     parts += [f"> **{markdown_text(line)}**" for line in _warnings(results)]
     parts += ["## Claims and verdicts", table(CLAIM_HEADS, _claim_cells(results)), _paper_list(results)]
     parts += ["## Arms", table(HEADS, [_cells(row) for row in results.rows()]), HOW]
+    if other:
+        parts += [f"## Against: {other.plan['title']}", table(*order_table(results, other))]
+        parts += order_sentences(results, other)
     if results.tune:
         parts += ["## Tuning", tuning_sentence(results.tune), table(*tuning_table(results))]
     parts += [f"![{title}](pictures/{name}.svg)" for name, (title, _) in pictures.items()]
@@ -84,7 +97,7 @@ def markdown(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
+def page(results: StudyResults, pictures: dict[str, tuple[str, str]], other: StudyResults | None = None) -> str:
     """Return the report as one HTML page; style and pictures are inside it."""
     plan = results.plan
     warnings = "".join(f'<p class="warning">{escape_html(line)}</p>' for line in _warnings(results))
@@ -96,7 +109,7 @@ def page(results: StudyResults, pictures: dict[str, tuple[str, str]]) -> str:
 {_paper_html(results)}</section>
 <section><h2>Arms</h2>{html_table(HEADS, [_cells(row) for row in results.rows()], "arms")}
 <p class="small">{escape_html(HOW)}</p></section>
-{_tuning_html(results)}
+{_order_html(results, other)}{_tuning_html(results)}
 <section><h2>Pictures</h2><div class="grid">{charts or "<p>No run has ended yet.</p>"}</div></section>
 {f'<section><h2>Filters and kernels</h2><div class="grid">{weights}</div></section>' if weights else ""}
 <section><h2>What was done</h2><p>{escape_html(plan["notes"])}</p><p>{escape_html(_sizes_sentence(results))}</p>
@@ -243,11 +256,19 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else _short(value)
 
 
+def _order_html(results: StudyResults, other: StudyResults | None) -> str:
+    if other is None:
+        return ""
+    said = "".join(f"<p>{escape_html(sentence)}</p>" for sentence in order_sentences(results, other))
+    title = escape_html(other.plan["title"])
+    return f"<section><h2>Against: {title}</h2>{html_table(*order_table(results, other), 'arms')}{said}</section>"
+
+
 def _tuning_html(results: StudyResults) -> str:
     if not results.tune:
         return ""
     text = escape_html(tuning_sentence(results.tune))
-    return f"<section><h2>Tuning</h2><p>{text}</p>{_html_table(*tuning_table(results), 'arms')}</section>"
+    return f"<section><h2>Tuning</h2><p>{text}</p>{html_table(*tuning_table(results), 'arms')}</section>"
 
 
 def _sizes_sentence(results: StudyResults) -> str:

@@ -29,6 +29,7 @@ def compare(
     storage: str | None = None,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     reuse: Path | None = None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
     """Train the missing runs of a study and write its report.
 
@@ -44,6 +45,7 @@ def compare(
         heartbeat_seconds: Time between this worker's heartbeats.
         reuse: Folder of another study; runs that finished there with the same model, settings, seed and data are
             not trained again.
+        against: Folder of another study with the same arms; the report says whether their order is the same there.
 
     Returns:
         `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); for a dry
@@ -54,8 +56,9 @@ def compare(
     """
     began = time.monotonic()
     study = load_study(name)
-    if reuse and not StudyFolder(reuse).plan.exists():
-        raise RequestError(f"{reuse} holds no study to reuse: there is no {STUDY}")
+    for other, what in ((reuse, "reuse"), (against, "compare with")):
+        if other and not StudyFolder(other).plan.exists():
+            raise RequestError(f"{other} holds no study to {what}: there is no {STUDY}")
     spec, out = data or study.data, out or Path("studies") / study.name
     if dry_run:
         return _dry_run(study, spec)
@@ -91,7 +94,7 @@ def compare(
         runner.chosen = tuner.choose()
     if not trials or runner.chosen:
         runner.work()
-    return runner.report()
+    return runner.report(against)
 
 
 def _start(queue: Queue, trials: Queue | None, plan: Plan, folder: StudyFolder | None = None) -> int:

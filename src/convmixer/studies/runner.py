@@ -99,14 +99,18 @@ class Runner:
             train(self.spec, self.config(run), folder, self.study.recipe, recipe_name, (build[0], build[1]))
         return self._record(run, arm, folder)
 
-    def report(self) -> dict[str, Any]:
-        """Write the records and the report on the runs that have ended, and return the command's result."""
+    def report(self, against: Path | None = None) -> dict[str, Any]:
+        """Write the records and the report on the runs that have ended, and return the command's result.
+
+        Args:
+            against: Folder of a study to compare the order of the arms with.
+        """
         from convmixer.results.report import write_report
 
         self.write_records()
         failed = self.failures | self.queue.failures()
         write_atomic(self.folder.failures, json.dumps(failed, indent=2).encode())
-        found = write_report(self.out)
+        found = write_report(self.out, against)
         for line in found["lines"]:
             print(line)
         for run, error in failed.items():

@@ -1,12 +1,10 @@
-"""The space of settings to search: read from a YAML file, checked against the settings, sampled by Optuna."""
+"""A space of settings to search: checked against the settings that there are, sampled by Optuna."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmixer.config import Config, override
 from convmixer.errors import RequestError
-from convmixer.recipes import load_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -14,19 +12,6 @@ if TYPE_CHECKING:
 _KEYS = {"low", "high", "log", "step"}
 
 Space = dict[str, dict[str, Any]]  # setting -> {"choices": [...]} or {"low", "high" and maybe "log", "step"}
-
-
-def load_space(path: Path) -> Space:
-    """Return the space in a YAML file.
-
-    Raises:
-        RequestError: The file cannot be read, names no setting, or the setting does not accept a range or choice.
-    """
-    space = load_settings(path)
-    if not space:
-        raise RequestError(f"{path} names no setting to search")
-    check_space(space)
-    return space
 
 
 def check_space(space: Mapping[str, Any]) -> None:

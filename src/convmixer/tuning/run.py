@@ -25,11 +25,11 @@ from convmixer.processes import is_dead, sign
 from convmixer.results.runs import read_metrics
 from convmixer.run_folder import SEARCH, STUDY_QUEUE, RunFolder, is_run
 from convmixer.studies.queue import HEARTBEAT_SECONDS, open_storage
-from convmixer.studies.space import Space, load_space, suggest, values_of
+from convmixer.studies.space import Space, suggest, values_of
 from convmixer.train.run import resume, train
+from convmixer.tuning.space import load_space
 
 RECIPE, TABLE = "recipe.yaml", "trials.csv"
-SPACE = Path(__file__).with_name("space.yaml")  # searched if no other is named
 VAL_FRACTION = 0.1  # held out if neither the recipe nor the data have a validation split
 STARTUP_TRIALS = 5  # random ones, from which the sampler then learns
 
@@ -73,7 +73,7 @@ def tune(
     if trials is not None and trials < 1:
         raise RequestError(f"--trials must be at least 1, not {trials}")
     out = out or Path("tune") / recipe_name
-    search = Search(data, _base(recipe), recipe_name, load_space(space or SPACE), out)
+    search = Search(data, _base(recipe), recipe_name, load_space(space), out)
     search.open(storage, heartbeat_seconds, joins=resumes or worker)
     limit = parse_seconds(budget, "--budget") if budget else math.inf
     search.work(time.monotonic() + limit, trials or (20 if budget is None else None))
