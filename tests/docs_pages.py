@@ -1,4 +1,4 @@
-"""The pages of the project as the tests of the docs read them: links, headings and shell blocks."""
+"""Reads the project's pages for the tests of the docs: links, headings and shell blocks."""
 
 import re
 import unicodedata
@@ -22,7 +22,7 @@ class Command:
     """A line of a shell block, without its comment.
 
     Args:
-        text: As it stands there.
+        text: The line's text.
         where: Page and line, for messages.
     """
 
@@ -75,7 +75,7 @@ def unmarked(page: Path) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """Return the `convmixer ...` commands that stand in the page's text."""
+    """Return the `convmixer ...` commands in the page's text."""
     return [
         part.content
         for token in tokens(page)

@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that serves files, and misbehaves as it is told."""
+"""A real HTTP server on the loopback interface that serves files, and misbehaves on request."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints as the authors and mmpretrain lay them out, with statistics that matter."""
+"""Checkpoints in the layouts of the authors and of mmpretrain, with BatchNorm statistics that matter."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def mmpretrain(dim: int, depth: int, k: int, p: int, classes: int) -> nn.Module:
 
 
 def settle(model: nn.Module) -> Any:
-    """Give BatchNorm statistics that matter, so that a mapping that drops or swaps them shows."""
+    """Give BatchNorm statistics that matter, so that a mapping that drops or swaps them is noticed."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias):

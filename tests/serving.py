@@ -1,4 +1,4 @@
-"""Real servers for the tests: in a thread or a process, and what is sent to them."""
+"""Real servers for the tests, in a thread or a process, and requests to send to them."""
 
 import io
 import re
@@ -111,7 +111,7 @@ def multipart(parts: int, body: bytes = b"x", name: str = "a.png") -> tuple[byte
 
 
 def raw(port: int, data: bytes, wait: float = 5.0) -> bytes:
-    """Send bytes, send no more, and return what the server says until it hangs up."""
+    """Send only these bytes, and return what the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection:
         connection.sendall(data)
         answer = b""

@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, in which order, and that it says what it could not measure."""
+"""The benchmark: what it measures, in which order, and that it reports what it could not measure."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The measurement of a GPU, tried on the CPU, and the bound that it compares with."""
+"""The GPU benchmark, tried on the CPU, and the bound that it compares with."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _case(task: str, **more: object) -> Case:
 
 
 def test_the_bound_is_that_of_the_paper_sizes() -> None:
-    """An H100's rates, see docs/log.md: 256/8 is bound by copies, 1536/20 by products."""
+    """With an H100's rates, see docs/log.md: 256/8 is bound by copies, 1536/20 by matrix multiplications."""
     rates = {"copied_bytes_per_second": 3.0e12, "products_per_second": 700e12}
     sizes = {"kernel_size": 9, "num_classes": 10}
     small = _case("train", **sizes, dim=256, depth=8, patch_size=2, img_size=32)

@@ -1,4 +1,4 @@
-"""The CUDA path, where there is one: precision, training, a stopped run, evaluation, what a probe and plan tell."""
+"""The CUDA path, if there is a GPU: precision, training, a stopped run, evaluation, the results of probe and plan."""
 
 import os
 import signal

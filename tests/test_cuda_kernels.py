@@ -1,4 +1,4 @@
-"""The CUDA kernels on a card: whole models against float64, no wait in a step, equal bits each time."""
+"""The CUDA kernels on a GPU: whole models against float64, no wait in a step, the same bits each time."""
 
 import copy
 from typing import Any

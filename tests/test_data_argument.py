@@ -1,4 +1,4 @@
-"""A data argument that could mean two things: what is taken and said. The hub is never asked for a path."""
+"""A data argument that could mean two things: the choice, and its note. The hub is never asked for a path."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Image folders, with real images: which folders are splits and classes, and what is said of the rest."""
+"""Image folders, with real images: which folders are splits and classes, and the notes on the rest."""
 
 import os
 from pathlib import Path

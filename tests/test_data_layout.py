@@ -1,4 +1,4 @@
-"""Which folders are splits and which are classes, from their names and structure alone."""
+"""Which folders are splits and which are classes, judged only by names and structure."""
 
 import pytest
 

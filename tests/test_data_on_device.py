@@ -1,4 +1,4 @@
-"""Augmentation on the device, tried on the CPU: the same operations as PIL's path, the same distribution, keyed."""
+"""Augmentation on the device, tried on the CPU: the same operations as with PIL, the same distribution, keyed."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def _applied(name: str, value: float, sampling: int, fill: tuple[int, ...]) -> t
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", policies.TORCHVISION)
 def test_torchvisions_operations(name: str, sign: int) -> None:
-    """To the byte: its geometric operations sample the nearest pixel."""
+    """Equal to the byte: its geometric operations sample the nearest pixel."""
     strength = {"Shear": 0.2, "Translate": 5.0, "Rotate": 17.0, "Posterize": 5.0, "Solarize": 153.0}
     magnitude = next((v for key, v in strength.items() if name.startswith(key)), 0.36)
     magnitude *= sign if name in policies.SIGNED else 1
@@ -63,7 +63,7 @@ def test_torchvisions_operations(name: str, sign: int) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", policies.TIMM)
 def test_timms_operations(monkeypatch: pytest.MonkeyPatch, name: str, sign: int) -> None:
-    """To the byte but for sampling: one level."""
+    """Equal to the byte, except for sampling: within one level."""
     theirs = next(
         n for n in timm_ops._RAND_INCREASING_TRANSFORMS if n.removesuffix("Increasing") in (name, f"{name}Rel")
     )
@@ -88,8 +88,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_images_are_distributed_as_on_the_cpus_path(name: str) -> None:
-    """Mean and deviation of every pixel over 1,500 versions of one picture, within five standard errors."""
+def test_images_follow_the_same_distribution_as_on_the_cpu(name: str) -> None:
+    """Mean and standard deviation of every pixel over 1,500 versions of one picture, within five standard errors."""
     config, count, picture = Config(**POLICIES[name]), 1500, _picture(3)
     transform, theirs = train_transform(config, P), []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""16-bit images that use fewer bits: how many is decided by the data set, once, said, and kept in the weights."""
+"""16-bit images that use fewer bits: the number is decided once per data set, printed, and kept in the weights."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data sets of random layout: all that is there is used or noted, nothing is in two splits, and all reads agree."""
+"""Data sets of random layout: all of it is used or noted, nothing is in two splits, all commands read the same."""
 
 import os
 import tempfile

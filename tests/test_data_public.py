@@ -1,4 +1,4 @@
-"""Layouts of public data sets of other people, made small: the names and columns are theirs, the images are scans."""
+"""Small copies of the layouts of public data sets: the names and columns are theirs, the images are scans."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_covid_chestxray(tmp_path: Path) -> None:
 
 
 def test_facial_expressions(tmp_path: Path) -> None:
-    """data/legend.csv beside a folder images/, and labels that capitals alone tell apart."""
+    """data/legend.csv next to a folder images/, and labels that differ only in capitals."""
     (tmp_path / "images").mkdir()
     (tmp_path / "data").mkdir()
     for i in range(60):

@@ -1,4 +1,4 @@
-"""Shards from a server that errs, stalls, cuts off and changes: whole and right, or refused in one line."""
+"""Shards from a server that fails, stalls, cuts off and changes: complete and right, or refused in one line."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What holds for every kind of data: real CIFAR-10, worker processes, the cache, and data that are not there."""
+"""Properties of every kind of data: real CIFAR-10, worker processes, the cache, and missing data."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""`convmixer data`: the numbers, the notes, and a contact sheet whose names can be read."""
+"""`convmixer data`: the numbers, the notes, and a contact sheet with legible names."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables of images as people have them: which columns are taken, and what is refused."""
+"""Tables of images as people write them: which columns are used, and what is refused."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one walker: links, hidden files, convmixer's own folders and depth. All commands see the same files."""
+"""Finding files: links, hidden files, convmixer's own folders and depth. All commands see the same files."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A column of weights: how much each training image counts in the loss, whatever the loader."""
+"""A column of weights: each training image's weight in the loss, the same with every loader."""
 
 from pathlib import Path
 

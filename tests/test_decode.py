@@ -1,4 +1,4 @@
-"""Images of strangers: what would decode for minutes or fill the memory ends as one error, in seconds."""
+"""Untrusted images: files that would decode for minutes or fill the memory end in one error, within seconds."""
 
 import io
 import os
@@ -104,7 +104,7 @@ def test_another_process_gives_the_same_pixels(photo: Image.Image, kind: str, in
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_common_files_are_decoded_in_this_process(photo: Image.Image, kind: str) -> None:
-    """Another process costs a fraction of a millisecond, which small images would notice."""
+    """Another process costs a fraction of a millisecond, which is much for a small image."""
     data = encoded(photo, kind, **KINDS[kind])
     check_file(io.BytesIO(data))
     check_opened(Image.open(io.BytesIO(data)))

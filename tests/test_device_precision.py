@@ -1,4 +1,4 @@
-"""tf32 is a separate choice: never taken for fp32, and only a GPU's."""
+"""tf32 must be chosen explicitly: fp32 never uses it, and only GPUs have it."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Every command in the project's pages: run for real on tiny data, or at least taken by the real parser.
+"""Every command in the project's pages: run for real on tiny data, or at least parsed by the real parser.
 
-RUN says what is run and with which cheaper settings, PARSED what is only parsed, and why. What neither knows fails.
+RUN says what is run and with which cheaper settings, PARSED what is only parsed, and why. A command in neither fails.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def test_make_knows_the_target(command: Command) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
-    """A folder with what the pages speak of: flowers, a photo, a holiday, settings, a study, a study that has run."""
+    """A folder with what the pages mention: flowers, a photo, a holiday, settings, a study, a finished study."""
     folder = tmp_path_factory.mktemp("workplace")
     digits = load_digits()
     for digit, name in enumerate(("daisy", "rose", "tulip")):

@@ -1,4 +1,4 @@
-"""Every link in the project's pages leads somewhere, and every path they name is there."""
+"""Every link in the project's pages has a target, and every path they name exists."""
 
 import re
 from pathlib import Path

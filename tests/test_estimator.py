@@ -136,7 +136,7 @@ def test_whole_weights_are_copies() -> None:
 
 
 def test_fractional_weights_count_in_the_loss() -> None:
-    """The same pictures with another label each: the label of more weight wins, whatever the sum of the weights."""
+    """Each picture twice with different labels: the label with more weight wins, whatever the sum of the weights."""
     scans, labels = np.tile(IMAGES[:40], (2, 1, 1)), np.repeat([0, 1], 40)
     scans[40:, 0, 0] = 1  # not byte-identical, which would be refused
     for heavier in (0, 1):

@@ -1,4 +1,4 @@
-"""What `ConvMixerClassifier` takes as images and labels, and what it refuses and how."""
+"""The images and labels that `ConvMixerClassifier` accepts, and its errors for others."""
 
 import warnings
 from pathlib import Path

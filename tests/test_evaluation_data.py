@@ -1,4 +1,4 @@
-"""What a model is measured on: all there is, the training's own split, and never a folder that a stranger names."""
+"""The data a model is measured on: all images, or training's split; never a folder named by untrusted weights."""
 
 import json
 import shutil

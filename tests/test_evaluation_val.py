@@ -1,4 +1,4 @@
-"""Evaluation: numbers against ones worked out by hand, classes matched by name, bad statistics seen and repaired."""
+"""Evaluation: numbers checked by hand, classes matched by name, bad BatchNorm statistics noticed and repaired."""
 
 import json
 from pathlib import Path

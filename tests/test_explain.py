@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at and has learned say what is in the weights, and come out as files."""
+"""Pictures of what a model looks at and has learned agree with its weights, and are written as files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exports agree with the model on real images, carry their meaning, and leave nothing behind if they do not."""
+"""Exports agree with the model on real images and contain their metadata; one that does not agree leaves no file."""
 
 from pathlib import Path
 

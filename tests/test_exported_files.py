@@ -1,4 +1,6 @@
-"""What is in an exported file: valid in its format, no word of the machine, the same bytes for the same weights."""
+"""Exported files are valid in their format, name nothing of the machine, and have the same bytes for the same
+weights.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ from convmixer.exported.load import load_exported
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Return what an export's files hold, by name; members of an archive for themselves."""
+    """Return the contents of an export's files by name, and of an archive's members separately."""
     files = [file for file in sorted(path.parent.rglob("*")) if file.is_file()]
     return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
 

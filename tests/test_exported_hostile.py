@@ -1,4 +1,4 @@
-"""Exported files of strangers: nothing in them is followed, and no work or memory is without a limit."""
+"""Untrusted exported files: nothing that they refer to is opened, and time and memory are limited."""
 
 import base64
 import json

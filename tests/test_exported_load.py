@@ -1,4 +1,4 @@
-"""Exported files are loaded without torch if they can be, and refused if they are damaged or could run code."""
+"""Exported files are loaded without torch if possible, and refused if they are damaged or could run code."""
 
 import io
 import json

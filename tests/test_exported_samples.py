@@ -1,4 +1,4 @@
-"""Pictures of the user's data are shown on a page only if the user says so, and without notes of place and time."""
+"""Pictures of the user's data are shown on a page only if the user asks for it, without place and time."""
 
 import io
 import re
@@ -60,7 +60,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def served_samples(run: Path, *flags: str) -> tuple[int, str]:
-    """Return how many pictures the page of `convmixer serve` offers, and what the command says of them."""
+    """Return how many pictures the page of `convmixer serve` offers, and what the command prints about them."""
     command = [sys.executable, "-m", "convmixer", "serve", str(run / "exports" / "m.onnx"), "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout

@@ -1,4 +1,4 @@
-"""An accelerated model against the plain one: the same numbers, keys and interface; plain again where it must be."""
+"""An accelerated model against the plain one: the same numbers, keys and interface; plain PyTorch if it must be."""
 
 import copy
 import os
@@ -97,7 +97,7 @@ def test_other_mixers_and_stems_are_as_exact(option: tuple[str, str], bf16: bool
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_odd_number_of_channels_and_of_rows_is_as_exact(bf16: bool) -> None:
-    """Where bf16 are multiplied in pairs, the last of each has no partner."""
+    """If bf16 values are multiplied in pairs, the last one has no partner."""
     plain = _isotropic(21, mixer="none")
     _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(3, (10, 10)), bf16)
 
@@ -318,7 +318,7 @@ def test_a_batch_of_many_rows_and_images(bf16: bool) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_layer_wider_than_its_parts(bf16: bool) -> None:
-    """More channels than are taken at once of the weights' gradient, with a remainder, and off every vector."""
+    """More channels than one part of the weight gradient, with a remainder, and not a multiple of any vector."""
     plain = _model(dim=132, kernel_size=3)
     # 1,500 gradients that nearly cancel, which torch adds pairwise
     _check_exactness(plain, accelerate(copy.deepcopy(plain)), _images(6, (32, 32)), bf16, factor=5)

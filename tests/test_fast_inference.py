@@ -41,7 +41,7 @@ SHAPES = [
 
 
 def trained(dim: int, depth: int, k: int, patch: int, act: str, in_chans: int = 3) -> ConvMixer:
-    """A seeded network whose BatchNorms have the statistics of its activations, and weights of their own."""
+    """A seeded network whose BatchNorms have the statistics of its activations, and random weights."""
     torch.manual_seed(0)
     model = ConvMixer(dim, depth, k, patch, in_chans=in_chans, num_classes=7, act=act)
     for module in model.modules():
@@ -107,7 +107,7 @@ def test_int8_on_real_images_of_digits() -> None:
 
 @needs_kernels
 def test_shapes_may_change_between_calls() -> None:
-    """The memory kept between calls holds the border of zeros of the shape before."""
+    """The memory kept between calls contains the zero border of the previous shape."""
     model = trained(32, 2, 5, 2, "gelu")
     fast = optimize_for_inference(model, "fp32")
     for size in ((24, 24), (8, 30), (24, 24), (40, 6)):
@@ -143,7 +143,7 @@ def test_a_classifier_without_bias() -> None:
 
 
 def check_the_largest_sums() -> None:
-    """All weights and activations at the ends of their ranges, of either sign: no sum may run over."""
+    """All weights and activations at the ends of their ranges, of either sign: no sum may overflow."""
     for sign in (1, -1):
         model = trained(64, 1, 3, 2, "relu")
         with torch.no_grad():
@@ -162,7 +162,7 @@ def test_the_largest_sums_do_not_run_over() -> None:
 @needs_kernels
 @pytest.mark.parametrize("march", ["x86-64-v3", pytest.param("alderlake", marks=needs_vnni), "scalar"])
 def test_other_builds_agree(march: str, tmp_path: Path) -> None:
-    """AVX2, AVX2 with VNNI and plain C++; they have no bf16 products."""
+    """AVX2, AVX2 with VNNI and plain C++; they do not multiply bf16."""
     code = (
         "import sys, torch, test_fast_inference as t\n"
         "for precision in ('fp32', 'bf16', 'int8'):\n"

@@ -1,4 +1,4 @@
-"""Tools that people use, on the plain, the accelerated and the optimised model, with equal results."""
+"""Common tools give equal results on the plain, the accelerated and the optimised model."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Atomic files: whole or not at all, nothing left beside them, and errors that name the file that was wanted."""
+"""Atomic files: whole or not at all, no temporary files left, and errors that name the target."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""`info` says what runs here, with and without kernels; `--version` the version alone."""
+"""`info` shows what runs here, with and without kernels; `--version` shows only the version."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Models for comparisons: the default is ConvMixer exactly, and every part can be replaced alone."""
+"""Models for comparisons: the default is exactly ConvMixer, and each part can be replaced separately."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Builds for other processors pass the parity tests too; a broken compiler is no crash; builders do not collide."""
+"""Builds for other processors pass the parity tests; a broken compiler does not crash; builders do not collide."""
 
 import os
 import shutil

@@ -1,7 +1,7 @@
 """The CUDA kernels against float64, without a GPU: Triton's interpreter runs them on CPU tensors.
 
-The interpreter has to be chosen before Triton is imported, so the tests of this file run in a process of their own,
-which `test_in_the_interpreter` starts.
+The interpreter has to be chosen before Triton is imported, so the tests of this file run in a separate process, which
+`test_in_the_interpreter` starts.
 """
 
 import copy
@@ -40,7 +40,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.fixture(autouse=INTERPRETED)
 def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts off the bits that a bf16 lacks; cards round to the nearest."""
+    """The interpreter cuts off the bits that a bf16 lacks; GPUs round to the nearest."""
     from triton.runtime import interpreter
 
     cut = interpreter._convert_float
@@ -64,7 +64,7 @@ def _error(value: Tensor, exact: Tensor) -> float:
 
 
 def _check(ours: Any, exact: Any, dtype: torch.dtype, units: float = 4) -> None:
-    """Allow a few roundings of the storage type in the norm of a tensor."""
+    """Allow a few roundings of the storage dtype in the norm of a tensor."""
     for i, (mine, true) in enumerate(zip(ours, exact, strict=True)):
         assert mine.shape == true.shape
         assert _error(mine, true) <= units * torch.finfo(dtype).eps, i

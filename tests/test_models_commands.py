@@ -1,4 +1,4 @@
-"""Every command that takes weights, run where the network and writes outside its own folders are forbidden."""
+"""Every command that takes weights, run without network access and without writes outside its own folders."""
 
 import json
 import os
@@ -58,7 +58,7 @@ for command in commands:
 
 
 def run_guarded(folder: Path, commands: list[list[str]]) -> list[list[Any]]:
-    """Return status, forbidden deeds and output of each command; only `folder` may be written."""
+    """Return status, forbidden actions and output of each command; only `folder` may be written."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     caches = ("XDG_CACHE_HOME", "XDG_STATE_HOME", "MPLCONFIGDIR", "HF_HOME", "TORCH_HOME", "TMPDIR")
@@ -113,7 +113,7 @@ def save(folder: Path, name: str, args: dict[str, Any], change: dict[str, Any], 
     classes = [str(i) for i in range(10)]
     save_model(folder, model, architecture=name, model_args=args, classes=classes, preprocessing=p)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("sha256", None)  # a stranger would not keep it
+    config.pop("sha256", None)  # an attacker would not keep it
     config["model_args"] |= change.pop("model_args", {})
     config |= change
     config["convmixer"] |= ours

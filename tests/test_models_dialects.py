@@ -1,4 +1,4 @@
-"""Every checkpoint dialect is read as its owner means it."""
+"""Checkpoints of every known dialect are read as their own programs read them."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""timm's model interface of today on a ConvMixer, plain and accelerated: the ground of timm's own model tests."""
+"""timm's current model interface on a ConvMixer, plain and accelerated: what timm's own model tests cover."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Weights of strangers: a file names a model and its sizes, and nothing else; work is bounded by the file's size."""
+"""Untrusted weights: a file names a model and its sizes, and nothing else; the file's size bounds the work."""
 
 import json
 import zipfile
@@ -38,10 +38,10 @@ def mixer(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, edit: Edit) -> Path:
-    """Edit the config of a weights folder, beside and inside the file, as someone else would."""
+    """Edit the config of a weights folder, both config.json and the copy inside the file, as an attacker would."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.pop("sha256", None)  # a stranger would not keep it
+    config.pop("sha256", None)  # an attacker would not keep it
     edit(config)
     path.write_text(json.dumps(config))
     state = safetensors.torch.load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What `predict` reads: patterns, URLs with all their traps, names that could be two things; pictures with labels."""
+"""Inputs of `predict`: patterns, URLs with all their traps, names that could be two things; pictures with labels."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""One evaluation path: every kind of file ends as the right pixels or as one clear error; timm agrees."""
+"""The evaluation path: every kind of file gives the right pixels or one clear error; timm agrees."""
 
 import io
 import struct

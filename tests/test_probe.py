@@ -1,4 +1,4 @@
-"""Measuring in a fresh process: what comes back, what is said if it fails, and counts by hand."""
+"""Measuring in a fresh process: its result, its error if it fails, and counts checked by hand."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What is committed: every record can be read, every report follows from its records, and nothing is kept twice."""
+"""The repository's files: every record can be read, every report follows from its records, nothing is kept twice."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs, who leads and by how much, and which argument means what."""
+"""Comparing runs: which settings differ, which run leads and by how much, and what each argument means."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The confusion matrix at any number of classes: what is shown, in which order, and the pairs listed beside it."""
+"""The confusion matrix at any number of classes: what is shown, in which order, and the pairs listed next to it."""
 
 import itertools
 import warnings

@@ -1,4 +1,4 @@
-"""The report, from made-up records of a study that never ran: what it says, and that nothing is left out."""
+"""The report, from made-up records of a study that never ran: its contents, and that nothing is left out."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What is a run, what else convmixer wrote, and which samples belong to which weights."""
+"""Which folders are runs or other output of convmixer, and which samples belong to which weights."""
 
 import re
 from pathlib import Path

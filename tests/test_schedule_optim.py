@@ -1,4 +1,4 @@
-"""The learning rate against an independent piecewise-linear function, and the optimiser's parameter groups."""
+"""The learning rate against an independent piecewise-linear function, and the optimizer's parameter groups."""
 
 import re
 from typing import Any

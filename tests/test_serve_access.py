@@ -1,4 +1,4 @@
-"""Who may ask: token, Host, Origin, a path behind a proxy; over real sockets."""
+"""Access control: token, Host, Origin, a URL prefix behind a proxy; over real sockets."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def test_a_token_that_cannot_be_sent_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_names_of_the_server_are_answered(serve_classifier: Classifier) -> None:
-    """A page whose name leads to this machine (DNS rebinding) would read the model and its pictures."""
+    """A site that points its name at this machine (DNS rebinding) could read the model and its pictures."""
     with Running(serve_classifier, access=Access(hosts=("Models.example",))) as server, httpx.Client() as client:
         for host in (
             "localhost",

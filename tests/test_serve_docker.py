@@ -1,4 +1,4 @@
-"""The container: built, run, healthy, not root, and it ends when told to. Needs a Docker daemon."""
+"""The container: built, run, healthy, not root, and it stops on SIGTERM. Needs a Docker daemon."""
 
 import shutil
 import subprocess

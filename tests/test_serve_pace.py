@@ -1,4 +1,4 @@
-"""Clients that are slow, greedy or wordy do not keep others from being served; over real sockets."""
+"""Clients that are slow, greedy or send much do not keep others from being served; over real sockets."""
 
 import contextlib
 import re
@@ -84,7 +84,7 @@ def other_client(server: Server, data: bytes) -> bytes:
 
 @contextlib.contextmanager
 def started(server: Server, count: int, data: bytes) -> Iterator[None]:
-    """Hold connections on which something was sent."""
+    """Keep connections open on which something was sent."""
     with contextlib.ExitStack() as held:
         for _ in range(count):
             held.enter_context(socket.create_connection(("127.0.0.1", server.port))).sendall(data)

@@ -1,4 +1,4 @@
-"""The served page in Chromium: same answers as the classifier, a token if one is asked for, accessible to all."""
+"""The served page in Chromium: same answers as the classifier, a token if one is required, accessible to all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a study will take: probes, dry runs, budgets, the time left, matching by time."""
+"""The cost of a study: probes, dry runs, budgets, the time left, matching by time."""
 
 import json
 import math

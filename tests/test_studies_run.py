@@ -1,4 +1,4 @@
-"""Whole studies on real digits: a killed one ends like one never killed; reuse, resume, refusals."""
+"""Whole studies on real digits: a killed one ends like an uninterrupted one; reuse, resume, errors."""
 
 import itertools
 import json

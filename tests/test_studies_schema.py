@@ -1,4 +1,4 @@
-"""Studies: the shipped ones are sound, and whatever is wrong with one is said before anything trains."""
+"""Study files: the shipped ones are valid, and every mistake in one is reported before anything trains."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text of strangers is shown, never obeyed: in a terminal, a spreadsheet, a page, a Markdown reader."""
+"""Untrusted text is shown, never interpreted: in a terminal, a spreadsheet, a page, a Markdown reader."""
 
 import csv
 import io

@@ -1,4 +1,6 @@
-"""A time budget is used up and not exceeded, at any speed; a run that died repeats its steps at the same rates."""
+"""A time budget is used up and not exceeded, at any speed; a killed run repeats its steps with the same learning
+rates.
+"""
 
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""Frozen layers stay as they are; a classifier trained on features computed once is the one trained on images."""
+"""Frozen layers do not change; a classifier trained on features computed once equals one trained on images."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ TWO_STAGES = {"unfreeze_epochs": 2, "layer_decay": 0.5}
 
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every test begin with an empty folder of features."""
+    """Start every test with an empty folder of features."""
     monkeypatch.setattr(features, "cache_folder", lambda name: tmp_path / "cache" / name)
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder; dead holders do not block, living ones do."""
+"""One process at a time trains in a run folder; locks of dead processes do not block, those of living ones do."""
 
 import json
 import os

@@ -105,7 +105,7 @@ def resumed_at(output: str) -> int:
 
 
 def test_without_one_machine_the_other_goes_on(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
-    """`--nnodes 1:2 --max-restarts 2`: from the last checkpoint, alone."""
+    """`--nnodes 1:2 --max-restarts 2`: it continues from the last checkpoint on its own."""
     out = tmp_path / "run"
     more = (*LONG, "--process-timeout", "15")
     processes = [start(machine, out, *more, nodes="1:2", restarts=2) for machine in machines]

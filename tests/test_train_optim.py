@@ -1,4 +1,4 @@
-"""Optimizers other than AdamW: who updates which parameter, at which rate, and that a stopped run goes on exactly."""
+"""Optimizers other than AdamW: who updates which parameter, at which rate; a stopped run continues exactly."""
 
 import copy
 

@@ -78,7 +78,7 @@ def test_evaluation_counts_every_image_once(one: Path, tmp_path: Path) -> None:
 
 
 def test_statistics_are_the_mean_over_processes(tmp_path: Path) -> None:
-    """Also those of the moving average, of which the first process's alone would be wrong."""
+    """Also in the moving average, for which those of only the first process would be wrong."""
     one_step = ("--sync-bn", "false", "--batch-size", "1024", "--epochs", "1", "--lr", "1e-9")
     single = weights(run(tmp_path / "one", (), *one_step))
     double = weights(run(tmp_path / "two", torchrun(2), *one_step))
@@ -117,7 +117,7 @@ def test_a_killed_process_is_restarted_and_the_result_is_the_same(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("second", ["other", "missing"])
 def test_processes_with_other_data_are_refused(tmp_path: Path, second: str) -> None:
-    """As if the machines of two processes had other files under one name."""
+    """As if the machines of two processes had different files with the same name."""
     folders = [write_folder(tmp_path / "0", range(200)), tmp_path / "1"]
     if second == "other":
         write_folder(folders[1], range(1, 201))

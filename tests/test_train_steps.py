@@ -1,4 +1,4 @@
-"""Rows about single steps: what a run writes, how they are thinned, and that a resumed run has the same ones."""
+"""The rows of steps.csv: what a run writes, how they are thinned out, and that a resumed run has the same ones."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A step never waits for its device, and a state goes from one kind of device to another."""
+"""A step never waits for its device, and a state can move from one kind of device to another."""
 
 import copy
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_a_step_that_reads_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_state_of_a_gpu_goes_on_here() -> None:
-    """There the rate is a tensor and the optimizer can be captured."""
+    """On a GPU the learning rate is a tensor and the optimizer is capturable."""
     first, second = _module(), _module()
     fit(first, _batches(2), 2, lambda: False)
     state = copy.deepcopy(first.state())
@@ -88,7 +88,7 @@ def test_a_state_of_a_gpu_goes_on_here() -> None:
 
 
 class _Graph:
-    """Stands for a CUDA graph where there is no GPU: knows the step, and when it was captured and replayed."""
+    """Stands in for a CUDA graph without a GPU: knows the step, and when it was captured and replayed."""
 
     def __init__(self) -> None:
         self.replays = 0

@@ -1,4 +1,4 @@
-"""The optimiser step itself: it learns, parts of a batch add up, settings reach the real optimiser, time is kept."""
+"""The optimizer step: it learns, parts of a batch add up, settings reach the optimizer, time budgets are kept."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Training transforms and batch mixing: every policy on grey and colour, timm's results where it sets the rule."""
+"""Training transforms and batch mixing: every policy on grey and colour, and timm's results if we follow timm."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The search of settings: chosen on validation alone, stopped and continued, shared by workers, kept as a recipe."""
+"""Hyperparameter search: chosen only on validation, stopped and continued, shared by workers, saved as a recipe."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""Every setting of a training run in one frozen dataclass, and its construction from outside values. Standard library
-only.
+"""Every setting of a training run in one frozen dataclass, made from outside values. Standard library only.
 
 A recipe returns a whole `Config`; the command line and YAML files replace fields by their real names. Nothing here
 parses arguments or touches a device.

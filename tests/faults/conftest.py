@@ -1,4 +1,4 @@
-"""The undisturbed run that the disturbed ones are held against."""
+"""The undisturbed run that the disturbed ones are compared with."""
 
 from pathlib import Path
 

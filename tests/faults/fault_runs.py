@@ -1,4 +1,4 @@
-"""A tiny run to break, and rows of tries and failures."""
+"""A tiny run to break, and a table of tries and failures."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def flags() -> list[str]:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """Return in what a run differs from the undisturbed one: weights bit for bit, rows but for times."""
+    """Return how a run differs from the undisturbed one: weights bit for bit, rows except for times."""
     found = []
     for which in (BEST, LAST):
         expected, there = (load_file(RunFolder(run).weights(which) / MODEL) for run in (whole, other))

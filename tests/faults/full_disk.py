@@ -19,7 +19,7 @@ ROOM = 64 << 20
 
 
 def main(disk: Path, whole: Path, levels: int) -> None:
-    """Fill the disk but for a part of what the run needs, train, make room, resume; then the next level."""
+    """Fill the disk except for a part of what the run needs, train, make room, resume; then the next level."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(disk)], check=True)
     needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
     for level in range(levels):
@@ -51,7 +51,7 @@ def attempt(run: Path) -> str:
 
 
 def finish(whole: Path, run: Path) -> list[str]:
-    """Return in what the run differs from the undisturbed one, once there is room again."""
+    """Return how the run differs from the undisturbed one, once there is room again."""
     with contextlib.redirect_stdout(io.StringIO()):
         if (run / "config.yaml").exists():
             resume(run)

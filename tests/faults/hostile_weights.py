@@ -1,4 +1,4 @@
-"""About 200 weights files that a stranger could send, by name: each must be refused in one line, within bounds.
+"""About 200 named hostile weights files: each must be refused in one line, within limits of time and memory.
 
     python tests/faults/hostile_weights.py FOLDER
 
@@ -146,7 +146,7 @@ def _folder(edit: Callable[[Config], Any], lone: bool = False) -> Write:
         p = Preprocessing(12)
         save_model(folder, model, architecture="m", model_args={}, classes="ab", preprocessing=p)
         config = json.loads((folder / "config.json").read_text())
-        config.pop("sha256", None)  # a stranger would not keep it
+        config.pop("sha256", None)  # an attacker would not keep it
         edit(config)
         (folder / "config.json").write_text(json.dumps(config))
         if lone:
@@ -388,7 +388,7 @@ def _damaged() -> Iterator[tuple[str, Write]]:
 
 
 def _headers() -> Iterator[tuple[str, Write]]:
-    """.safetensors files whose header lies."""
+    """.safetensors files with false headers."""
 
     def raw(header: bytes, length: int | None = None, rest: bytes = b"\0" * 64) -> Write:
         def write(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target reads bytes as a stranger's file or form, and fails unless it reads or refuses them."""
+"""The fuzzing targets: each reads bytes as an untrusted file or form, and fails unless it reads or refuses them."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def images(data: bytes) -> None:
 
 
 def forms(data: bytes) -> None:
-    """Take bytes apart as a multipart form: no more than there is, or a Refusal."""
+    """Split bytes as a multipart form: no more than there is, or a Refusal."""
     try:
         form = split_form(data, "multipart/form-data; boundary=b", 32)
     except Refusal:
@@ -111,7 +111,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def refuse_apart(*_: object) -> None:
-    """Stand for the process that can be killed: what goes there is bounded by the kernel, and not fuzzed here."""
+    """Stands in for the process that can be killed: the kernel limits what runs there, and it is not fuzzed here."""
     raise ImageError("apart")
 
 

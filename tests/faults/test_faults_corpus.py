@@ -1,4 +1,4 @@
-"""The inputs that fuzzing kept are read again: each gives a result or a refusal, in no time."""
+"""The inputs that fuzzing kept are read again: each quickly gives a result or a refusal."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A full disk: one line that names a file, and the run goes on once there is room, bit for bit."""
+"""A full disk: one line that names a file; once there is room, the resumed run ends with the same weights."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def same_model(a: LoadedModel, b: LoadedModel) -> bool:
 
 
 def outcome(read: Callable[[], Any], accept: Callable[[Any], bool]) -> str | None:
-    """Return what went wrong: neither a clear refusal nor a right value."""
+    """Return what went wrong, unless there was a clear refusal or a right value."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -127,7 +127,7 @@ def test_record(whole: Path, tmp_path: Path) -> None:
 
 
 def test_log_and_metrics_are_not_needed(whole: Path, tmp_path: Path) -> None:
-    """Both are written anew from the checkpoint; noise in them stops nothing."""
+    """Both are written again from the checkpoint; noise in them does not stop a run."""
 
     def attempt(seed: Any) -> str | None:
         folder = RunFiles(tmp_path / str(seed))

@@ -1,4 +1,4 @@
-"""100 odd HTTP exchanges with a real server over sockets: right answers or clear refusals, and it goes on serving."""
+"""100 odd HTTP exchanges with a real server over sockets: right answers or clear refusals, and it keeps serving."""
 
 import contextlib
 import json

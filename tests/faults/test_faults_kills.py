@@ -1,4 +1,4 @@
-"""Killed at any moment, a run that is resumed ends as one that never was, bit for bit."""
+"""A run killed at any moment and resumed ends like an uninterrupted one, bit for bit."""
 
 import os
 import random
@@ -110,7 +110,7 @@ def test_fifty_kills_change_nothing(whole: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_to_the_trainer_and_its_workers_exits_143(tmp_path: Path) -> None:
-    """As systemd and SLURM do; a worker that ends first must not make it an error."""
+    """As systemd and SLURM do; it must not become an error if a worker ends first."""
     run = tmp_path / "run"
     process = start("digits", *flags(), "--workers", "2", "--epochs", "200", "--out", str(run))
     reached = checkpoints(random.randint(3, 20))

@@ -1,4 +1,4 @@
-"""64 clients for a minute beside bad ones of every kind: the good ones are served, and the memory comes back."""
+"""64 clients for a minute, and bad ones of every kind: the good ones are served, and memory is freed again."""
 
 import contextlib
 import itertools
