@@ -1,6 +1,5 @@
 """One image, one split, one label: equal bytes, contradicting labels, and groups that stay together."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convmixer.data import scan as scanning
 from convmixer.data.datasets import DataSplits
 from convmixer.data.options import Options
 from convmixer.data.splits import stratified
 from convmixer.errors import RequestError
-from data_sets import DIGITS, label, load, names, parts, png, write_folder, write_tar
+from data_sets import label, load, names, parts, png, write_folder, write_tar
 
 
 def contents(data: DataSplits) -> list[set[bytes]]:
@@ -142,33 +140,3 @@ def test_whole_groups_are_held_out(fraction: float) -> None:
     assert (stratified(labels, fraction, 0, groups) == held).all()
     single = np.arange(1000)
     assert (stratified(labels, fraction, 3, single) == stratified(labels, fraction, 3)).all()
-
-
-# the cache of headers
-
-
-def test_headers_are_read_once_and_again_if_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scanning, "CACHED_FROM", 10)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = write_folder(tmp_path / "data", range(60))
-    read: list[Path] = []
-    real = scanning.Files.header
-    monkeypatch.setattr(scanning.Files, "header", lambda self, i: read.append(self.encoded(i)) or real(self, i))
-    first = load(root)
-    assert len(read) == 60
-    second = load(root)
-    assert len(read) == 60
-    assert [names(p) for p in parts(second)] == [names(p) for p in parts(first)]
-    changed = root / label(7) / "0007.png"
-    changed.write_bytes(png(100))
-    os.utime(changed, ns=(1, 1))
-    load(root)
-    assert read[60:] == [changed]
-    changed.write_bytes(b"no image")
-    for _ in range(2):  # what cannot be read is tried anew each time
-        assert len(load(root, bad=0.1).bad_files) == 1
-    assert read[61:] == [changed] * 2
-    for file in (tmp_path / "cache" / "convmixer" / "headers").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    assert [names(p) for p in parts(load(root, bad=0.1))] == [names(p) for p in parts(load(root, bad=0.1))]
-    assert len(DIGITS.images) > 60

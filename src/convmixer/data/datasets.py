@@ -196,7 +196,7 @@ class Checked:
 def _check(found: Found, options: Options) -> Checked:
     """Return which images can be used, and which belong together."""
     scans = {split: scan(source) for split, (source, _) in found.splits.items()}
-    same = copies([source for source, _ in found.splits.values()], [s.digests for s in scans.values()])
+    same = copies([source for source, _ in found.splits.values()], list(scans.values()))
     equal = dict(zip(scans, same, strict=True))
 
     def name(split: str, index: int) -> str:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from convmixer.data.argument import SHARDS, TABLES
-from convmixer.data.found import Found, file_size, listing_checksum, to_bytes
+from convmixer.data.found import Found, listing_checksum, to_bytes
 from convmixer.data.labels import encode_labels, split_of
 from convmixer.data.layout import Folder, Layout, arrange
 from convmixer.data.sources import Files, Source
+from convmixer.data.status import file_status
 from convmixer.data.unused import NO_IMAGE, Unused
 from convmixer.data.walk import Walk, is_image
 from convmixer.errors import RequestError
@@ -44,9 +45,10 @@ def find_folder(walked: Walk, name: str) -> Found:
     unused.update(walked.unused)
     roots = {split: walked.root.joinpath(*_prefix(layout, split)) for split in images}
     classes, encoded = encode_labels({split: labels for split, (_, labels) in images.items()})
-    sizes = [f"{s}/{p} {file_size(roots[s] / p)}" for s, (paths, _) in images.items() for p in paths]
+    status = {split: file_status(roots[split], paths) for split, (paths, _) in images.items()}
+    sizes = [f"{s}/{p} {n}" for s, (paths, _) in images.items() for p, n in zip(paths, status[s][:, 0], strict=True)]
     splits: dict[str, tuple[Source, np.ndarray]] = {
-        s: (Files(roots[s], to_bytes(paths)), encoded[s]) for s, (paths, _) in images.items()
+        s: (Files(roots[s], to_bytes(paths), status[s]), encoded[s]) for s, (paths, _) in images.items()
     }
     return Found(name, splits, classes, listing_checksum(sizes), notes=layout.notes, unused=unused)
 

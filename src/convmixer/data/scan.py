@@ -1,39 +1,43 @@
 """Reads from every image before training its header, and a digest that identifies copies. No pixels.
 
-The headers of image files are kept in the cache folder, so that a second start reads only what has changed since.
+Both are kept in the cache folder, so that a second start asks for the size and time of each file or shard, and reads
+only what has changed since.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convmixer.data.sources import Arrays, Files, Shards, Source
+from convmixer.data.status import file_status, settled
 from convmixer.files import atomic_file, cache_folder
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
-CACHED_FROM = 1000  # files; fewer are read quickly without a cache
+CACHED_FROM = 1000  # files; fewer are read in no time
 PART = 256
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What the scan found out about the images of a source.
+    """What is known of the images of a source.
 
     Args:
         headers: The header of each image, or why it cannot be read.
         digests: uint64 (N,): of the contents, or of size and first 8 KiB if the file is longer; 0 if unreadable.
+        kept: What the cache holds of them; None: they are not cached.
     """
 
     headers: list[Header | str]
     digests: np.ndarray
+    kept: "_Kept | None" = None
 
     def bad(self) -> np.ndarray:
         """Return which images cannot be read, bool (N,)."""
@@ -45,105 +49,150 @@ def scan(source: Source) -> Scan:
     if isinstance(source, Arrays):
         digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
         return Scan([source.header(0)] * len(source) if len(source) else [], digests)
-    known = _Known.load(source) if isinstance(source, Files) and len(source) >= CACHED_FROM else None
+    kept = _Kept.load(source) if isinstance(source, (Files, Shards)) and len(source) >= CACHED_FROM else None
+    headers: list[Header | str] = [""] * len(source)
+    digests = np.zeros(len(source), np.uint64)
+    if kept:
+        headers, digests = kept.found()
 
     def check(index: int) -> tuple[Header | str, int]:
         try:
-            return (known and known.get(index)) or (source.header(index), source.digest(index))
+            return source.header(index), source.digest(index)
         except (ImageError, OSError) as error:
             return str(error), 0
 
-    parts = [range(start, min(start + PART, len(source))) for start in range(0, len(source), PART)]
+    todo = np.flatnonzero(~kept.valid) if kept else np.arange(len(source))
+    parts = [todo[start : start + PART].tolist() for start in range(0, len(todo), PART)]
     # threads wait for the disk; sources in memory are faster without them
     with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
         results = pool.map(lambda part: [check(index) for index in part], parts)
-        done = [pair for part in track(results, "checking images", len(parts), shown_from=80) for pair in part]
-    found = Scan([header for header, _ in done], np.array([digest for _, digest in done], np.uint64))
-    if known is not None:
-        known.save(found)
-    return found
+        checked = track(results, "checking images", len(parts), shown_from=80)
+        for part, pairs in zip(parts, checked, strict=True):
+            for index, (header, digest) in zip(part, pairs, strict=True):
+                headers[index], digests[index] = header, digest
+    if kept and len(todo):
+        kept.keep(headers, digests)
+        kept.save()
+    return Scan(headers, digests, kept)
 
 
-class _Known:
-    """The headers of a set of files from an earlier scan, each valid while the file keeps its size and time.
+class _Kept:
+    """The headers and digests of images in the cache, each valid while its file keeps its size and time.
 
     Args:
-        source: The files.
-        table: Arrays of the earlier scan by name; None: there was none.
+        source: The images.
+        table: Arrays of an earlier scan by name; None: there was none.
     """
 
-    def __init__(self, source: Files, table: dict[str, np.ndarray] | None) -> None:
-        self.source, self.table, self.read = source, table, 0
-        self.sizes, self.times = (np.full(len(source), -1, np.int64) for _ in range(2))
-        self.modes: list[str] = [] if table is None else [str(mode) for mode in table["modes"]]
+    def __init__(self, source: Files | Shards, table: dict[str, np.ndarray] | None) -> None:
+        self.source, self.status, self.changed = source, _status(source), False
+        count = len(source)
+        self.table = table or {name: np.full(count, -1 if name == "mode" else 0, kind) for name, kind in _COLUMNS}
+        size, time = self.status.T
+        self.valid = (self.table["mode"] >= 0) & (self.table["size"] == size) & (self.table["time"] == time)
+        self.table["whole"][~self.valid] = 0
 
     @classmethod
-    def load(cls, source: Files) -> "_Known":
-        """Return the earlier scan; an empty one if the cache is damaged or of other files."""
+    def load(cls, source: Files | Shards) -> "_Kept":
+        """Return what is kept; nothing if the cache is damaged or of other files."""
         try:
             with _cache_file(source).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                table = {name: file[name] for name in ("size", "time", "mode", "width", "height", "digest", "modes")}
+                table = {name: file[name].astype(kind) for name, kind in _COLUMNS} | {"modes": file["modes"]}
         except Exception:  # missing, truncated, or of another version
             return cls(source, None)
-        whole = all(len(table[name]) == len(source) for name in table if name != "modes")
+        whole = all(len(table[name]) == len(source) for name, _ in _COLUMNS)
         return cls(source, table if whole else None)
 
-    def get(self, index: int) -> tuple[Header, int] | None:
-        """Return header and digest of a file that has not changed."""
-        status = os.stat(self.source.encoded(index))
-        self.sizes[index], self.times[index] = status.st_size, status.st_mtime_ns
+    def found(self) -> tuple[list[Header | str], np.ndarray]:
+        """Return headers and digests; what is not valid is a placeholder."""
         t = self.table
-        if t is None or t["mode"][index] < 0:
-            return None
-        if t["size"][index] != status.st_size or t["time"][index] != status.st_mtime_ns:
-            return None
-        size = int(t["width"][index]), int(t["height"][index])
-        return (self.modes[t["mode"][index]], size), int(t["digest"][index])
+        modes = [str(mode) for mode in t.get("modes", ())] or [""]
+        sizes = zip(t["width"].tolist(), t["height"].tolist(), strict=True)
+        headers: list[Header | str] = [(modes[m], wh) for m, wh in zip(t["mode"].tolist(), sizes, strict=True)]
+        return headers, t["digest"].copy()
 
-    def save(self, found: Scan) -> None:
-        """Keep a scan for the next time; if the cache cannot be written, nothing is kept."""
-        modes = sorted({header[0] for header in found.headers if not isinstance(header, str)})
-        table: dict[str, Any] = {
-            "size": self.sizes,
-            "time": self.times,
-            "mode": np.array([modes.index(h[0]) if not isinstance(h, str) else -1 for h in found.headers], np.int16),
-            "width": np.array([h[1][0] if not isinstance(h, str) else 0 for h in found.headers], np.int32),
-            "height": np.array([h[1][1] if not isinstance(h, str) else 0 for h in found.headers], np.int32),
-            "digest": found.digests,
-        }
-        if self.table is not None and all(np.array_equal(table[name], self.table[name]) for name in table):
+    def keep(self, headers: list[Header | str], digests: np.ndarray) -> None:
+        """Keep a scan for the next time, but for images that cannot be read or changed just now."""
+        modes = sorted({header[0] for header in headers if not isinstance(header, str)})
+        numbers = {mode: number for number, mode in enumerate(modes)}
+        flat = [(-1, 0, 0) if isinstance(h, str) else (numbers[h[0]], *h[1]) for h in headers]
+        mode, width, height = np.array(flat, np.int64).T
+        size, time = self.status.T
+        mode = np.where(settled(time), mode, -1)
+        columns = {"mode": mode, "width": width, "height": height, "size": size, "time": time, "digest": digests}
+        self.table |= {name: columns[name].astype(kind) for name, kind in _COLUMNS if name in columns}
+        self.table["modes"] = np.array(modes)
+        self.changed = True
+
+    def save(self) -> None:
+        """Write the cache if it has changed; one that cannot be written is done without."""
+        if not self.changed:
             return
-        try:
-            with atomic_file(_cache_file(self.source)) as file:
-                np.savez(file, modes=np.array(modes), **table)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), atomic_file(_cache_file(self.source)) as file:
+            np.savez(file, **self.table)  # type: ignore[arg-type]  # its stubs know no names of arrays
+        self.changed = False
+
+    def digest_whole(self, index: int) -> int:
+        """Return the digest of a file's whole contents, read once."""
+        if not self.table["whole"][index]:
+            self.table["whole"][index] = self.source.digest(index, whole=True)
+            self.changed = True
+        return int(self.table["whole"][index])
 
 
-def _cache_file(source: Files) -> Path:
-    names = hashlib.sha256(os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()).hexdigest()[:24]
-    return cache_folder("headers") / f"{names}.npz"
+_COLUMNS = (
+    ("size", np.int64),
+    ("time", np.int64),
+    ("mode", np.int16),
+    ("width", np.int32),
+    ("height", np.int32),
+    ("digest", np.uint64),
+    ("whole", np.uint64),  # 0: not read
+)
 
 
-def copies(sources: Sequence[Source], digests: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _status(source: Files | Shards) -> np.ndarray:
+    """Return size and time of the file that each image is in, int64 (N, 2)."""
+    if isinstance(source, Shards):
+        return file_status(Path(), [os.path.abspath(tar) for tar in source.tars])[source.places[:, 0]]
+    if source.status is not None:
+        return source.status
+    return file_status(source.root, [source.name(index) for index in range(len(source))])
+
+
+def _cache_file(source: Files | Shards) -> Path:
+    if isinstance(source, Files):
+        what = os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()
+    else:
+        what = b"\0".join(os.fsencode(os.path.abspath(tar)) for tar in source.tars) + source.places.tobytes()
+    return cache_folder("headers") / f"{hashlib.sha256(what).hexdigest()[:24]}.npz"
+
+
+def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:
     """Return for each source a number per image that equal images share, int64 (N,); -1 if unreadable.
 
     Args:
         sources: The images.
-        digests: See `Scan`; longer files with equal digests are read whole here.
+        scans: What is known of them; longer files of equal digest are read whole here.
     """
-    joined = np.concatenate(list(digests)) if digests else np.empty(0, np.uint64)
-    owner = np.repeat(np.arange(len(sources)), [len(part) for part in digests])
-    start = np.cumsum([0, *(len(part) for part in digests)])
-    joined = joined.copy()
+    joined = np.concatenate([part.digests for part in scans]) if scans else np.empty(0, np.uint64)
+    start = np.cumsum([0, *(len(part.digests) for part in scans)])
     _, inverse, counts = np.unique(joined, return_inverse=True, return_counts=True)
-    for place in np.flatnonzero((counts[inverse] > 1) & (joined != 0)):
-        source = sources[owner[place]]
-        try:
-            joined[place] = source.digest(int(place - start[owner[place]]), whole=True)
-        except OSError:  # deleted meanwhile; reading it will report that
-            joined[place] = 0
+    several = (counts[inverse] > 1) & (joined != 0)
+    for source, part, first in zip(sources, scans, start[:-1], strict=True):
+        if isinstance(source, Files):  # the digests of others are of the whole contents
+            for index in np.flatnonzero(several[first : first + len(part.digests)]):
+                joined[first + index] = _digest_whole(source, part.kept, int(index))
+            if part.kept:
+                part.kept.save()
     _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
     numbers = first[inverse]  # the first of its copies: single images keep their order
     numbers[joined == 0] = -1
     return np.split(numbers, start[1:-1])
+
+
+def _digest_whole(source: Files, kept: _Kept | None, index: int) -> int:
+    try:
+        return kept.digest_whole(index) if kept else source.digest(index, whole=True)
+    except OSError:  # gone since; reading it will say so
+        return 0

@@ -16,7 +16,8 @@ from convmixer.data.columns import LABELS, could_be_labels
 from convmixer.data.found import Found, files_checksum, to_bytes
 from convmixer.data.labels import by_split, encode_labels, is_label
 from convmixer.data.options import Options
-from convmixer.data.sources import Shards, Source, index_tar, read_range
+from convmixer.data.sources import Shards, Source, read_range
+from convmixer.data.tar_index import index_tar
 from convmixer.data.unused import Unused
 from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
@@ -27,7 +28,7 @@ NO_LABEL = "an image without label"
 NO_USE = "a member that is neither an image nor a label"
 KEYS = ("label", "cls", "class", *LABELS)
 
-Sample = Mapping[str, Any]  # extension -> (offset, size, name)
+Sample = Mapping[str, Any]  # extension -> (offset, size, name, text), see `index_tar`
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def _json(tar: Path, member: Any) -> Any:
 
 
 def _read(tar: Path, member: Any) -> str:
-    offset, size, name = member
+    offset, size, name, text = member
+    if text is not None:
+        return str(text)
     if size > LABEL_BYTES:
         raise RequestError(f"{tar}: {name} has {size} bytes, too many for a label")
     return read_range(tar, offset, size).decode("utf-8", "replace").strip()

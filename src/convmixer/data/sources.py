@@ -8,7 +8,6 @@ import hashlib
 import math
 import mmap
 import os
-import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from convmixer.decode.load import brightest
-from convmixer.errors import RequestError
 from convmixer.preprocess import load_image, read_header
 
 DIGESTED = 8192  # bytes at the start of a file
@@ -125,10 +123,12 @@ class Files(Encoded):
     Args:
         root: The folder that paths are relative to.
         paths: Paths as bytes, (N,): an array, because worker processes would copy a list of a million strings.
+        status: Their sizes and times when they were found, see `file_status`; None: not asked for yet.
     """
 
     root: Path
     paths: np.ndarray
+    status: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -191,34 +191,6 @@ class Shards(Encoded):
     def encoded(self, index: int) -> Path | bytes:
         tar, offset, size = self.places[index]
         return read_range(self.tars[tar], int(offset), int(size))
-
-
-def index_tar(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the samples of a WebDataset shard in order: key -> {extension: (offset, size, member name)}.
-
-    Raises:
-        RequestError: Not a tar file, compressed (no random access), or cut short.
-    """
-    samples: dict[str, dict[str, Any]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    found = samples.setdefault(f"{folder}/{stem}", {})
-                    if extension.lower() in found:
-                        raise RequestError(
-                            f"{path} has two members {member.name}: it is not clear which one is meant"
-                        )
-                    found[extension.lower()] = (member.offset_data, member.size, member.name)
-            members = tar.getmembers()
-            needed, there = max((m.offset_data + m.size for m in members), default=0), path.stat().st_size
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise RequestError(f"{path} is not a readable, uncompressed tar file: {error}") from error
-    if needed > there:
-        raise RequestError(f"{path} is cut short: its members need {needed} bytes, {there} are there")
-    return samples
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:

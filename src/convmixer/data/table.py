@@ -9,11 +9,12 @@ import numpy as np
 
 from convmixer.data.columns import KNOWN, Columns, choose_columns, holds_path, split_of_row
 from convmixer.data.csv_file import Rows, read_csv
-from convmixer.data.found import Found, file_size, listing_checksum, loss_weights, to_bytes
+from convmixer.data.found import Found, listing_checksum, loss_weights, to_bytes
 from convmixer.data.labels import encode_labels, is_label
 from convmixer.data.located import Locator
 from convmixer.data.options import Options
 from convmixer.data.sources import Files, Source
+from convmixer.data.status import file_status
 from convmixer.data.unused import NO_IMAGE, Unused
 from convmixer.data.walk import is_image, walk
 from convmixer.errors import RequestError
@@ -36,11 +37,12 @@ def find_table(path: Path, name: str, options: Options) -> Found:
     columns = choose_columns(rows, Locator(base, path.name), options)
     order = _rows_by_split(rows, columns)
     paths = {split: [columns.location.path(rows.cells[n][columns.path]) for n in ns] for split, ns in order.items()}
+    status = {split: file_status(base, found) for split, found in paths.items()}
     classes, encoded = encode_labels({split: [columns.labels[n] for n in ns] for split, ns in order.items()})
     splits: dict[str, tuple[Source, np.ndarray]] = {
-        split: (Files(base, to_bytes(found)), encoded[split]) for split, found in paths.items()
+        split: (Files(base, to_bytes(found), status[split]), encoded[split]) for split, found in paths.items()
     }
-    sizes = [f"{p} {file_size(base / p)}" for found in paths.values() for p in found]
+    sizes = [f"{p} {n}" for s, found in paths.items() for p, n in zip(found, status[s][:, 0], strict=True)]
     checksum = listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes])
     unused = _unused(rows, columns, base, [p for found in paths.values() for p in found])
     groups = _groups(rows, order, options)

@@ -1,12 +1,11 @@
 """Notices changes of a data set while a run trains on it: by names, sizes and times, then by its checksum."""
 
 import hashlib
-import os
-from pathlib import Path
 
 from convmixer.data.argument import read_argument
 from convmixer.data.find import find
 from convmixer.data.options import Options
+from convmixer.data.status import file_status
 from convmixer.data.walk import walk
 from convmixer.errors import RequestError
 
@@ -49,14 +48,6 @@ class Watch:
             names = walk(self.path).files if self.path.is_dir() else [""]
         except RequestError as error:
             return str(error)
-        for name in names:
-            digest.update(_describe(self.path / name if name else self.path))
+        digest.update("\n".join(names).encode(errors="surrogateescape"))
+        digest.update(file_status(self.path, names).tobytes())
         return digest.hexdigest()
-
-
-def _describe(path: Path) -> bytes:
-    try:
-        found = path.stat()
-    except OSError:
-        return os.fsencode(path) + b" is gone\n"
-    return os.fsencode(path) + f" {found.st_size} {found.st_mtime_ns}\n".encode()
