@@ -71,6 +71,8 @@ class RunFiles(RunFolder):
             RequestError: The folder is not a run, or its settings are damaged.
         """
         text = self._read_text(self.config, "is not a run folder")
+        if not text.endswith("\n"):
+            raise RequestError(f"{self.config} is cut or damaged: its last line is incomplete")
         if not intact(text):
             raise RequestError(
                 f"{self.config} was damaged or changed after it was written: copy it again, or if you changed it on "
