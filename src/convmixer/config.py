@@ -37,7 +37,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("layer_decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
-    ("views unfreeze_epochs", lambda x: x >= 0, "at least 0"),
+    ("fraction", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("views unfreeze_epochs patience", lambda x: x >= 0, "at least 0"),
     ("unfreeze_lr", lambda x: x is None or x > 0, "above 0"),
     ("freeze", lambda x: x is None or x == "all" or x.isdecimal(), "all or a number of blocks"),
     ("workers pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
@@ -97,6 +98,12 @@ class Config:
         None, "column with each training image's relative weight in the loss; none: all count equally"
     )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
+    fraction: float = setting(1.0, "share of the training images to use, the same of every class, chosen by the seed")
+    balance: str = setting(
+        "none",
+        "what evens out classes of unequal size; loss: images of rare ones count more; sample: are drawn more often",
+        ("none", "loss", "sample"),
+    )
     workers: int = setting(1, "data-loading processes; 0: load in the training process")
     mean: tuple[float, ...] | None = setting(None, "mean per channel, 0 to 1; none: that of the data set")
     std: tuple[float, ...] | None = setting(None, "standard deviation per channel; none: that of the data set")
@@ -131,6 +138,7 @@ class Config:
     mixup_switch_prob: float = setting(0.5, "probability of cutmix if both are on")
     smoothing: float = setting(0.0, "label smoothing")
     # optimisation
+    patience: int = setting(0, "epochs without a better validation result after which training ends; 0: never")
     epochs: int = setting(10, "passes over the training set; 0: as many as fit into max_time")
     batch_size: int = setting(64, "images per optimizer step, over all processes and accumulation steps")
     grad_accum: int = setting(1, "number of parts in which a batch is computed, to save memory")

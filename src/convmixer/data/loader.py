@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -58,6 +59,7 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
     alternate_flip: bool = False,
+    odds: np.ndarray | None = None,
 ) -> Loader:
     """Return endless training batches that depend only on seed and global step, not on the number of workers.
 
@@ -74,6 +76,7 @@ def train_loader(
         rank, world: Index of this process, and the number of processes; together they read the same batches as a
             single process.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
+        odds: See `sampler.KeyedBatchSampler`.
 
     Returns:
         A loader of float32 (B, C, H, W), int64 (B,) and, if the images have weights, float32 (B,).
@@ -89,7 +92,8 @@ def train_loader(
     most = len(image_set) // (batch_size * world)
     if steps_per_epoch is not None and not 1 <= steps_per_epoch <= most:
         raise RequestError(f"steps_per_epoch must be 1 to {most} for {len(image_set)} images, not {steps_per_epoch}")
-    sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps_per_epoch or most, rank, world)
+    steps = steps_per_epoch or most
+    sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps, rank, world, odds)
     images = TrainImages(image_set, transform, seed, alternate_flip)
     return Loader(images, batch_sampler=sampler, collate_fn=_collate, **_workers(workers))
 

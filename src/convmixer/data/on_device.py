@@ -71,6 +71,7 @@ class DeviceLoader:
         steps_per_epoch: Steps in an epoch.
         rank, world: Index of this process, and the number of processes.
         weights: float32 (N,), weight of each image in the loss; None: all equal.
+        odds: See `sampler.KeyedBatchSampler`.
 
     Attributes:
         waited_seconds: Time spent making batches since the counter was last set to 0; the device works meanwhile.
@@ -89,12 +90,13 @@ class DeviceLoader:
         rank: int = 0,
         world: int = 1,
         weights: np.ndarray | None = None,
+        odds: np.ndarray | None = None,
     ) -> None:
         self.weights = None if weights is None else torch.from_numpy(weights).to(images.device)
         self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
         self.config, self.p, self.waited_seconds = config, p, 0.0
         self.batch_sampler = KeyedBatchSampler(
-            len(images), batch_size, config.seed, start_step, steps_per_epoch, rank, world
+            len(images), batch_size, config.seed, start_step, steps_per_epoch, rank, world, odds
         )
         std = torch.tensor(p.std, dtype=torch.float32)
         mean = torch.tensor(p.mean, dtype=torch.float32)

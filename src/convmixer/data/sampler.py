@@ -32,6 +32,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         start_step: Global step to begin at; a later change applies to the next iteration.
         steps_per_epoch: Steps in an epoch.
         rank, world: Index of this process, and the number of processes.
+        odds: How likely each image is drawn, (N,), with repetition; None: every image once an epoch.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         steps_per_epoch: int | None = None,
         rank: int = 0,
         world: int = 1,
+        odds: np.ndarray | None = None,
     ) -> None:
+        self.odds = odds
         self.size, self.batch_size, self.seed, self.start_step = size, batch_size, seed, start_step
         self.steps_per_epoch = steps_per_epoch or size // (batch_size * world)
         self.rank, self.world = rank, world
@@ -57,7 +60,7 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         """Return this process's batch at a global step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, permutation(self.size, self.seed, epoch))
+            self._order = (epoch, draw(self.size, self.seed, epoch, self.odds))
         first = (position * self.world + self.rank) * self.batch_size
         return [(epoch, int(index)) for index in self._order[1][first : first + self.batch_size]]
 
@@ -65,6 +68,20 @@ class KeyedBatchSampler(Sampler[list[Key]]):
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the images in an epoch, int64 (size,)."""
     return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def draw(size: int, seed: int, epoch: int, odds: np.ndarray | None) -> np.ndarray:
+    """Return the images of an epoch in order, int64 (size,): each once, or with `odds` drawn with repetition."""
+    if odds is None:
+        return permutation(size, seed, epoch)
+    return np.random.default_rng([seed, epoch]).choice(size, size, p=odds)
+
+
+def class_odds(labels: np.ndarray) -> np.ndarray:
+    """Return odds with which every class is drawn alike, float64 (N,), from labels (N,)."""
+    counts = np.bincount(labels)
+    odds: np.ndarray = 1 / (counts[labels] * np.count_nonzero(counts))
+    return odds / odds.sum()
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -25,7 +25,7 @@ from convmixer.train.setup import Job
 GAUGE_EVERY = 0.02  # share of the budget between two measurements of the machine's speed
 GAUGE_IMAGES, GAUGE_SECONDS = 16, 0.05
 PROBED_IMAGES = 512
-SLACK = 1.2  # what is kept for the end is this factor more than the estimate
+SLACK = 1.1  # what is kept for the end is this factor more than the estimate
 _OVER = -1.0  # instead of a share: the training ended here
 _ENTRY = struct.Struct("<dd")  # share of the budget, seconds since the run began
 

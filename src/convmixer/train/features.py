@@ -62,7 +62,7 @@ class Features:
     def train_loader(self, job: Job, start_step: int) -> "FeatureLoader":
         """Return endless batches from a step on, of the same images as `Job.train_loader`."""
         sampler = KeyedBatchSampler(
-            len(self.train[0][1]), job.batch_size, job.config.seed, start_step, job.steps_per_epoch
+            len(self.train[0][1]), job.batch_size, job.config.seed, start_step, job.steps_per_epoch, odds=job.odds
         )
         return FeatureLoader(self.train, sampler)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from convmixer.errors import RequestError
 from convmixer.probe import macs
 from convmixer.train.setup import Job, automatic_model
+from convmixer.train.start import weights_at_hand
 
 FEWEST_EPOCHS = 5.0  # in fewer, little is learned
 SMALLER = ((256, 8), (256, 4), (128, 8), (128, 4), (64, 8), (64, 4), (32, 4))  # width and depth
@@ -28,8 +29,13 @@ def what_fits(job: Job, epochs: float, reading: float) -> str:
 
 
 def _freezing(job: Job) -> Iterator[str]:
-    if job.config.weights and not job.config.freeze:
+    if job.config.freeze:
+        return
+    found = weights_at_hand(job.data.in_chans, job.preprocessing.img_size)
+    if job.config.weights:
         yield "--freeze"
+    elif found:
+        yield f"--weights {found[0]} --freeze"
 
 
 def _model(job: Job, share: float) -> Iterator[str]:

@@ -13,6 +13,7 @@ from convmixer.run_folder import RunFolder
 from convmixer.text import terminal
 from convmixer.train.distributed import world_size
 from convmixer.train.setup import Job
+from convmixer.train.start import start_line
 
 
 def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
@@ -26,6 +27,7 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
         console.print(f"data     {terminal(data.name)}: {terminal(note)}")
     parameters = sum(p.numel() for p in job.model.parameters())
     console.print(f"model    {job.build[0]}, {parameters:,} parameters, {job.kernels}")
+    console.print(f"start    {terminal(start_line(c, data.in_chans, job.preprocessing.img_size))}")
     if c.freeze:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
         then = f", then all for {c.unfreeze_epochs} epochs" if c.unfreeze_epochs else ""

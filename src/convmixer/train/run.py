@@ -33,6 +33,7 @@ def train(
     build: Build | None = None,
     on_epoch: OnEpoch | None = None,
     quiet: bool = False,
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Train a model and return the result; everything about it is in the run folder.
 
@@ -45,6 +46,7 @@ def train(
         build: Name and arguments for `create_model`, instead of `config.model`.
         on_epoch: Called with an epoch's row of metrics once it is on disk; an exception from it ends the run.
         quiet: Print no settings, epochs and results.
+        started: When the time of `max_time` began, in seconds since 1970; None: now.
 
     Returns:
         `run` (the folder), `val_top1`, `test_top1` (percent, None without such a split), `epochs`, `seconds`,
@@ -54,7 +56,7 @@ def train(
         RequestError: The settings, the data or the folder do not allow it.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is saved then.
     """
-    started = time.time()
+    started = time.time() if started is None else started
     with _processes(config) as restarted:
         if out is not None and restarted and on_first(lambda: is_run(out)):
             return _continue(RunFiles(out), data, on_epoch=on_epoch)

@@ -43,7 +43,7 @@ from convmixer.train.steps import StepRows
 OnEpoch = Callable[[dict[str, Any]], None]
 WEIGHTS_SECONDS = 10.0  # between two saves of all weights while a classifier is trained on features
 FINISH_SECONDS = 0.7  # for what a run writes at its end, without pictures
-DRAWN_AT_END = 4.0  # what the pictures at the end take, by those at the start
+DRAWN_AT_END = 3.0  # what the pictures at the end take, by those at the start
 KNOWN_AFTER = 10  # steps whose speed says how many epochs fit
 ENDLESS = 10**9  # steps of a stage that only the time ends
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
@@ -180,7 +180,7 @@ class Run:
         left = ENDLESS if end is None else end - done
         if self.budget and done and (self.budget.is_over(done) or self.budget.ends_stage(self.stage.plan, done)):
             left, self._out_of_time = 0, self.budget.is_over(done)
-        if left > 0:
+        if left > 0 and not self._lost_patience():
             self.loader = self.stage.train_loader()
             self._new_epoch()
             try:
@@ -230,7 +230,14 @@ class Run:
             self._out_of_time = self.budget.is_over(done)
             if self._out_of_time or self.budget.ends_stage(self.stage.plan, done):
                 return True
-        return done == self.stage.plan.end
+        return done == self.stage.plan.end or self._lost_patience()
+
+    def _lost_patience(self) -> bool:
+        """Return whether the stage has gone on for `patience` epochs without a better one."""
+        if not self.config.patience or not self.rows:
+            return False
+        began = self.stage.plan.first / self.steps_per_epoch
+        return bool(self.rows[-1]["epoch"] - max(self.best["epoch"], began) >= self.config.patience)
 
     def _say_if_short(self, done: int) -> None:
         """Once, when the speed is known, say if the time is too short to learn much in it."""
@@ -244,7 +251,8 @@ class Run:
 
     def _is_last_step(self) -> bool:
         last = self.stage_number + 1 == len(self.plans)
-        return self._out_of_time or (last and self.module.steps_done == self.stage.plan.end)
+        ended = self.module.steps_done == self.stage.plan.end or self._lost_patience()
+        return self._out_of_time or (last and ended)
 
     def _share_done(self) -> float:
         """Return how far the run is, 0 to 1."""
@@ -427,6 +435,8 @@ class Run:
         test = self._score(model, "test", answers=draw) if self.config.test else None
         val = self._score(model, "val", answers=draw and not test)
         results = self._results(val, test)
+        if self._lost_patience():
+            self.console.print(f"stopped  {self.config.patience} epochs brought nothing better (patience)")
         say_results(self.console, self.folder, results)
         if self.writes:
             self._write_results(results, model, test or val)
@@ -459,6 +469,7 @@ class Run:
             "kernels": self.job.kernels,
             "processes": world_size(),
             "threads": torch.get_num_threads(),
+            **({"stopped_early": True} if self._lost_patience() else {}),
             **({"max_time_share": self._seconds() / self.budget.seconds} if self.budget else {}),
             **({"data_changed_in_epochs": self.data_changed} if self.data_changed else {}),
         }

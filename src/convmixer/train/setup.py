@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -15,6 +16,7 @@ from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.loader import Loader, eval_loader, train_loader
 from convmixer.data.on_device import DeviceLoader
 from convmixer.data.options import Options
+from convmixer.data.sampler import class_odds
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
@@ -24,6 +26,7 @@ from convmixer.models.create import create_model
 from convmixer.models.registry import model_args
 from convmixer.models.weights import LoadedModel, adapt_channels, load_model
 from convmixer.preprocess import Preprocessing
+from convmixer.train.chosen import training_images
 from convmixer.train.distributed import rank, synchronise_batch_norm, world_size
 from convmixer.train.freeze import ALL, freeze
 from convmixer.train.initialize import initialize
@@ -92,6 +95,12 @@ class Job:
             progress=progress,
         )
 
+    @property
+    def odds(self) -> np.ndarray | None:
+        """How likely each training image is drawn; None: each once an epoch."""
+        assert self.data.train is not None
+        return class_odds(self.data.train.labels) if self.config.balance == "sample" else None
+
     def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader | DeviceLoader:
         """Return endless training batches of this process from a step on."""
         assert self.data.train is not None
@@ -106,6 +115,7 @@ class Job:
                 steps_per_epoch=self.steps_per_epoch,
                 rank=rank(),
                 world=world_size(),
+                odds=self.odds,
                 weights=self.data.train.weights,
             )
         return train_loader(
@@ -119,6 +129,7 @@ class Job:
             rank=rank(),
             world=world_size(),
             alternate_flip=self.config.hflip_mode == "alternate",
+            odds=self.odds,
         )
 
     def eval_loader(self, split: str) -> Loader | None:
@@ -168,6 +179,10 @@ def prepare(
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
+    if config.patience and not data.val:
+        raise RequestError("patience needs a validation split: set val_fraction above 0, or leave patience out")
+    data = dataclasses.replace(data, train=training_images(data.train, config, data.notes))
+    assert data.train is not None
     resumes = preprocessing is not None
     if config.freeze and not config.weights:
         raise RequestError("freeze keeps the starting weights, but none are given: add --weights")

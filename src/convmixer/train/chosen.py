@@ -1,0 +1,39 @@
+"""Which training images count, and how much: a share of them, and classes of unequal size evened out."""
+
+import numpy as np
+
+from convmixer.config import Config
+from convmixer.data.images import ImageSet
+from convmixer.data.splits import stratified
+
+ALL_OF = "{} of {} training images are used, the same share of every class, chosen by seed {}"
+
+
+def training_images(images: ImageSet, config: Config, notes: list[str]) -> ImageSet:
+    """Return the training images that `fraction` chooses, with the weights that `balance` asks for.
+
+    Args:
+        images: All of them.
+        config: `fraction`, `balance`, `seed`.
+        notes: What the user should know; what is done here is added.
+    """
+    if config.fraction < 1:
+        kept = np.flatnonzero(~stratified(images.labels, 1 - config.fraction, config.seed))
+        notes.append(ALL_OF.format(len(kept), len(images), config.seed))
+        images = images.subset(kept)
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    present = counts[counts > 0]
+    if config.balance == "loss":
+        images = images.subset(np.arange(len(images)))
+        weights = (len(images) / (len(present) * counts[images.labels])).astype(np.float32)
+        images.weights = weights if images.weights is None else _mean_one(weights * images.weights)
+        low, high = len(images) / len(present) / present.max(), len(images) / len(present) / present.min()
+        notes.append(f"an image of the largest class counts {low:.3g} in the loss, of the smallest {high:.3g}")
+    elif config.balance == "sample":
+        notes.append(f"every class is drawn alike; the smallest has {present.min()} images, which repeat in an epoch")
+    return images
+
+
+def _mean_one(weights: np.ndarray) -> np.ndarray:
+    scaled: np.ndarray = (weights / weights.mean(dtype=np.float64)).astype(np.float32)
+    return scaled
