@@ -72,10 +72,19 @@ class Machine:
 
     def end(self) -> None:
         """Kill what runs here."""
-        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
-        for number in found.stdout.split():
+        for number in self._running():
             with suppress(ProcessLookupError):
-                os.kill(int(number), signal.SIGKILL)
+                os.kill(number, signal.SIGKILL)
+
+    def kill_one(self) -> None:
+        """Kill the process that trains; torchrun stays."""
+        words = {number: Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0") for number in self._running()}
+        (trainer,) = (number for number, found in words.items() if found[1:4] == [b"-u", b"-m", b"convmixer"])
+        os.kill(trainer, signal.SIGKILL)
+
+    def _running(self) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        return [int(number) for number in found.stdout.split()]
 
 
 @contextmanager

@@ -139,3 +139,18 @@ def test_a_lost_machine_ends_the_other_and_no_checkpoint(
     again = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert resumed_at(again.stdout) == step
+
+
+def test_a_killed_process_restarts_those_of_all_machines(machines: tuple[Machine, Machine], tmp_path: Path) -> None:
+    """torchrun counts the restart on one machine alone, and its store holds addresses of the dead."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    processes = [start(machine, whole, *LONG) for machine in machines]
+    assert [process.wait(240) for process in processes] == [0, 0]
+    processes = [start(machine, out, *LONG, restarts=2) for machine in machines]
+    wait_for_steps(out, 20)
+    machines[1].kill_one()
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert resumed_at("".join(outputs)) >= 20
+    expected, found = weights(whole), weights(out)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -89,13 +89,17 @@ def _fresh(probe: str, **request: Any) -> dict[str, Any]:
     return _last_line([sys.executable, __file__, "--probe", probe, json.dumps(request)])
 
 
-def _last_line(command: Sequence[str], **environment: str) -> dict[str, Any]:
+def _last_line(command: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_output(command).splitlines()[-1])
+    return found
+
+
+def _output(command: Sequence[str], **environment: str) -> str:
     variables = os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         sys.exit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return done.stdout
 
 
 def _train(folder: Path, processes: int) -> dict[str, Any]:
@@ -103,9 +107,10 @@ def _train(folder: Path, processes: int) -> dict[str, Any]:
     out = folder / f"run-{processes}"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     settings = "train digits --model convmixer_64_6_p1_k5 --epochs 3 --batch-size 64 --workers 0 --draw false"
-    command = [sys.executable, *launch, "-m", "convmixer", "--json", *settings.split(), "--out", str(out)]
-    found = _last_line(command, OMP_NUM_THREADS="1")
-    return {"processes": processes, "images_per_second": found["images_per_second"]}
+    command = [sys.executable, *launch, "-m", "convmixer", *settings.split(), "--out", str(out)]
+    _output(command, OMP_NUM_THREADS="1")
+    results = json.loads((out / "record.jsonl").read_text(encoding="utf-8"))["results"]
+    return {"processes": processes, "images_per_second": results["images_per_second"]}
 
 
 def _reduced(small: bool) -> list[dict[str, Any]]:
