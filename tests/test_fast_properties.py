@@ -88,6 +88,14 @@ def _insert(model: Any, pick: random.Random, module: nn.Module) -> None:
     blocks[i].append(module)
 
 
+def _other_shape(weight: torch.Tensor, pick: random.Random) -> torch.Tensor:
+    return torch.randn(*weight.shape[:2], *pick.choice([(1, 1), (5, 5), (1, 3)])) / 5
+
+
+def _doubled_parameter(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(2 * weight.detach())
+
+
 def _kernel(model: nn.Module, pick: random.Random) -> None:
     conv = pick.choice(_of(model, DepthwiseConv2d) or _of(model, nn.Conv2d))
     conv.weight = nn.Parameter(torch.randn(*conv.weight.shape[:2], 1, 3))
@@ -111,6 +119,9 @@ CHANGES: dict[str, Callable[[Any, random.Random], Any]] = {
     "weights": lambda m, r: nn.init.normal_(_conv(m, r).weight, std=0.1),
     "another weight": lambda m, r: _set(c := _conv(m, r), "weight", nn.Parameter(c.weight.detach() * 1.5)),
     "data": lambda m, r: _set((c := _conv(m, r)).weight, "data", c.weight.data * 0.5),
+    "data of another shape": lambda m, r: _set(w := _conv(m, r).weight, "data", _other_shape(w, r)),
+    "statistics of another type": lambda m, r: _set((n := _norm(m, r)).running_var, "data", n.running_var.double()),
+    "swapped": lambda m, r: torch.utils.swap_tensors((c := _conv(m, r)).weight, _doubled_parameter(c.weight)),
     "double": lambda m, r: _any(m, r).double(),
     "bf16": lambda m, r: _any(m, r).bfloat16(),
     "tanh": lambda m, r: _set(_act(m, r), "approximate", "tanh"),

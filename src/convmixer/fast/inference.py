@@ -149,8 +149,8 @@ def _unfit(model: Any, precision: str) -> str | None:
     if tools_at_work():
         return QUIETLY
     about = found(model.eval())
-    if about.reason or about.mixed_dtypes():
-        return about.reason or "its parameters differ in dtype"
+    if about.reason:
+        return about.reason
     return why_not(about.weights[0].device, DTYPES[precision]) or _stem_or_kernel(model) or _head(model)
 
 
@@ -173,6 +173,8 @@ def _head(model: Any) -> str | None:
             return f"the classifier is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return QUIETLY
+    if any(p.dtype is not model.stem[0].weight.dtype for p in model.head.parameters()):
+        return "the classifier differs in type"
     return None
 
 

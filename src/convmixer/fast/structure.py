@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from convmixer.kernels.cpu.changes import Unchanged, usable
 from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
@@ -29,20 +30,23 @@ _KINDS: tuple[Any, ...] = (
     DepthwiseConv2d,
     Residual,
 )
+_FACTS = attrgetter("dtype", "device", "shape")
 _FORWARDS = [kind.forward for kind in _KINDS]  # some tools replace them for all modules at once
-_DTYPE = attrgetter("dtype")
 
 
 def unusual(model: Any) -> str | None:
     """Return what in the model the kernels do not support, or None."""
     if any(name in model.__dict__ for name in _OVERRIDES):
         return "a method of the model was replaced"
-    if any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True)):
-        return QUIETLY
     reason = _stem_reason(model.stem)
     for i, block in enumerate(model.blocks):
         reason = reason or _block_reason(block, any_mixer=isinstance(model, Isotropic), called=i < _called(model))
     return reason or _hooks_or_forwards(model) or _norms_reason(model)
+
+
+def forwards_replaced() -> bool:
+    """Return whether a kind of module that the kernels know computes something else than PyTorch's."""
+    return any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True))
 
 
 def _called(model: Any) -> int:
@@ -71,6 +75,7 @@ def _is_pooled(conv: Any, pool: Any) -> bool:
     k = conv.kernel_size[0]
     size = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding == (k // 2, k // 2)
     usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    usual = usual and _has_shapes(conv, (conv.out_channels, conv.in_channels, k, k))
     windows = isinstance(pool.kernel_size, int) and pool.stride == pool.kernel_size and pool.padding == 0
     return size and usual and windows and not pool.ceil_mode and pool.divisor_override is None
 
@@ -79,7 +84,8 @@ def is_patches(conv: Any) -> bool:
     """Return whether a convolution reads each pixel once, so that it is a matrix multiplication of patches."""
     p = conv.kernel_size[0]
     square = conv.kernel_size == conv.stride == (p, p) and conv.padding == (0, 0)
-    return square and conv.dilation == (1, 1) and conv.groups == 1
+    usual = conv.dilation == (1, 1) and conv.groups == 1
+    return square and usual and _has_shapes(conv, (conv.out_channels, conv.in_channels, p, p))
 
 
 def _block_reason(block: Any, any_mixer: bool, called: bool) -> str | None:
@@ -91,6 +97,8 @@ def _block_reason(block: Any, any_mixer: bool, called: bool) -> str | None:
     if called:
         return _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
     mixer, dim = inner[0], getattr(block[3], "num_features", 0)
+    if type(mixer) is not DepthwiseConv2d and getattr(inner[1], "inplace", False):
+        return "an activation overwrites what the residual sum still needs"
     reason = None if any_mixer and type(mixer) is not DepthwiseConv2d else _depthwise_reason(mixer, dim)
     reason = reason or _act_reason(inner[1]) or _wrong(inner[2], nn.BatchNorm2d)
     return reason or _pointwise_reason(block[1], dim) or _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
@@ -112,9 +120,14 @@ def _conv_reason(conv: Any, shape: tuple[int, ...], groups: int, padding: tuple[
     usual = conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.groups == groups
     if not usual or conv.padding != padding or conv.kernel_size != shape[2:]:
         return f"a convolution has other settings: {conv}"
-    if conv.bias is None or tuple(conv.weight.shape) != shape or tuple(conv.bias.shape) != shape[:1]:
+    if conv.bias is None or not _has_shapes(conv, shape):
         return "a convolution has no bias, or weights of another shape"
     return None
+
+
+def _has_shapes(conv: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether the weights are of a shape, and the bias, if there is one, fits them."""
+    return tuple(conv.weight.shape) == shape and (conv.bias is None or tuple(conv.bias.shape) == shape[:1])
 
 
 def _act_reason(act: Any) -> str | None:
@@ -180,37 +193,49 @@ def all_depthwise(blocks: Any) -> bool:
 class Found:
     """What `unusual` found in a model, and everything that it depends on.
 
-    The `__dict__`, tensors and submodules of each module are compared with saved copies, which is quick because
-    almost all values are identical objects.
+    A module is its `__dict__`, its tensors and its parts. Whether they are as they were is told by CPython's own
+    marks (`kernels.cpu.changes`). Without marks, or if they say that something was set, all are compared with copies.
     """
 
     def __init__(self, model: Any) -> None:
         self.modules = [*model.stem.modules(), *model.blocks.modules()]
-        self.types = list(map(type, self.modules))
-        dicts = [model.__dict__, model._modules, *(m.__dict__ for m in self.modules)]
-        tensors = [d for m in self.modules for d in (m._parameters, m._buffers, m._modules) if d]
-        self.dicts = [*dicts, *tensors]
-        self.copies = [dict(d) for d in self.dicts]
+        held = [d for m in self.modules for d in (m._parameters, m._buffers, m._modules) if d]
+        self.dicts = [model.__dict__, model._modules, *(m.__dict__ for m in self.modules), *held]
         self.hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
-        self.reason = unusual(model)
         own = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
+        usual = bool(own) and all(type(t) in (nn.Parameter, Tensor) for t in (*own, *buffers))
+        self.tensors = [*own, *buffers] if usual else []
+        watched = usual and own[0].is_cpu and usable()
+        self.marks = Unchanged([*self.dicts, *self.hooks], self.modules, self.tensors) if watched else None
+        self.types, self.facts = list(map(type, self.modules)), list(map(_FACTS, self.tensors))
+        self.copies = [dict(d) for d in self.dicts]
         self.weights = [p for p in own if p.ndim == 4]
-        self.vectors = [p for p in own if p.ndim != 4]
-        if not self.reason and any(type(p) not in (nn.Parameter, Tensor) for p in own):
-            self.reason = QUIETLY  # another tool's objects hold the values
+        self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
 
     def holds(self) -> bool:
+        """Return whether everything is as it was found."""
+        if self.marks is not None:
+            if self.marks.holds():
+                return True
+            self.marks.remember()
+        return self._equals_copies()
+
+    def _equals_copies(self) -> bool:
         if any(self.hooks) or list(map(type, self.modules)) != self.types:
             return False
         try:
-            return self.dicts == self.copies
-        except Exception:  # a tensor was replaced, and comparing the two raises
+            return self.dicts == self.copies and list(map(_FACTS, self.tensors)) == self.facts
+        except Exception:  # a tensor was replaced, and the old and the new one have no order
             return False
 
-    def mixed_dtypes(self) -> bool:
-        """Return whether parameters differ in dtype; norms and biases may stay in fp32."""
-        kinds = set(map(_DTYPE, self.weights))
-        return len(kinds) != 1 or not set(map(_DTYPE, self.vectors)) <= {*kinds, torch.float32}
+
+def _types_reason(parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
+    """Return what is wrong if tensors differ in type; norms and biases may stay in fp32."""
+    kinds = {p.dtype for p in parameters if p.ndim == 4}
+    all_kinds = {t.dtype for t in (*parameters, *buffers) if t.is_floating_point()}
+    usual = len(kinds) == 1 and all_kinds <= {*kinds, torch.float32}
+    return None if usual else "its parameters or statistics differ in dtype"
 
 
 _FOUND: "weakref.WeakKeyDictionary[nn.Module, Found]" = weakref.WeakKeyDictionary()

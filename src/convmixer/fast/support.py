@@ -13,7 +13,7 @@ from torch.utils._device import DeviceContext
 
 from convmixer import kernels
 from convmixer.device import native_bf16
-from convmixer.fast.structure import QUIETLY, all_depthwise, found, unusual
+from convmixer.fast.structure import QUIETLY, all_depthwise, forwards_replaced, found, unusual
 
 DTYPES = {
     "fp32": torch.float32,
@@ -69,19 +69,17 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
         return QUIETLY  # fx passes proxies, other tools tensor subclasses
     if torch.compiler.is_compiling():  # torch.compile guards on each value read here
-        known = unusual(model) or (None if all_depthwise(model.blocks) else QUIETLY)
+        known = unusual(model) or (None if all_depthwise(model.blocks) and not forwards_replaced() else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x)
     if tools_at_work():
         return QUIETLY
     about = found(model)
     if about.reason:
         return about.reason
-    if about.mixed_dtypes():
-        return "its parameters differ in dtype"
     weight = about.weights[0]
-    return (
-        _settings(model, weight, x) or why_not(weight.device, weight.dtype) or why_not(weight.device, dtype_of(model))
-    )
+    dtypes = {weight.dtype, _computed_in(weight)}
+    kernels_reason = next(filter(None, (why_not(weight.device, dtype) for dtype in dtypes)), None)
+    return _settings(model, weight, x) or kernels_reason
 
 
 def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
@@ -105,6 +103,7 @@ def tools_at_work() -> bool:
         or torch.onnx.is_in_onnx_export()
         or torch._C._len_torch_dispatch_stack()
         or _has_any_global_hook()
+        or forwards_replaced()
         or (torch._C._len_torch_function_stack() and any(type(m) is not DeviceContext for m in _function_modes()))
     )
 
@@ -122,7 +121,10 @@ def _function_modes() -> list[Any]:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    weight = next(model.parameters())
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+    """Return the type that a model's blocks are computed and stored in."""
+    return _computed_in(next(model.parameters()))
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -1,0 +1,156 @@
+"""Tells in a few microseconds whether thousands of dicts, types and tensors are what they were.
+
+CPython marks changes: up to 3.11 each dict holds the number of its last change, from 3.12 on a function is called at
+each change of a watched dict. Both are words of memory, and so is an object's type. The compiled code compares the
+words, and what PyTorch says of the tensors. `usable` tries all this out before it is relied on.
+"""
+
+import ctypes
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from convmixer.kernels.cpu import build
+
+TYPE, VERSION = 8, 24  # where an object has its type, and a dict up to 3.11 the number of its last change
+_HAS_WATCHERS = sys.version_info >= (3, 12)
+
+
+class Unchanged:
+    """Remembers the state of dicts, objects and tensors, which must be kept alive. Needs `usable`.
+
+    Args:
+        dicts: Setting, adding and removing what they hold is a change.
+        objects: Another `__class__` is a change.
+        tensors: Another dtype, device or shape is a change, other values are not.
+    """
+
+    def __init__(
+        self, dicts: Collection[dict[Any, Any]], objects: Collection[Any], tensors: Collection[torch.Tensor]
+    ) -> None:
+        words = [*_words(dicts), *(id(one) + TYPE for one in objects)]
+        places = [id(tensor) + _tensor_offset() for tensor in tensors]
+        library = _library()
+        self._buffers = (
+            (ctypes.c_void_p * len(words))(*words),
+            (ctypes.c_uint64 * len(words))(),
+            (ctypes.c_void_p * len(places))(*places),
+            (ctypes.c_char * (len(places) * library.convmixer_facts_bytes()))(),
+        )
+        word, value, tensor, facts = map(ctypes.addressof, self._buffers)
+        self._args = word, value, len(words), tensor, facts, len(places)
+        self._same, self._remember = library.convmixer_same, library.convmixer_remember
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the present state for the one to compare with."""
+        self._remember(*self._args)
+
+    def holds(self) -> bool:
+        """Return whether nothing has changed. From Python 3.12 on, changes of any watched dict count."""
+        return bool(self._same(*self._args))
+
+
+def usable() -> bool:
+    """Return whether `Unchanged` notices changes in this Python. Builds the kernels on first use."""
+    return build.available() and _noticed()
+
+
+@functools.cache
+def _noticed() -> bool:
+    """Try `Unchanged` out: Python 3.13.0 does not report all changes, and others may have other layouts."""
+    if sys.implementation.name != "cpython" or sys.maxsize < 2**32:
+        return False
+    probe: Any = _Probe()
+    if _word(id(probe) + TYPE) != id(_Probe) or not _tensor_offset():
+        return False
+    try:
+        return all(_notices(change) for change in _CHANGES)
+    except (RuntimeError, AttributeError):  # there are no watchers, or all are taken
+        return False
+
+
+class _Probe:
+    """Something to change."""
+
+    def __init__(self) -> None:
+        self.value, self.plain, self.ordered = 1, {"key": 1}, OrderedDict(key=1)
+        self.tensor = torch.nn.Parameter(torch.zeros(2, 3))
+
+
+class _Other(_Probe):
+    pass
+
+
+def _swap(probe: Any) -> None:
+    torch.utils.swap_tensors(probe.tensor, torch.nn.Parameter(torch.zeros(3, 2)))
+
+
+_CHANGES: Any = (
+    lambda probe: setattr(probe, "value", 2),
+    lambda probe: setattr(probe, "other", 2),
+    lambda probe: delattr(probe, "value"),
+    lambda probe: probe.__dict__.update(value=3),
+    lambda probe: probe.plain.pop("key"),
+    lambda probe: probe.plain.clear(),
+    lambda probe: probe.ordered.update(key=2),
+    lambda probe: probe.ordered.popitem(),
+    lambda probe: setattr(probe, "__class__", _Other),
+    lambda probe: setattr(probe.tensor, "data", torch.zeros(2, 3).double()),
+    lambda probe: setattr(probe.tensor, "data", torch.zeros(2, 2)),
+    _swap,
+)
+
+
+def _notices(change: Any) -> bool:
+    probe: Any = _Probe()
+    state = Unchanged((probe.__dict__, probe.plain, probe.ordered), (probe,), (probe.tensor,))
+    before = state.holds()
+    change(probe)
+    after = state.holds()
+    state.remember()
+    return before and not after and state.holds()
+
+
+def _words(dicts: Collection[dict[Any, Any]]) -> list[int]:
+    """Return the addresses of the words that change with the dicts."""
+    if not _HAS_WATCHERS:
+        return [id(one) + VERSION for one in dicts]
+    for one in dicts:
+        ctypes.pythonapi.PyDict_Watch(_watcher(), ctypes.py_object(one))
+    return [ctypes.addressof(ctypes.c_uint64.in_dll(_library(), "convmixer_changes"))]
+
+
+@functools.cache
+def _watcher() -> int:
+    """Return the number of our function among the interpreter's few watchers.
+
+    Raises:
+        RuntimeError: All are taken.
+    """
+    return int(ctypes.pythonapi.PyDict_AddWatcher(ctypes.cast(_library().convmixer_changed, ctypes.c_void_p)))
+
+
+@functools.cache
+def _tensor_offset() -> int:
+    """Return where a tensor's Python object has its at::Tensor, which is one pointer; 0 if it is not found."""
+    tensor = torch.nn.Parameter(torch.zeros(1))
+    return next((offset for offset in (16, 24) if _word(id(tensor) + offset) == tensor._cdata), 0)
+
+
+def _word(address: int) -> int:
+    return ctypes.c_uint64.from_address(address).value
+
+
+@functools.cache
+def _library() -> ctypes.PyDLL:
+    library = ctypes.PyDLL(str(build.library()))  # keeps the GIL, so that nothing changes meanwhile
+    pair = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    for name in ("convmixer_remember", "convmixer_same"):
+        getattr(library, name).argtypes = (*pair, *pair)
+    library.convmixer_facts_bytes.restype = ctypes.c_int64
+    return library

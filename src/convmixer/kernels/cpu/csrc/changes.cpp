@@ -1,0 +1,60 @@
+// Notices changes in Python objects without running Python, see kernels/cpu/changes.py. Needs no headers of Python;
+// the GIL is held by whoever calls.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t SIZES = 5;
+
+struct Facts {
+  int32_t dtype, device;
+  int64_t dim, sizes[SIZES];
+};
+
+// `place` is where a tensor's Python object has its at::Tensor. What cannot be told stays -1.
+Facts facts_of(void* place) {
+  const AtenTensorHandle tensor = static_cast<AtenTensorHandle>(place);
+  Facts facts{-1, -1, -1, {}};
+  int64_t* sizes = nullptr;
+  if (aoti_torch_get_dtype(tensor, &facts.dtype) || aoti_torch_get_device_type(tensor, &facts.device) ||
+      aoti_torch_get_dim(tensor, &facts.dim) || aoti_torch_get_sizes(tensor, &sizes))
+    return {-1, -1, -1, {}};
+  std::memcpy(facts.sizes, sizes, sizeof(int64_t) * (facts.dim < SIZES ? facts.dim : SIZES));
+  return facts;
+}
+
+}  // namespace
+
+extern "C" {
+
+uint64_t convmixer_changes = 0;  // of all watched dicts
+
+// Python calls it at each change of a watched dict (`PyDict_AddWatcher`), maybe with an exception under way.
+int convmixer_changed(int, void*, void*, void*) {
+  ++convmixer_changes;
+  return 0;
+}
+
+int64_t convmixer_facts_bytes() { return sizeof(Facts); }
+
+void convmixer_remember(
+    const uint64_t* const* words, uint64_t* values, int64_t count, void* const* tensors, void* facts, int64_t tensor_count) {
+  for (int64_t i = 0; i < count; i++) values[i] = *words[i];
+  for (int64_t i = 0; i < tensor_count; i++) static_cast<Facts*>(facts)[i] = facts_of(tensors[i]);
+}
+
+int convmixer_same(
+    const uint64_t* const* words, const uint64_t* values, int64_t count, void* const* tensors, const void* facts,
+    int64_t tensor_count) {
+  for (int64_t i = 0; i < count; i++)
+    if (*words[i] != values[i]) return 0;
+  for (int64_t i = 0; i < tensor_count; i++) {
+    const Facts now = facts_of(tensors[i]);
+    if (std::memcmp(&now, static_cast<const Facts*>(facts) + i, sizeof(Facts))) return 0;
+  }
+  return 1;
+}
+}
