@@ -202,7 +202,7 @@ def _outcome(model: Any, images: torch.Tensor, bf16: bool) -> Any:
 def _differ(ours: Any, plain: Any, bf16: bool) -> bool:
     if "raises" in (ours, plain) if isinstance(ours, str) or isinstance(plain, str) else False:
         return ours is not plain
-    tolerance = 0.1 if bf16 else 2e-3  # of the tensor's norm; gradients of few values nearly cancel
+    tolerance = 0.2 if bf16 else 2e-3  # of the norm; gradients of few values nearly cancel, and both sides round
     if len(ours) != len(plain):
         return True
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(ours, plain, strict=True)]

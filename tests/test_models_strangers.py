@@ -1,5 +1,6 @@
 """Untrusted weights: a file names a model and its sizes, and nothing else; the file's size bounds the work."""
 
+import inspect
 import json
 import zipfile
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import safetensors.torch
 import torch
 
 from convmixer.errors import RequestError
+from convmixer.models import allowed
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.create import create_model
+from convmixer.models.registry import SKELETONS, skeleton
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 
@@ -205,3 +208,11 @@ def test_tied_weights_still_load(tmp_path: Path) -> None:
     tied = {key: state[key.replace("blocks.1.", "blocks.0.").replace("blocks.2.", "blocks.0.")] for key in state}
     torch.save(tied, tmp_path / "tied.pth")
     assert load_model(tmp_path / "tied.pth").model.depth == 3
+
+
+@pytest.mark.parametrize("name", ["convmixer", *SKELETONS])
+def test_every_argument_that_changes_a_model_has_a_rule(name: str) -> None:
+    """Without one, weights that were saved with it could not be loaded again."""
+    maker = skeleton(name) if name in SKELETONS else ConvMixer
+    unsaved = {"self", "num_classes", "in_chans", "device", "dtype"}
+    assert set(inspect.signature(maker).parameters) - unsaved <= set(allowed._arguments(name))

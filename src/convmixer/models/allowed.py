@@ -7,7 +7,7 @@ only models of the registries, and only the arguments listed below; every other 
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,8 @@ _RULES: dict[str, _Rule] = (
     | dict.fromkeys(("reg_tokens",), _int(0, 1000))
 )
 _COUNTS = ("depth", "depths", "layers", "num_blocks")
-_CONVMIXER = ("dim", "depth", "kernel_size", "patch_size", "act", "act_layer", "drop_rate", "global_pool")
+_CONVMIXER = ("dim", "depth", "kernel_size", "patch_size", "act", "act_layer", "norm_layer", "drop_rate")
+_CONVMIXER += ("global_pool",)
 _GIVEN = ("num_classes", "in_chans")  # timm's files repeat them in model_args
 
 
@@ -140,10 +141,15 @@ def _named(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _arguments(name: str) -> Mapping[str, _Rule]:
     if name == "convmixer":
-        return {key: _RULES[key] for key in _CONVMIXER}
+        return _rules(_CONVMIXER)
     if name in SKELETONS:
-        return {key: _RULES[key] for key in inspect.signature(skeleton(name)).parameters if key not in _GIVEN}
+        return _rules(inspect.signature(skeleton(name)).parameters)
     return _RULES
+
+
+def _rules(names: Iterable[str]) -> dict[str, _Rule]:
+    """Return the rules for arguments; one without a rule may not be set by a file."""
+    return {name: _RULES[name] for name in names if name in _RULES}
 
 
 def _check(name: str, key: Any, value: Any, known: Mapping[str, _Rule]) -> None:

@@ -1,6 +1,6 @@
 """ConvMixer in plain PyTorch: the reference that everything fast must match. Names and sizes are in registry.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer.errors import RequestError, unknown
-from convmixer.models.layers import DepthwiseConv2d, Residual, activation, activation_name
+from convmixer.models.layers import DepthwiseConv2d, Residual, activation, activation_name, norm_maker
 
 
 class ConvMixer(nn.Module):
@@ -28,10 +28,12 @@ class ConvMixer(nn.Module):
         drop_rate: Dropout before the classifier, 0 to 1; the paper has none.
         global_pool: "avg" as in the paper, "max", or "" for features (B, dim, h, w); num_classes is then 0.
         act_layer: timm's spelling of `act`: `nn.GELU`, `nn.ReLU` or a name.
+        norm_layer: What takes the place of `nn.BatchNorm2d`: a class or function of the number of channels, or one of
+            timm's names, e.g. "layernorm2d". The kernels know BatchNorm only.
         device, dtype: Device and dtype of the parameters.
 
     Raises:
-        RequestError: A size is out of range or the activation is not known.
+        RequestError: A size is out of range, or the activation, norm or pooling is not known.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3 and the listing in its appendix.
     """
@@ -48,12 +50,15 @@ class ConvMixer(nn.Module):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         act_layer: str | type[nn.Module] | None = None,
+        norm_layer: str | Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         act = act if act_layer is None else activation_name(act_layer)
-        where: Any = {"device": device, "dtype": dtype}
+        self.norm_layer, norm = norm_maker(norm_layer)
+        given = {"device": device, "dtype": dtype}.items()
+        where: Any = {name: value for name, value in given if value is not None}  # not every norm takes them
         if min(dim, depth, kernel_size, patch_size, in_chans) < 1 or num_classes < 0:
             sizes = f"{dim=} {depth=} {kernel_size=} {patch_size=} {in_chans=} {num_classes=}"
             raise RequestError(f"ConvMixer sizes must be positive: {sizes}")
@@ -64,7 +69,7 @@ class ConvMixer(nn.Module):
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)]
 
         def act_norm() -> list[nn.Module]:
-            return [activation(act), nn.BatchNorm2d(dim, **where)]
+            return [activation(act), norm(dim, **where)]
 
         self.stem = nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **where), *act_norm())
         self.blocks = nn.Sequential(

@@ -1,10 +1,13 @@
 """Layers that two or more models share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convmixer.errors import unknown
+from convmixer.errors import RequestError, unknown
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -31,6 +34,36 @@ def activation_name(layer: str | type[nn.Module]) -> str:
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return name
+
+
+def norm_maker(layer: str | Callable[..., nn.Module] | None) -> tuple[str, Callable[..., nn.Module]]:
+    """Return the name of a norm that is given as in timm, and what makes one from its number of channels.
+
+    Args:
+        layer: A class or function, or one of timm's names, e.g. "layernorm2d"; None: `nn.BatchNorm2d`.
+
+    Returns:
+        The name is "" for a class that has none.
+
+    Raises:
+        RequestError: The name is not known.
+    """
+    if layer in (None, nn.BatchNorm2d, "batchnorm2d"):
+        return "batchnorm2d", nn.BatchNorm2d
+    import timm.layers  # takes a second, and few models need it
+
+    def found(name: str) -> Any:
+        try:
+            return timm.layers.get_norm_layer(name)
+        except KeyError:
+            return None
+
+    name = layer if isinstance(layer, str) else getattr(layer, "__name__", "").lower()
+    maker = found(name) if name else None
+    if isinstance(layer, str) and maker is None:
+        raise RequestError(f"unknown norm {layer!r}: use a class, or a name that timm knows, such as 'layernorm2d'")
+    assert layer is not None
+    return (name, maker) if layer in (name, maker) else ("", layer)  # type: ignore[return-value]
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -111,9 +111,17 @@ def model_args(name: str) -> dict[str, Any] | None:
 
 
 def args_of(model: ConvMixer) -> dict[str, Any]:
-    """Return the arguments that build a ConvMixer again, besides num_classes and in_chans."""
+    """Return the arguments that build a ConvMixer again, besides num_classes and in_chans.
+
+    Raises:
+        RequestError: Its norm is a class without a name.
+    """
     args = {name: getattr(model, name) for name in ("dim", "depth", "kernel_size", "patch_size", "act")}
-    return args if model.global_pool == "avg" else args | {"global_pool": model.global_pool}
+    usual = {"global_pool": "avg", "norm_layer": "batchnorm2d"}
+    args |= {name: getattr(model, name) for name, value in usual.items() if getattr(model, name, value) != value}
+    if args.get("norm_layer") == "":
+        raise RequestError("a file names the norm of its model: use one that timm has a name for")
+    return args
 
 
 def free_name(args: Mapping[str, Any]) -> str:

@@ -102,6 +102,7 @@ def resize(
         len(names),
         old.act,
         global_pool=old.global_pool,
+        norm_layer=old.norm_layer or None,
     )
     preprocessing = _preprocessing(loaded.preprocessing, new.in_chans, img_size)
     state, changes = _carry(old, new, loaded.classes, names)
