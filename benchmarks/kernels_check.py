@@ -1,6 +1,6 @@
 """What it costs to ask whether the kernels may serve a call: CPU time, the least of many repeats.
 
-    python benchmarks/kernels_check.py
+python benchmarks/kernels_check.py
 """
 
 import time
