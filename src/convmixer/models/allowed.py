@@ -82,8 +82,10 @@ _RULES: dict[str, _Rule] = (
     | dict.fromkeys(("reg_tokens",), _int(0, 1000))
 )
 _COUNTS = ("depth", "depths", "layers", "num_blocks")
-_CONVMIXER = ("dim", "depth", "kernel_size", "patch_size", "act", "act_layer", "norm_layer", "drop_rate")
-_CONVMIXER += ("global_pool",)
+_CONVMIXER = (
+    *("dim", "depth", "kernel_size", "patch_size"),
+    *("act", "act_layer", "norm_layer", "drop_rate", "global_pool"),
+)
 _GIVEN = ("num_classes", "in_chans")  # timm's files repeat them in model_args
 
 
