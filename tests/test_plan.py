@@ -7,6 +7,7 @@ import pytest
 
 from convmixer.cli import main
 from convmixer.config import Config
+from convmixer.train.options import Option, fewer_epochs
 from convmixer.train.plan import plan
 
 
@@ -36,6 +37,35 @@ def test_command_prints_json_and_advice(capsys: pytest.CaptureFixture[str]) -> N
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"parameters", "macs", "peak_memory_bytes", "seconds_per_epoch", "seconds_total"} <= {*result}
     assert any("--max-time" in line for line in result["advice"])
+
+
+def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Config(model="convmixer_64_4_p1_k3", epochs=100_000, batch_size=64, workers=0, max_time="1h")
+    result = plan("digits", asked)
+    assert result["seconds_total"] > 3600
+    found = {option["what"]: option for option in result["options"]}
+    assert found["as asked for, in less time"]["flags"] == "--max-time 1h"
+    frozen = found["a classifier on the frozen layers of trained weights"]
+    assert frozen["flags"].startswith("--freeze --weights convmixer_256_8.cifar10")
+    smaller = found["a smaller model"]
+    assert smaller["flags"].startswith("--model convmixer_64_4") or smaller["flags"].startswith(
+        "--model convmixer_32"
+    )
+    assert all(0 < option["seconds"] <= 3600 and option["epochs"] >= 5 for option in result["options"])
+    assert frozen["memory"] > 0
+    assert smaller["memory"] > 0
+    shown = capsys.readouterr().out
+    assert "settings that fit 1h" in shown
+    assert "10 classes" in shown
+    assert "longest side 8 px" in shown
+
+
+def test_fewer_epochs_by_hand() -> None:
+    assert fewer_epochs(10.0, 5.0, 20, 300.0, "5m") == Option("as asked for", "nothing to add", 20, 205.0)
+    assert fewer_epochs(10.0, 5.0, 20, 100.0, "100s") == Option(
+        "as asked for, in less time", "--max-time 100s", 8, 85.0
+    )
+    assert fewer_epochs(100.0, 5.0, 20, 400.0, "400s") is None  # too few to learn from
 
 
 def test_bad_requests_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

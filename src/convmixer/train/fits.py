@@ -24,7 +24,7 @@ def what_fits(job: Job, epochs: float, reading: float) -> str:
     share = (epochs / FEWEST_EPOCHS - reading) / max(1 - reading, 1e-9)  # of what a step computes may remain
     if share <= 0:
         return f"{said}; {100 * reading:.0f}% of the time is spent waiting for images, see docs/data.md"
-    found = [*_freezing(job), *_model(job, share), *_size(job, share)]
+    found = [*_freezing(job), *smaller_model(job, share), *smaller_size(job, share)]
     return f"{said}; five or more would with {' or '.join(found)}" if found else said
 
 
@@ -38,7 +38,7 @@ def _freezing(job: Job) -> Iterator[str]:
         yield f"--weights {found[0]} --freeze"
 
 
-def _model(job: Job, share: float) -> Iterator[str]:
+def smaller_model(job: Job, share: float) -> Iterator[str]:
     """Give the largest smaller ConvMixer with the same patches and kernels that costs at most a share."""
     match = re.fullmatch(r"convmixer_(\d+)_(\d+)(_p\d+_k\d+)?", job.build[0])
     tail = (match and match[3]) or f"_p{max(1, round(job.preprocessing.img_size / 16))}_k5"
@@ -50,7 +50,7 @@ def _model(job: Job, share: float) -> Iterator[str]:
             return
 
 
-def _size(job: Job, share: float) -> Iterator[str]:
+def smaller_size(job: Job, share: float) -> Iterator[str]:
     """Give the largest smaller side that costs at most a share; an automatic model costs the same at every side."""
     side = job.preprocessing.img_size
     if job.build[0] == automatic_model(side):

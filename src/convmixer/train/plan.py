@@ -10,14 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from convmixer.config import Config, override, parse_seconds, to_dict
+from convmixer.config import Config, parse_seconds
 from convmixer.data.summary import show, summarise
-from convmixer.device import available_bytes, count_memory
-from convmixer.errors import RequestError
-from convmixer.probe import fresh, macs
+from convmixer.device import available_bytes
+from convmixer.probe import macs
+from convmixer.text import markup
+from convmixer.train import options
 from convmixer.train.budget import seconds_per_image
-from convmixer.train.engine import fit, measure_speed
+from convmixer.train.engine import measure_speed
 from convmixer.train.setup import prepare
+
+EVENING = "3h"  # what `plan` fills if no time is given
 
 
 def plan(data: str, config: Config) -> dict[str, Any]:
@@ -29,8 +32,9 @@ def plan(data: str, config: Config) -> dict[str, Any]:
 
     Returns:
         `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes`, of training,
-        without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`; and how
-        they were measured.
+        without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`; how they
+        were measured; and `options`: up to three settings that fit `budget` (max_time, else an evening of 3 hours),
+        each with `what`, `flags`, `epochs`, `seconds` and `memory`.
 
     Raises:
         RequestError: Settings or data do not allow it.
@@ -43,13 +47,16 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
     per_epoch = job.steps_per_epoch * step + val * per_image
     epochs = config.epochs or int(parse_seconds(str(config.max_time)) / per_epoch)  # as many as fit
+    once, budget = test * per_image, config.max_time or EVENING
+    memory, others = options.measure(data, config, job, per_epoch * epochs + once, parse_seconds(budget))
+    first = options.fewer_epochs(per_epoch, once, epochs, parse_seconds(budget), budget)
     result = {
         "model": job.build[0],
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "macs": macs(job.build, job.preprocessing.img_size, job.preprocessing.in_chans, len(job.data.classes)),
-        "peak_memory_bytes": _peak_memory(data, config),
+        "peak_memory_bytes": memory,
         "seconds_per_epoch": per_epoch,
-        "seconds_total": per_epoch * epochs + test * per_image,
+        "seconds_total": per_epoch * epochs + once,
         "seconds_per_step": step,
         "images_per_second": job.batch_size / step,
         "batch_size": job.batch_size,
@@ -59,28 +66,14 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         "device": job.device.type,
         "precision": job.config.precision,
     }
+    result["budget"] = budget
+    result["options"] = [options.plain(option) for option in ([first] if first else []) + others][: options.MOST]
     summary = summarise(job.data)
     result["data"] = summary
     show(summary, Console(soft_wrap=True, highlight=False))
     result["advice"] = _advice(result, config)
     _show(result, data)
     return result
-
-
-def _peak_memory(data: str, config: Config) -> int:
-    """Return the peak of a fresh process, not counting its loader workers."""
-    try:
-        return int(fresh(_measure_memory, {"data": data, "settings": to_dict(config)}))
-    except RequestError as error:
-        raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {error}") from error
-
-
-def _measure_memory(data: str, settings: dict[str, Any]) -> int:
-    """Take three steps and return their peak memory in bytes."""
-    job = prepare(data, override(Config(), settings | {"workers": 0}))
-    peak = count_memory(job.device)
-    fit(job.module(1.0), job.train_loader(workers=0), 3, lambda: False)
-    return peak()
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
@@ -100,9 +93,11 @@ def _advice(result: dict[str, Any], config: Config) -> list[str]:
         )
     elif result["seconds_total"] > 12 * 3600:
         fits = max(1, int(8 * 3600 / result["seconds_per_epoch"]))
-        advice.append(f"over half a day: --epochs {fits} fits into a night, so does --max-time 8h; or larger patches")
+        advice.append(f"over half a day: --epochs {fits} fits into a night, so does --max-time 8h; see below")
     if result["kernels"] == "plain PyTorch" and result["device"] == "cpu":
         advice.append("the CPU kernels are not used: `convmixer info` says why")
+    if not advice and result["seconds_total"] > parse_seconds(result["budget"]):
+        return [f"longer than {result['budget']}: what fits is below"]
     return advice or ["it fits: nothing to change"]
 
 
@@ -121,7 +116,23 @@ def _show(result: dict[str, Any], data: str) -> None:
     table.add_row("total", f"{_time(result['seconds_total'])} ({result['epochs']} epochs)")
     for line in result["advice"]:
         table.add_row("advice", line)
-    Console().print(table)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    _show_options(result, console)
+
+
+def _show_options(result: dict[str, Any], console: Console) -> None:
+    rows, budget = result["options"], result["budget"]
+    if not rows:
+        console.print(f"nothing that was tried fits {budget}: fewer images, or more --max-time")
+        return
+    table = Table("what fits", "add to the command", "epochs", "time", "memory", title_justify="left")
+    table.title = f"settings that fit {budget}"
+    for row in rows:
+        memory = result["peak_memory_bytes"] if row["memory"] is None else row["memory"]
+        cells = (row["what"], row["flags"], f"{row['epochs']:g}", _time(row["seconds"]))
+        table.add_row(*map(markup, cells), f"{memory / 2**20:,.0f} MiB")
+    console.print(table)
 
 
 def _time(seconds: float) -> str:

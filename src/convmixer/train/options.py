@@ -1,0 +1,175 @@
+"""Settings that would fit into a time: the same for fewer epochs, a smaller model, a classifier on frozen layers.
+
+Each is measured by a few real steps, in one fresh process, as `plan` measures what was asked for.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import itertools
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from convmixer.config import Config, override, to_dict
+from convmixer.device import count_memory
+from convmixer.errors import RequestError
+from convmixer.models.registry import shipped
+from convmixer.probe import fresh
+from convmixer.train.budget import seconds_per_image
+from convmixer.train.engine import measure_speed
+from convmixer.train.fits import FEWEST_EPOCHS, smaller_model, smaller_size
+from convmixer.train.freeze import ALL
+from convmixer.train.setup import Job, prepare
+
+SURE = 0.9  # of the time: what is measured in seconds drifts over hours
+HEAD_STEP_SECONDS = 0.003  # of a classifier on features, an upper bound
+MOST = 3
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings that fit into a time.
+
+    Args:
+        what: In words.
+        flags: What to add to the command.
+        epochs: Passes over the training images.
+        seconds: Predicted time of the whole run.
+        memory: Predicted bytes that training takes beyond libraries and data; None: as asked for.
+    """
+
+    what: str
+    flags: str
+    epochs: float
+    seconds: float
+    memory: int | None = None
+
+
+def measure(data: str, config: Config, job: Job, seconds_total: float, budget: float) -> tuple[int, list[Option]]:
+    """Return the peak memory of what was asked for, and up to three settings that fit into a time.
+
+    Args:
+        data: The data argument.
+        config: What was asked for.
+        job: The same, resolved.
+        seconds_total: What it takes.
+        budget: Seconds that there are.
+
+    Raises:
+        RequestError: What was asked for does not fit into the memory.
+    """
+    wanted = _wanted(config, job, seconds_total, budget)
+    settings = [to_dict(config), *(to_dict(override(config, changed)) for _, changed in wanted)]
+    try:
+        found: list[Any] = fresh(_measure, {"data": data, "settings": settings})
+    except RequestError as error:
+        raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {error}") from error
+    if "error" in found[0]:
+        raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {found[0]['error']}")
+    options = [
+        option
+        for (what, changed), cost in zip(wanted, found[1:], strict=True)
+        if "error" not in cost and (option := _option(what, changed, cost, job, override(config, changed), budget))
+    ]
+    return int(found[0]["memory"]), options
+
+
+def _wanted(config: Config, job: Job, seconds_total: float, budget: float) -> list[tuple[str, dict[str, Any]]]:
+    """Return what to measure besides what was asked for: words, and the settings that change."""
+    share = min(0.5, SURE * budget / max(seconds_total, 1e-9))
+    found: list[tuple[str, dict[str, Any]]] = []
+    for what, smaller in (("a smaller model", smaller_model), ("smaller images", smaller_size)):
+        # if none is cheap enough for all the epochs, a smaller one for fewer
+        flag = next(itertools.chain(smaller(job, share), smaller(job, 0.5)), None)
+        if flag:
+            name, value = flag.removeprefix("--").split(" ")
+            found.append((what, {name.replace("-", "_"): value}))
+    if not config.freeze and (weights := config.weights or next(iter(shipped()), None)):
+        start = {} if config.weights else {"weights": weights, "model": "auto", "img_size": None}
+        # first, since it is by far the shortest way
+        found.insert(0, ("a classifier on the frozen layers of trained weights", {"freeze": ALL} | start))
+    return found[:MOST]
+
+
+def _option(
+    what: str, changed: dict[str, Any], cost: dict[str, Any], job: Job, config: Config, budget: float
+) -> Option | None:
+    """Return an option, with fewer epochs if they do not all fit; None if fewer than five fit."""
+    assert job.data.train is not None
+    counts = [len(split) if split else 0 for split in (job.data.train, job.data.val, job.data.test)]
+    train, val, test = counts
+    once = test * cost["per_image"]
+    if config.freeze == ALL:
+        once += (train * max(1, config.views) + val) * cost["per_image"]
+        epoch = job.steps_per_epoch * HEAD_STEP_SECONDS
+    else:
+        epoch = job.steps_per_epoch * cost["step"] + val * cost["per_image"]
+    asked = config.epochs or Config().epochs
+    epochs = min(asked, int((SURE * budget - once) / epoch))
+    if epochs < min(asked, FEWEST_EPOCHS):
+        return None
+    flags = [_flag(name, value) for name, value in changed.items() if value is not None and value != "auto"]
+    if epochs != config.epochs:
+        flags.append(f"--epochs {epochs}")
+    return Option(what, " ".join(flags), epochs, once + epochs * epoch, cost["memory"])
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    return flag if (name, value) == ("freeze", ALL) else f"{flag} {value}"
+
+
+def fewer_epochs(per_epoch: float, once: float, asked: int, budget: float, text: str) -> Option | None:
+    """Return what was asked for with as many epochs as fit, or None if fewer than five do.
+
+    Args:
+        per_epoch: Seconds of an epoch.
+        once: Seconds of the test.
+        asked: Epochs.
+        budget: Seconds that there are.
+        text: The budget as one types it.
+    """
+    if once + asked * per_epoch <= budget:
+        return Option("as asked for", "nothing to add", asked, once + asked * per_epoch)
+    epochs = int((SURE * budget - once) / per_epoch)
+    if epochs < FEWEST_EPOCHS:
+        return None
+    return Option("as asked for, in less time", f"--max-time {text}", epochs, once + epochs * per_epoch)
+
+
+def _measure(data: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each of some settings the memory and the time of a few steps, or "error"."""
+    found: list[dict[str, Any]] = []
+    for number, one in enumerate(settings):
+        try:
+            found.append(_cost(data, override(Config(), one | {"workers": 0}), timed=number > 0))
+        except RequestError as error:
+            found.append({"error": str(error)})
+        _give_memory_back()
+    return found
+
+
+def _cost(data: str, config: Config, timed: bool) -> dict[str, Any]:
+    job = prepare(data, config)
+    module, cost = job.module(1.0), {}
+    peak = count_memory(job.device)
+    if config.freeze == ALL:
+        cost["per_image"] = seconds_per_image(module, job, 4.0) if job.data.val or job.data.test else 0.0
+    else:
+        cost["step"] = statistics.median(measure_speed(module, job.train_loader(workers=0), 2 if timed else 1, 4.0))
+        cost["per_image"] = cost["step"] / job.batch_size / 2  # a forward pass is a third of a step
+    return cost | {"memory": peak()}
+
+
+def _give_memory_back() -> None:
+    """Let the next peak begin at the bottom: glibc keeps what is freed."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def plain(option: Option) -> dict[str, Any]:
+    """Return an option as plain JSON types."""
+    return dataclasses.asdict(option)
