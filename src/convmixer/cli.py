@@ -87,10 +87,17 @@ def _unexpected(parser: argparse.ArgumentParser, command: str, text: str) -> Req
     return unknown("option", text.partition("=")[0], commands.choices[command]._option_string_actions)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest choice for one that is not there: a command, a format, a precision."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = "command" if isinstance(action, argparse._SubParsersAction) else "value"
+            raise argparse.ArgumentError(action, str(unknown(kind, str(value), map(str, action.choices))))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convmixer", description="Train, evaluate, compare and deploy ConvMixer image classifiers."
-    )
+    parser = _Parser(prog="convmixer", description="Train, evaluate, compare and deploy ConvMixer image classifiers.")
     parser.add_argument("--version", action="version", version=f"convmixer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
