@@ -34,7 +34,7 @@ def test_values_become_the_type_of_their_setting() -> None:
         ({"clip_norm": float("nan")}, "clip_norm must be at least 0"),
         ({"weight_decay": -1}, "weight_decay must be at least 0"),
         ({"mixup": -1}, "mixup must be at least 0"),
-        ({"workers": -1}, "workers must be at least 0"),
+        ({"workers": -1}, "workers must be auto or at least 0"),
         ({"drop_rate": 2}, "drop_rate must be between 0 and 1"),
         ({"ema_decay": 5}, "ema_decay must be between 0 and 1"),
         ({"mixup_switch_prob": 7}, "mixup_switch_prob must be between 0 and 1"),

@@ -10,8 +10,8 @@ import torch
 
 from convmixer.config import Config
 from convmixer.data import datasets
+from convmixer.data.cache import Cached
 from convmixer.data.loader import eval_loader, train_loader
-from convmixer.data.sources import Cached
 from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
 from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from convmixer.errors import RequestError, unknown
 
@@ -41,7 +41,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("views unfreeze_epochs patience", lambda x: x >= 0, "at least 0"),
     ("unfreeze_lr", lambda x: x is None or x > 0, "above 0"),
     ("freeze", lambda x: x is None or x == "all" or x.isdecimal(), "all or a number of blocks"),
-    ("workers pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
+    ("workers", lambda x: x == "auto" or x >= 0, "auto or at least 0"),
+    ("pad_crop color_jitter mixup cutmix weight_decay clip_norm", lambda x: x >= 0, "at least 0"),
     ("val_fraction test_fraction max_bad_fraction", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -97,6 +98,11 @@ class Config:
     weight_column: str | None = setting(
         None, "column with each training image's relative weight in the loss; none: all count equally"
     )
+    cache: str = setting(
+        "auto",
+        "where decoded photos are kept for the next epochs; auto: where there is room, if decoding takes long",
+        ("auto", "memory", "disk", "off"),
+    )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")
     fraction: float = setting(1.0, "share of the training images to use, the same of every class, chosen by the seed")
     balance: str = setting(
@@ -104,7 +110,9 @@ class Config:
         "what evens out classes of unequal size; loss: images of rare ones count more; sample: are drawn more often",
         ("none", "loss", "sample"),
     )
-    workers: int = setting(1, "data-loading processes; 0: load in the training process")
+    workers: int | Literal["auto"] = setting(
+        "auto", "data-loading processes; 0: load in the training process; auto: as many as help, by trying"
+    )
     mean: tuple[float, ...] | None = setting(None, "mean per channel, 0 to 1; none: that of the data set")
     std: tuple[float, ...] | None = setting(None, "standard deviation per channel; none: that of the data set")
     interpolation: str = setting("bicubic", "resizing filter for evaluation", ("bicubic", "bilinear", "nearest"))
@@ -251,9 +259,13 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
     Raises:
         RequestError: The value does not fit.
     """
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    united = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    options = typing.get_args(annotation) if united else (annotation,)
     if type(None) in options and (value is None or value in ("none", "null", "")):
         return None
+    words = [word for o in options if typing.get_origin(o) is Literal for word in typing.get_args(o)]
+    if value in words:
+        return value
     kind = next(o for o in options if o is not type(None))
     try:
         if typing.get_origin(kind) is tuple:
@@ -268,7 +280,7 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
             return value if isinstance(value, int) else int(float(value))  # a large seed would lose digits as a float
         return kind(value)
     except (TypeError, ValueError, KeyError, OverflowError):
-        wanted = getattr(annotation, "__name__", str(annotation))
+        wanted = " or ".join([kind.__name__, *words]) if words else getattr(annotation, "__name__", str(annotation))
         raise RequestError(f"{name} must be {wanted}, not {value!r}") from None
 
 

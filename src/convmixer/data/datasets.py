@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from convmixer.data.cache import Cached
 from convmixer.data.find import find
 from convmixer.data.found import Found
 from convmixer.data.images import ImageSet, named, new_marks, too_many
 from convmixer.data.labels import names_that_differ_in_case
 from convmixer.data.options import Options
 from convmixer.data.scan import Scan, copies, scan
-from convmixer.data.sources import Arrays, Cached, Encoded, Source
+from convmixer.data.sources import Arrays, Encoded, Source
 from convmixer.data.splits import (
     TEST_FRACTION,
     TEST_SEED,
@@ -338,7 +339,7 @@ def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: i
         return source
     width, height = next(iter(sizes))
     small = max(width, height) <= CACHE_SIDE and len(source) * width * height * in_chans <= limit
-    return Cached(source, in_chans, (width, height)) if small else source
+    return Cached(source, in_chans, np.full((len(source), 2), (width, height))) if small else source
 
 
 def _statistics(

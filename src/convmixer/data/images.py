@@ -1,5 +1,6 @@
 """A labelled set of images with random access, which reports and counts images that cannot be decoded."""
 
+import copy
 import sys
 from collections.abc import Sequence
 
@@ -115,18 +116,16 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
 
     def subset(self, positions: np.ndarray) -> "ImageSet":
         """Return the set of the images at these positions."""
-        return ImageSet(
-            self.source,
-            self.labels[positions],
-            self.classes,
-            self.indices[positions],
-            self.in_chans,
-            self.max_bad,
-            self.marks,
-            self.first,
-            self.bits,
-            None if self.weights is None else self.weights[positions],
-        )
+        part = copy.copy(self)
+        part.labels, part.indices = self.labels[positions], self.indices[positions]
+        part.weights = None if self.weights is None else self.weights[positions]
+        return part
+
+    def with_source(self, source: Source) -> "ImageSet":
+        """Return the set with its images from another source of the same numbers."""
+        other = copy.copy(self)
+        other.source = source
+        return other
 
 
 def named(name: str, problem: object) -> str:

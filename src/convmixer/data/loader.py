@@ -1,7 +1,9 @@
 """Loaders: batches of transformed images, endless for training (chosen by the global step), and for evaluation."""
 
+import copy
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,36 +17,101 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from convmixer.data.images import ImageSet
+from convmixer.data.pace import Pace, Place, places
 from convmixer.data.sampler import Key, KeyedBatchSampler, is_flipped, sample_seed, seed_everything
 from convmixer.data.transforms import Transform
 from convmixer.errors import RequestError
 
 _END = object()
+Batches = KeyedBatchSampler | Sequence[Sequence[Any]]
 
 
-class Loader(DataLoader[Any]):
-    """A DataLoader that counts the time the consumer waits, and raises a worker's RequestError unchanged.
+class Loader:
+    """Batches of a data set, made where that keeps up with their user, see `pace`. It says what it decides.
+
+    A RequestError of a worker is raised unchanged.
+
+    Args:
+        dataset: The images.
+        batch_sampler: Which images are in which batch.
+        workers: Worker processes, 0: none; or "auto": as many as help.
 
     Attributes:
-        waited_seconds: Time spent inside next() since the counter was last set to 0.
+        say: Called with a line for each decision; None: nothing is said.
     """
 
-    waited_seconds = 0.0
+    def __init__(self, dataset: Dataset[Any], batch_sampler: Batches, workers: int | str) -> None:
+        if isinstance(workers, int) and workers < 0:
+            raise RequestError(f"workers must be 0 or more, not {workers}")
+        self.dataset, self.batch_sampler = dataset, batch_sampler
+        keyed = isinstance(batch_sampler, KeyedBatchSampler)
+        size = batch_sampler.batch_size if keyed else max(map(len, batch_sampler), default=0)  # type: ignore[union-attr]
+        self.pace = Pace(places(workers, torch.cuda.is_available()), size, climbs=workers == "auto")
+        self.say: Callable[[str], None] | None = None
+        self._waited, self._paused = 0.0, False
+        self._kept: tuple[Place, DataLoader[Any]] | None = None  # its workers live on between two passes
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        with warnings.catch_warnings():  # from Python 3.12 on; the workers use none of the parent's threads
-            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-            batches = super().__iter__()
+    def __len__(self) -> int:
+        return len(self.batch_sampler)  # type: ignore[arg-type]
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time spent waiting for batches since this was last set, which also says that the user did other things."""
+        return self._waited
+
+    @waited_seconds.setter
+    def waited_seconds(self, seconds: float) -> None:
+        self._waited, self._paused = seconds, True
+
+    def __iter__(self) -> Iterator[Any]:
+        done, source = 0, self._open(0)
         while True:
             start = time.perf_counter()
-            batch = next(batches, _END)
-            self.waited_seconds += time.perf_counter() - start
+            try:
+                batch = next(source, _END)
+            except RuntimeError as error:  # PyTorch's way to say that the memory that workers share is too small
+                if "Bus error" not in str(error) and "shared memory" not in str(error):
+                    raise
+                self.pace.without_workers("worker processes have too little shared memory (/dev/shm)")
+                source = self._open(done)
+                continue
+            waited = time.perf_counter() - start
+            self._waited += waited
             if batch is _END:
                 return
             if isinstance(batch, RequestError):
                 raise batch
+            done, self._paused = done + 1, False
             if batch is not None:  # None: no image of the batch could be decoded
                 yield batch
+            changed = not self._paused and self.pace.note(waited, time.perf_counter() - start)
+            if self.say and (line := self.pace.take_line()):
+                self.say(line)
+            if changed:
+                old, source = [source], self._open(done)
+                threading.Thread(target=old.clear).start()  # ends its workers, which may take seconds
+                del old
+
+    def _open(self, done: int) -> Iterator[Any]:
+        """Return the batches from one on, made at the place that is chosen now."""
+        place = self.pace.place
+        if done or not self._kept or self._kept[0] != place:
+            loader = DataLoader(self.dataset, batch_sampler=self._after(done), collate_fn=_collate, **_workers(place))
+            self._kept = None if done else (place, loader)
+        else:
+            loader = self._kept[1]
+        with warnings.catch_warnings():  # Python 3.12 and newer; the workers use none of the parent's threads
+            warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+            return iter(loader)
+
+    def _after(self, done: int) -> Any:
+        if not done:
+            return self.batch_sampler
+        if not isinstance(self.batch_sampler, KeyedBatchSampler):
+            return self.batch_sampler[done:]
+        rest = copy.copy(self.batch_sampler)
+        rest.start_step += done
+        return rest
 
 
 def train_loader(
@@ -55,7 +122,7 @@ def train_loader(
     seed: int,
     start_step: int = 0,
     steps_per_epoch: int | None = None,
-    workers: int = 0,
+    workers: int | str = 0,
     rank: int = 0,
     world: int = 1,
     alternate_flip: bool = False,
@@ -72,7 +139,7 @@ def train_loader(
         seed: Seed of order and augmentation.
         start_step: Global step of the first batch; set `loader.batch_sampler.start_step` before iterating again.
         steps_per_epoch: Steps in an epoch; None: as many as the images fill.
-        workers: Worker processes; 0: none.
+        workers: Worker processes; 0: none; "auto": as many as help.
         rank, world: Index of this process, and the number of processes; together they read the same batches as a
             single process.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
@@ -95,7 +162,7 @@ def train_loader(
     steps = steps_per_epoch or most
     sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps, rank, world, odds)
     images = TrainImages(image_set, transform, seed, alternate_flip)
-    return Loader(images, batch_sampler=sampler, collate_fn=_collate, **_workers(workers))
+    return Loader(images, sampler, workers)
 
 
 def view_loader(
@@ -105,7 +172,7 @@ def view_loader(
     seed: int,
     epoch: int,
     batch_size: int,
-    workers: int = 0,
+    workers: int | str = 0,
     alternate_flip: bool = False,
 ) -> Loader:
     """Return a loader of all images, once and in order, each augmented as `train_loader` does in an epoch.
@@ -114,12 +181,11 @@ def view_loader(
     """
     keys = [(epoch, index) for index in range(len(image_set))]
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    images = TrainImages(image_set, transform, seed, alternate_flip)
-    return Loader(images, batch_sampler=batches, collate_fn=_collate, **_workers(workers))
+    return Loader(TrainImages(image_set, transform, seed, alternate_flip), batches, workers)
 
 
 def eval_loader(
-    image_set: ImageSet, transform: Transform, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
+    image_set: ImageSet, transform: Transform, batch_size: int, workers: int | str = 0, rank: int = 0, world: int = 1
 ) -> Loader:
     """Return a loader of all images, once and in order, or of every world-th one.
 
@@ -129,7 +195,7 @@ def eval_loader(
         image_set: The images.
         transform: See `transforms.eval_transform`.
         batch_size: Images per batch.
-        workers: Worker processes; 0: none.
+        workers: Worker processes; 0: none; "auto": as many as help.
         rank, world: Index of this process, and the number of processes; process r reads the images r, r + world, ...
 
     Returns:
@@ -137,18 +203,15 @@ def eval_loader(
     """
     indices = list(range(rank, len(image_set), world))
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return Loader(EvalImages(image_set, transform), batch_sampler=batches, collate_fn=_collate, **_workers(workers))
+    return Loader(EvalImages(image_set, transform), batches, workers)
 
 
-def _workers(workers: int) -> dict[str, Any]:
-    if workers < 0:
-        raise RequestError(f"workers must be 0 or more, not {workers}")
-    cuda = torch.cuda.is_available()
+def _workers(place: Place) -> dict[str, Any]:
     return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": cuda,
-        "worker_init_fn": partial(_start_worker, yields=not cuda),
+        "num_workers": place.workers,
+        "persistent_workers": place.workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": partial(_start_worker, yields=place.yields),
     }
 
 
@@ -156,9 +219,9 @@ def _start_worker(worker: int, yields: bool) -> None:
     """Set up a worker process.
 
     It leaves the process group: a signal to the group (Ctrl-C, `timeout`) must reach only the training process, which
-    needs its workers to end cleanly. On a CPU it gets a lower priority than that process: interrupting one compute
-    thread stalls all of them. It opens new output streams: at the fork, a thread of the training process (such as the
-    one that draws the progress) may hold the lock of the old ones, and the copy of that lock is never released.
+    needs its workers to end cleanly. If it `yields` it gets the lowest priority. It opens new output streams: at the
+    fork, a thread of the training process (such as the one that draws the progress) may hold the lock of the old
+    ones, and the copy of that lock is never released.
     """
     sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, errors="replace", closefd=False) for file in (1, 2))
     if os.name == "posix":

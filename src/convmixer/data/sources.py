@@ -5,10 +5,7 @@ makes the splits.
 """
 
 import hashlib
-import math
-import mmap
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,60 +194,3 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     """Return part of a file; opened anew each time, which costs microseconds and is safe in any process."""
     with path.open("rb") as file:
         return os.pread(file.fileno(), size, offset)
-
-
-class Cached:
-    """A source of small images of one size that keeps what it has decoded, for all worker processes together.
-
-    The memory is an anonymous shared map, inherited by forked workers and filled as images are first read. Each image
-    is stored with its CRC-32, so that one being written by another process is decoded again instead of half read.
-
-    Args:
-        source: The images.
-        in_chans: 1 or 3.
-        size: (width, height) of the images; others are served uncached.
-    """
-
-    def __init__(self, source: Source, in_chans: int, size: tuple[int, int]) -> None:
-        self.source, self.in_chans, self.size = source, in_chans, size
-        self._allocate()
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of the pixels, bytes."""
-        return self._pixels.nbytes
-
-    def _allocate(self) -> None:
-        shape = (len(self.source), self.size[1], self.size[0]) + ((3,) if self.in_chans == 3 else ())
-        self._pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
-        self._crc = np.frombuffer(mmap.mmap(-1, 4 * len(self.source)), np.uint32)  # 0: not there
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "in_chans": self.in_chans, "size": self.size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # each spawned worker starts with an empty cache
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        return self.source.header(index)
-
-    def digest(self, index: int, whole: bool = False) -> int:
-        return self.source.digest(index, whole)
-
-    def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
-        if in_chans != self.in_chans:
-            return self.source.image(index, in_chans, bits)
-        pixels = self._pixels[index].copy()  # checked and used from one copy
-        if self._crc[index] and self._crc[index] == zlib.crc32(pixels):
-            return Image.fromarray(pixels)
-        image = self.source.image(index, in_chans, bits)
-        if image.size == self.size:
-            self._pixels[index] = np.asarray(image)
-            self._crc[index] = zlib.crc32(self._pixels[index])
-        return image

@@ -57,6 +57,15 @@ def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
     return torch.from_numpy(preprocess(image, p))
 
 
+def prepared_transform(p: Preprocessing) -> Transform:
+    """Return what is left of the evaluation transform for images that are resized and cropped already."""
+    return functools.partial(_normalise, p=p)
+
+
+def _normalise(image: Image.Image, p: Preprocessing) -> Tensor:
+    return torch.from_numpy(normalise(image, p))
+
+
 def train_transform(config: Config, p: Preprocessing) -> Transform:
     """Return the random training transform: PIL image (L or RGB as `p.in_chans` says) to float32 (C, H, W).
 
@@ -100,7 +109,7 @@ class TrainTransform:
         """Return one random version of the image, float32 (C, H, W)."""
         for step in self.steps:
             image = step(image)
-        return torch.from_numpy(normalise(image, self.p))
+        return _normalise(image, self.p)
 
 
 def _crop(config: Config, p: Preprocessing) -> Callable[[Image.Image], Image.Image]:

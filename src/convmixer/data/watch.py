@@ -1,6 +1,8 @@
 """Notices changes of a data set while a run trains on it: by names, sizes and times, then by its checksum."""
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 
 from convmixer.data.argument import read_argument
 from convmixer.data.find import find
@@ -22,14 +24,14 @@ class Watch:
     def __init__(self, spec: str, checksum: str, options: Options) -> None:
         self.spec, self.checksum, self.options = spec, checksum, options
         self.path = read_argument(spec).path
-        self._listing = self._list()
+        self._listing = listing(self.path)
 
     def changed(self) -> str | None:
         """Return what has changed since the last call, in words, or None."""
-        listing = self._list()
-        if listing == self._listing:
+        found = listing(self.path)
+        if found == self._listing:
             return None
-        self._listing = listing
+        self._listing = found
         try:
             checksum = find(self.spec, options=self.options).checksum
         except RequestError as error:
@@ -39,15 +41,20 @@ class Watch:
         self.checksum = checksum
         return "their checksum has changed"
 
-    def _list(self) -> str | None:
-        """Return a hash of names, sizes and times of all files, or None if the data are not on this disk."""
-        if self.path is None:
-            return None
-        digest = hashlib.sha256()
-        try:
-            names = walk(self.path).files if self.path.is_dir() else [""]
-        except RequestError as error:
-            return str(error)
-        digest.update("\n".join(names).encode(errors="surrogateescape"))
-        digest.update(file_status(self.path, names).tobytes())
-        return digest.hexdigest()
+
+def listing(path: Path | None) -> str | None:
+    """Return a hash of names, sizes and times of the files below a path, or None without a path."""
+    if path is None:
+        return None
+    try:
+        names = walk(path).files if path.is_dir() else [""]
+    except RequestError as error:
+        return str(error)
+    return status_hash(path, names)
+
+
+def status_hash(root: Path, names: Sequence[str]) -> str:
+    """Return a hash of files' names, sizes and times."""
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
+    digest.update(file_status(root, names).tobytes())
+    return digest.hexdigest()

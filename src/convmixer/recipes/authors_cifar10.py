@@ -23,7 +23,7 @@ def config() -> Config:
         model="convmixer_256_8_p2_k5",
         img_size=32,
         val_fraction=0.0,
-        workers=2,
+        workers="auto",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2471, 0.2435, 0.2616),
         scale=(1.0, 1.0),

@@ -19,7 +19,7 @@ def config() -> Config:
     return Config(
         model="auto",
         val_fraction=0.1,
-        workers=2,
+        workers="auto",
         scale=(0.5, 1.0),
         ratio=(3 / 4, 4 / 3),
         hflip=0.5,

@@ -20,7 +20,7 @@ def config() -> Config:
         model="convmixer_256_8_p1_k9",
         img_size=32,
         val_fraction=0.0,
-        workers=2,
+        workers="auto",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2471, 0.2435, 0.2616),
         scale=(0.75, 1.0),

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from convmixer.config import to_dict
+from convmixer.data.sources import Encoded
 from convmixer.data.summary import show, summarise
 from convmixer.run_folder import RunFolder
 from convmixer.text import terminal
@@ -60,6 +61,19 @@ def epoch_line(row: Mapping[str, Any], length: str, better: bool) -> str:
         text += f"  val loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}%"
     text += f"  {row['images_per_second']:.0f} images/s, loader {100 * row['loader_share']:.0f}% of the time"
     return text + ("  (best)" if better else "")
+
+
+def slow_loading(share: float, job: Job) -> str:
+    """Return what is printed once if training waits for images for a large share of the time: what would help."""
+    c, helps = job.config, []
+    if job.data.train and isinstance(job.data.train.source, Encoded) and not job.kept:
+        helps.append("--cache memory or disk (images are decoded anew each epoch)")
+    if c.auto_augment:
+        helps.append(f"a lighter --auto-augment than {c.auto_augment}")
+    if c.workers != "auto":
+        helps.append("--workers auto")
+    helps.append("fewer other programs at the same time")
+    return f"training waits for images {share:.0%} of the time; what helps: {', '.join(helps)}"
 
 
 def _show(value: Any) -> str:

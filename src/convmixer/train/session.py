@@ -15,6 +15,7 @@ from rich.console import Console
 
 from convmixer import records
 from convmixer.config import to_dict
+from convmixer.data.loader import Loader
 from convmixer.data.watch import Watch
 from convmixer.files import write_atomic
 from convmixer.models.inspection import kernel_growth
@@ -31,7 +32,7 @@ from convmixer.train.fits import FEWEST_EPOCHS, what_fits
 from convmixer.train.folder import Board, RunFiles, model_card
 from convmixer.train.freeze import ALL
 from convmixer.train.lock import RunLock
-from convmixer.train.messages import epoch_line, say_results, say_settings
+from convmixer.train.messages import epoch_line, say_results, say_settings, slow_loading
 from convmixer.train.module import TrainingModule, autocast
 from convmixer.train.plans import plans_of
 from convmixer.train.progress import Progress
@@ -47,6 +48,7 @@ DRAWN_AT_END = 3.0  # what the pictures at the end take, by those at the start
 KNOWN_AFTER = 10  # steps whose speed says how many epochs fit
 ENDLESS = 10**9  # steps of a stage that only the time ends
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
+SLOW_LOADING = 0.3  # share of an epoch spent waiting for images
 SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
 
 
@@ -182,6 +184,8 @@ class Run:
             left, self._out_of_time = 0, self.budget.is_over(done)
         if left > 0 and not self._lost_patience():
             self.loader = self.stage.train_loader()
+            if isinstance(self.loader, Loader):
+                self.loader.say = self._say_of_loader
             self._new_epoch()
             try:
                 fit(self.module, self.loader, left, self._after_step)
@@ -192,6 +196,11 @@ class Run:
                 self._exit("stopped; the last checkpoint is kept;")
         if self._told_to_stop and not self._is_last_step():
             self._exit("stopped and saved;")
+
+    def _say_of_loader(self, line: str) -> None:
+        self.console.print(f"loader   {line}")
+        if self.writes:
+            self.folder.log("loader", self.module.steps_done, {"line": line})
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
         """Return whether the signal that killed a worker reaches this process too, now or within SIGNAL_SECONDS."""
@@ -333,6 +342,9 @@ class Run:
             self.best = row
             self.stage.keep_best()
         self.console.print(epoch_line(row, self._place(), better and bool(self.job.data.val)))
+        # not in the first epoch, in which workers start and caches fill
+        if row["loader_share"] > SLOW_LOADING and len(self.rows) == 2:
+            self._say_of_loader(slow_loading(row["loader_share"], self.job))
         self._best_is_new |= better
         # an epoch on features takes less time than writing the weights of a large model
         if not self.stage.features or time.monotonic() - self._weights_at > WEIGHTS_SECONDS:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch.nn as nn
 from convmixer.config import Config
 from convmixer.data import on_device
 from convmixer.data.datasets import DataSplits, load_data
+from convmixer.data.images import ImageSet
+from convmixer.data.keep import keep_decoded
 from convmixer.data.loader import Loader, eval_loader, train_loader
 from convmixer.data.on_device import DeviceLoader
 from convmixer.data.options import Options
 from convmixer.data.sampler import class_odds
-from convmixer.data.transforms import eval_transform, preprocessing_of, train_transform
+from convmixer.data.transforms import eval_transform, prepared_transform, preprocessing_of, train_transform
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import FastConvMixer, accelerate, has_kernels, uses_kernels
@@ -52,6 +54,7 @@ class Job:
         batch_size: Images per step over all processes.
         steps_per_epoch: Optimizer steps per epoch.
         images: The training images on the device, if they are augmented there.
+        kept: "train" and "val" -> their images as they are kept decoded, see `data.keep`; empty if they are not.
     """
 
     spec: str
@@ -65,6 +68,7 @@ class Job:
     batch_size: int
     steps_per_epoch: int
     images: torch.Tensor | None = None
+    kept: dict[str, ImageSet] = field(default_factory=dict)
 
     def module(
         self,
@@ -101,7 +105,7 @@ class Job:
         assert self.data.train is not None
         return class_odds(self.data.train.labels) if self.config.balance == "sample" else None
 
-    def train_loader(self, start_step: int = 0, workers: int | None = None) -> Loader | DeviceLoader:
+    def train_loader(self, start_step: int = 0, workers: int | str | None = None) -> Loader | DeviceLoader:
         """Return endless training batches of this process from a step on."""
         assert self.data.train is not None
         if self.images is not None:
@@ -119,7 +123,7 @@ class Job:
                 weights=self.data.train.weights,
             )
         return train_loader(
-            self.data.train,
+            self.kept.get("train", self.data.train),
             train_transform(self.config, self.preprocessing),
             batch_size=self.batch_size // world_size(),
             seed=self.config.seed,
@@ -140,7 +144,9 @@ class Job:
         # the workers live as long as the loader; small splits are read faster without workers
         workers = self.config.workers if len(images) > 2000 else 0
         batch = max(1, min(256, self.batch_size // world_size()))
-        return eval_loader(images, eval_transform(self.preprocessing), batch, workers, rank(), world_size())
+        p = self.preprocessing
+        transform = prepared_transform(p) if split in self.kept else eval_transform(p)
+        return eval_loader(self.kept.get(split, images), transform, batch, workers, rank(), world_size())
 
 
 def prepare(
@@ -207,7 +213,20 @@ def prepare(
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
     config, images = _place_images(config, data, preprocessing, device)
-    return Job(data.spec, config, data, preprocessing, (name, args), model, device, kernels, batch, steps, images)
+    kept: dict[str, ImageSet] = {}
+    if images is None:
+        config, kept = _keep(config, data, preprocessing)
+    made = (data.spec, config, data, preprocessing, (name, args), model, device, kernels)
+    return Job(*made, batch, steps, images, kept)
+
+
+def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, dict[str, ImageSet]]:
+    """Return where decoded images are kept, resolved alike in all processes, and the images."""
+    if config.cache == "auto" and world_size() > 1:  # each process would fill a memory of its own
+        return dataclasses.replace(config, cache="off"), {}
+    found = keep_decoded(config, data, p)
+    data.notes.extend(found.notes)
+    return dataclasses.replace(config, cache=found.where), found.sets
 
 
 def _place_images(
@@ -229,7 +248,7 @@ def _place_images(
     if reason and config.augment_on == "device":
         raise RequestError(f"images cannot be augmented on the device, {reason}: leave --augment-on out")
     if reason and rank() == 0:
-        print(f"augmentation on the CPU, in {config.workers} workers: {reason}")
+        print(f"augmentation on the CPU, by loading processes (workers: {config.workers}): {reason}")
     return dataclasses.replace(config, augment_on="cpu" if images is None else "device"), images
 
 

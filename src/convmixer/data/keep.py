@@ -1,0 +1,182 @@
+"""Decides whether the photos of a run are kept decoded, and where: `--cache`.
+
+Training images are kept as large as their smallest random crop needs, validation images as the model sees them. So
+validation is the same to the bit; training images above that size are resized twice, which is said.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import __version__ as pil_version
+
+from convmixer.config import Config
+from convmixer.data.argument import read_argument
+from convmixer.data.cache import Cached, Fit, cache_file, least_side, make_room, shrink, shrunk, slots_bytes
+from convmixer.data.datasets import DataSplits
+from convmixer.data.images import ImageSet
+from convmixer.data.sources import Encoded, Files
+from convmixer.data.transforms import train_transform
+from convmixer.data.watch import listing, status_hash
+from convmixer.device import available_bytes
+from convmixer.preprocess import Preprocessing, resize_and_crop
+
+MEMORY_SHARE = {"auto": 0.25, "memory": 0.8}  # of the free memory
+DISK_SHARE = {"auto": 0.1, "disk": 0.5}  # of the free disk
+DOMINATES = 0.4  # share of decoding in loading an image, from which keeping is worth it
+PROBED = 8  # images
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The images of a run that are kept decoded.
+
+    Args:
+        where: "memory", "disk" or "off": what the setting comes to.
+        sets: "train" and "val" -> their images as they are kept; empty if nothing is.
+        notes: What the user should know.
+    """
+
+    where: str
+    sets: dict[str, ImageSet]
+    notes: list[str]
+
+
+def keep_decoded(config: Config, data: DataSplits, p: Preprocessing) -> Kept:
+    """Return the images of a run kept as the setting `cache` says.
+
+    If the place that the setting names has no room, images are made in the same way but not kept, and a note says so.
+    """
+    train, how = data.train, config.cache
+    if how == "off" or train is None or not isinstance(train.source, Encoded):
+        return Kept("off", {}, [])  # small images of one size are kept in any case
+    if how == "auto" and (config.epochs < 2 or config.freeze or not _dominates(config, train, p)):
+        return Kept("off", {}, [])
+    plans = _plans(config, data, p)
+    size = sum(plan.size() for plan in plans.values())
+    wanted = ("memory", "disk") if how == "auto" else (how,)
+    where = next((place for place in wanted if _fits(place, how, plans)), None)
+    if where is None and how == "auto":
+        return Kept(
+            "off", {}, [f"{_amount(size)} of decoded images do not fit in memory: each epoch decodes them anew"]
+        )
+    try:
+        sets = {name: plan.kept(where) for name, plan in plans.items()}
+    except OSError:
+        where, sets = None, {name: plan.kept(None) for name, plan in plans.items()}
+    return Kept(where or how, sets, [_words(how, where, size, plans["train"])])
+
+
+def _dominates(config: Config, images: ImageSet, p: Preprocessing) -> bool:
+    """Return whether decoding takes most of the computing time of loading an image."""
+    transform, side = train_transform(config, p), least_side(p.img_size, config.scale, config.ratio)
+    decoding = total = 0.0
+    for index in np.linspace(0, len(images) - 1, min(PROBED, len(images))).astype(int):
+        start = time.thread_time()
+        found = images.read(int(index))
+        if found is None:
+            continue
+        small = shrink(found[0], side)
+        decoding += time.thread_time() - start
+        transform(small)
+        total += time.thread_time() - start
+    return decoding > DOMINATES * total
+
+
+def _plans(config: Config, data: DataSplits, p: Preprocessing) -> "dict[str, _Plan]":
+    side = least_side(p.img_size, config.scale, config.ratio)
+    plans = {"train": _Plan(data, "train", functools.partial(shrink, side=side), f"shorter side {side}")}
+    if data.val is not None and isinstance(data.val.source, Encoded):
+        plans["val"] = _Plan(data, "val", functools.partial(resize_and_crop, p=p), f"squares {p}", p.img_size)
+    plans["train"].side = side
+    return plans
+
+
+def _fits(place: str, how: str, plans: "dict[str, _Plan]") -> bool:
+    if place == "memory":
+        return sum(plan.size() for plan in plans.values()) <= MEMORY_SHARE[how] * available_bytes()
+    try:
+        return all(make_room(plan.file(), plan.file_bytes(), DISK_SHARE[how]) for plan in plans.values())
+    except OSError:
+        return False
+
+
+def _words(how: str, where: str | None, size: int, plan: "_Plan") -> str:
+    kept = f"{_amount(size)} of decoded images are kept {'on disk' if where == 'disk' else 'in memory'}"
+    if where is None:
+        kept = f"there is no room for {_amount(size)} of decoded images ({how}): each epoch decodes them anew"
+    reduced = int((plan.shorter[plan.images.indices] > plan.side).sum())
+    if not reduced:
+        return f"{kept}; pixels are the same as without --cache"
+    return f"{kept}; {reduced} training images are first made {plan.side} px on the shorter side"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def _listed(source: Files) -> str:
+    """Return a hash of names, sizes and times of files: a table's are not below it."""
+    return status_hash(source.root, [source.name(index) for index in range(len(source))])
+
+
+class _Plan:
+    """How the images of a split are kept.
+
+    Args:
+        data: The data.
+        name: "train" or "val".
+        fit: Makes of a decoded image what is kept.
+        made: That in words, for the name of the file.
+        square: Side of what is kept; None: `fit` shrinks to `side`.
+    """
+
+    def __init__(self, data: DataSplits, name: str, fit: Fit, made: str, square: int | None = None) -> None:
+        assert data.found
+        assert data.checked
+        self.data, self.fit, self.made, self.square, self.side = data, fit, made, square, 0
+        self.images: ImageSet = getattr(data, name)
+        self.split = next(s for s, (source, _) in data.found.splits.items() if source is self.images.source)
+        headers = data.checked.scans[self.split].headers
+        self.stored = [header[1] if not isinstance(header, str) else (0, 0) for header in headers]
+        self.shorter = np.array(self.stored).min(axis=1)
+
+    def sizes(self) -> np.ndarray:
+        """Return the (width, height) of each image of the split as it is kept."""
+        square = (self.square, self.square)
+        kept = [(square if self.square else shrunk(size, self.side)) if size[0] else size for size in self.stored]
+        return np.array(kept, np.int64)
+
+    def used(self) -> np.ndarray:
+        """Return those sizes for the images of this set alone, 0 for the others."""
+        sizes, used = self.sizes(), np.zeros((len(self.stored), 2), np.int64)
+        used[self.images.indices] = sizes[self.images.indices]
+        return used
+
+    def size(self) -> int:
+        """Return the bytes of the images of this set."""
+        return int(self.used().prod(axis=1).sum()) * self.data.in_chans
+
+    def file_bytes(self) -> int:
+        """Return the size of the file, which holds all images of the split: other seeds hold out others."""
+        return slots_bytes(self.sizes(), self.data.in_chans)
+
+    def file(self) -> Path:
+        """Return the file for these images in the state that the data are in now."""
+        source = self.images.source
+        state = _listed(source) if isinstance(source, Files) else listing(read_argument(self.data.spec).path)
+        return cache_file(
+            [state or self.data.checksum, self.split, self.made, self.data.in_chans, self.data.bits, pil_version]
+        )
+
+    def kept(self, where: str | None) -> ImageSet:
+        """Return the images kept in that place, or made alike and not kept.
+
+        Raises:
+            OSError: There is no room.
+        """
+        file, sizes = (self.file(), self.sizes()) if where == "disk" else (None, self.used())
+        images, stored = self.images, where is not None
+        return images.with_source(Cached(images.source, images.in_chans, sizes, self.fit, file, stored))
