@@ -107,7 +107,7 @@ class Config:
     fraction: float = setting(1.0, "share of the training images to use, the same of every class, chosen by the seed")
     balance: str = setting(
         "none",
-        "what evens out classes of unequal size; loss: images of rare ones count more; sample: are drawn more often",
+        "balance classes of unequal size; loss: images of rare classes weigh more; sample: are drawn more often",
         ("none", "loss", "sample"),
     )
     workers: int | Literal["auto"] = setting(

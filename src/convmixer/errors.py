@@ -13,7 +13,7 @@ class PeerLost(RuntimeError):
 
 
 def shown(value: object, most: int = 60) -> str:
-    """Return a stranger's text or value for a message: one line, at most `most` characters, nothing unprintable."""
+    """Return untrusted text or an untrusted value for a message: one printable line, at most `most` characters."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
     return text if len(text) <= most else text[: most - 3] + "..."

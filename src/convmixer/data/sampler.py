@@ -78,7 +78,7 @@ def draw(size: int, seed: int, epoch: int, odds: np.ndarray | None) -> np.ndarra
 
 
 def class_odds(labels: np.ndarray) -> np.ndarray:
-    """Return odds with which every class is drawn alike, float64 (N,), from labels (N,)."""
+    """Return odds with which every class is drawn equally often, float64 (N,), from labels (N,)."""
     counts = np.bincount(labels)
     odds: np.ndarray = 1 / (counts[labels] * np.count_nonzero(counts))
     return odds / odds.sum()

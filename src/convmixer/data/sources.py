@@ -191,6 +191,6 @@ class Shards(Encoded):
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Return part of a file; opened anew each time, which costs microseconds and is safe in any process."""
+    """Return part of a file; opened again each time, which costs microseconds and is safe in any process."""
     with path.open("rb") as file:
         return os.pread(file.fileno(), size, offset)

@@ -1,6 +1,6 @@
 """Which models and arguments a weights file may name; each argument is checked for type and range.
 
-Weights come from strangers. The functions behind a model's name also take arguments that fetch a URL, write a folder
+Weights are untrusted. The functions behind a model's name also take arguments that fetch a URL, write a folder
 or read another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). So a file may name
 only models of the registries, and only the arguments listed below; every other one is refused.
 """

@@ -106,7 +106,7 @@ def read_state(path: Path) -> State:
 
 
 def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file from a stranger.
+    """Return the contents of an untrusted JSON file.
 
     Raises:
         RequestError: The file cannot be read, is too large or is not JSON.

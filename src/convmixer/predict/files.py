@@ -25,8 +25,8 @@ from convmixer.progress import track
 from convmixer.text import csv_cell, markup, terminal
 
 Prediction = dict[str, Any]
-DRAWN_LABELS = 3  # classes drawn into a picture, at most
-DRAWN_SIDE = 1600  # of a picture, at most, pixels
+DRAWN_LABELS = 3  # most classes drawn into a picture
+DRAWN_SIDE = 1600  # largest side of a picture, pixels
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Watching:
 
     Args:
         every: Seconds between two predictions; 0: every frame.
-        most: Seconds of each video, or of the camera; None: all of it, the camera until Ctrl-C.
+        most: Seconds to read of each video, or of the camera; None: all, and the camera until Ctrl-C.
     """
 
     every: float = 0.5
@@ -69,12 +69,12 @@ def predict_files(
         watching: How videos are read; None: the defaults.
 
     Returns:
-        "predictions": a list of {"file", "classes", "probabilities"}, of a video with "second" too, or {"file",
+        "predictions": a list of {"file", "classes", "probabilities"}, for a video also "second", or {"file",
         "error"} if it cannot be read; and "drawn": the pictures and videos written.
 
     Raises:
         RequestError: Bad arguments, or nothing to classify.
-        RuntimeError: Not one of the files can be read.
+        RuntimeError: None of the files can be read.
     """
     if min(topk, batch_size) < 1:
         raise RequestError(f"--topk and --batch-size must be at least 1, not {topk} and {batch_size}")
@@ -92,7 +92,7 @@ def predict_files(
         else:
             predictions += _predict_each(classifier, group, topk, batch_size, pictures)
     if out is not None:
-        # names of files are bytes to the system, and not always text
+        # file names are bytes to the system, and not always valid text
         write_atomic(out, _WRITERS[out.suffix](predictions).encode(errors="surrogateescape"))
     _print_table(predictions, classifier, [out, *pictures.written[:1]], unused)
     errors = [p["error"] for p in predictions if "error" in p]
@@ -102,7 +102,7 @@ def predict_files(
 
 
 def _grouped(sources: Sequence[Still | Video]) -> Iterator[list[Still] | Video]:
-    """Give each video, and the images between two of them together."""
+    """Yield each video, and the images between two videos as one group."""
     stills: list[Still] = []
     for source in sources:
         if isinstance(source, Still):
@@ -117,7 +117,7 @@ def _grouped(sources: Sequence[Still | Video]) -> Iterator[list[Still] | Video]:
 
 
 class _Pictures:
-    """Where images with labels go.
+    """Writes images and videos with labels.
 
     Args:
         path: A folder, a video file, or None: nothing is drawn.
@@ -141,7 +141,7 @@ class _Pictures:
             raise RequestError(f"--draw {path} is a file: name a folder, or a video such as labelled.mp4")
 
     def add(self, name: str, image: Image.Image, labels: Sequence[tuple[str, float]]) -> None:
-        """Write an image with its labels into the folder, numbered, since two may have one name."""
+        """Write an image with its labels into the folder, numbered, because two may have the same name."""
         if self.path is None or self.video:
             return
         from convmixer.results.labelled import with_labels
@@ -157,7 +157,7 @@ class _Pictures:
 def _watch(
     classifier: Classifier, video: Video, topk: int, watching: Watching, pictures: _Pictures
 ) -> Iterator[Prediction]:
-    """Predict some frames of a video; what is read before damage counts."""
+    """Predict some frames of a video; frames read before damage count."""
     from convmixer.predict.video import Writer, frames
 
     labels: list[tuple[str, float]] = []
@@ -209,7 +209,7 @@ def _predict_each(
 
 @dataclass(frozen=True)
 class _Read:
-    """An image as input and, if it will be drawn, as it is."""
+    """An image as model input and, if it will be drawn, as decoded."""
 
     array: np.ndarray
     image: Image.Image | None

@@ -1,4 +1,4 @@
-"""What the arguments of `predict` mean: files, folders, patterns, URLs, videos, a camera. Nothing is decoded here."""
+"""Resolves the arguments of `predict`: files, folders, patterns, URLs, videos, a camera. Nothing is decoded here."""
 
 import glob
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from convmixer.preprocess import SUFFIXES, Preprocessing, load_image
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".ogv", ".3gp", ".wmv")
 CAMERA = "camera:"
-MOST_MATCHES = 1_000_000  # of a pattern
+MOST_MATCHES = 1_000_000  # names that a pattern may match
 
 ReadImage = Callable[[Preprocessing], Image.Image]
 
@@ -25,7 +25,7 @@ class Still:
     """One image.
 
     Args:
-        name: As the user knows it: a path or a URL.
+        name: What the user calls it: a path or a URL.
         read: Gives the decoded image for a model's input; raises OSError or ValueError.
     """
 
@@ -39,7 +39,7 @@ class Video:
 
     Args:
         name: The path, or "camera:N".
-        camera: Its number; None: a file.
+        camera: The camera's number; None: a file.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Video:
 def sources_of(arguments: Sequence[str | Path], network: bool = False) -> tuple[list[Still | Video], Unused]:
     """Return what to classify, in the order given, and what was passed over.
 
-    A name that exists is that file or folder, whatever it looks like. Else it may be a pattern such as `photos/*.jpg`
-    (`**` is any folders), `camera:0`, or a URL.
+    A name that exists is that file or folder, even if it looks like something else. Otherwise it may be a pattern
+    such as `photos/*.jpg` (`**` matches any folders), `camera:0`, or a URL.
 
     Args:
         arguments: What the user named.
@@ -100,7 +100,7 @@ def expand(paths: Sequence[Path]) -> tuple[list[Path], Unused]:
 
 
 def is_video(path: str | Path) -> bool:
-    """Return whether a file's name ends like that of a video."""
+    """Return whether a file's name has the suffix of a video."""
     return Path(path).suffix.lower() in VIDEOS
 
 
@@ -114,7 +114,7 @@ def _matching(pattern: str) -> list[Path]:
     if len(matches) > MOST_MATCHES:
         raise RequestError(f"{pattern} matches {len(matches):,} names, more than {MOST_MATCHES:,}: narrow it")
     files = [Path(name) for name in matches if is_image(name) or is_video(name)]
-    # a ** matches the folders of the files too
+    # ** also matches the folders of the files
     folders = [Path(name) for name in matches if Path(name).is_dir()] if not files else []
     if not files and not folders:
         raise RequestError(f"no image matches {pattern}")

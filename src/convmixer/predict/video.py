@@ -1,7 +1,7 @@
 """Frames of videos and cameras, and videos with labels, through PyAV (the extra `video`).
 
-A video is a stranger's file: only the containers listed here are opened, so that no playlist leads to other files or
-to the network, and size and number of frames are bounded. It is decoded in this process, by FFmpeg.
+Videos are untrusted: only the containers listed here are opened, so that no playlist leads to other files or to the
+network, and size and number of frames are limited. It is decoded in this process, by FFmpeg.
 """
 
 import sys
@@ -20,11 +20,11 @@ from convmixer.predict.sources import Video
 from convmixer.results.labelled import with_labels
 
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,ogg,asf"  # FFmpeg's names; mov is MP4 too, matroska WebM
-MOST_PIXELS = 50_000_000  # of a frame
-MOST_FRAMES = 10_000_000  # two days at 60 a second
+MOST_PIXELS = 50_000_000  # largest frame
+MOST_FRAMES = 10_000_000  # two days at 60 frames per second
 STALL_SECONDS = 30.0
-TICKS = 90_000  # of a second, the clock of the videos that are written
-FORMATS = {".mkv": "matroska", ".webm": "webm", ".mov": "mov", ".avi": "avi"}  # that are written, besides MP4
+TICKS = 90_000  # per second, the clock of the videos that we write
+FORMATS = {".mkv": "matroska", ".webm": "webm", ".mov": "mov", ".avi": "avi"}  # that we can write, besides MP4
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 
 
@@ -33,8 +33,8 @@ class Frame:
     """One frame.
 
     Args:
-        second: Since the first frame.
-        frame: PyAV's; its pixels are converted only if they are asked for.
+        second: Seconds since the first frame.
+        frame: PyAV's frame; its pixels are converted only if they are needed.
     """
 
     second: float
@@ -48,15 +48,15 @@ class Frame:
 
 
 def frames(video: Video, most_seconds: float | None = None) -> Iterator[Frame]:
-    """Give the frames of a video file or a camera, in order. Ctrl-C ends a camera, nothing else.
+    """Yield the frames of a video file or a camera, in order. For a camera, Ctrl-C only ends the reading.
 
     Args:
         video: What to read.
-        most_seconds: Where to end; None: at the end.
+        most_seconds: Time at which to stop; None: at the end.
 
     Raises:
         RequestError: PyAV is missing, or there is no such camera.
-        OSError, ValueError: It is no video, or damaged; or its frames are too large.
+        OSError, ValueError: It is not a video, it is damaged, or its frames are too large.
     """
     av = _av()
     try:
@@ -100,10 +100,10 @@ def _open(av: Any, video: Video) -> Any:
 
 
 class Writer:
-    """A video with labels, as large and as fast as the frames that come; it appears when it is whole.
+    """A video with labels, with the size and speed of the given frames; the file appears when it is complete.
 
     Args:
-        path: The file; its ending says the container.
+        path: The file; its suffix names the container.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,12 +112,12 @@ class Writer:
         self._last = -1
 
     def add(self, frame: Frame, labels: Sequence[tuple[str, float]]) -> None:
-        """Add a frame with labels drawn in."""
+        """Add a frame with its labels drawn in."""
         av = _av()
         picture = with_labels(frame.image, labels)
         if self._container is None:
             self._begin(av, picture)
-        # every frame as the first one, and with even sides, which the codec asks for
+        # every frame gets the size of the first one, with even sides, which the codec needs
         picture = picture if picture.size == self._size else picture.resize(self._size)
         encoded = av.VideoFrame.from_image(picture)
         self._last = max(self._last + 1, round(frame.second * TICKS))
@@ -136,7 +136,7 @@ class Writer:
         self._stream.codec_context.time_base = Fraction(1, TICKS)
 
     def close(self) -> bool:
-        """End the file, and return whether there is one: a video without frames leaves none."""
+        """Finish the file, and return whether there is one: without frames there is none."""
         if self._container is None:
             return False
         self._container.mux(self._stream.encode())

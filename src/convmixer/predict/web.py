@@ -1,8 +1,8 @@
-"""One image from a URL that the user typed: bounded in time and size, and led to no other place than he meant.
+"""Fetches one image from a URL that the user typed, within limits of time and size, and from no unintended address.
 
-Redirects go to http or https only, and never from https back to http. An address that is not public (this machine,
-the local network, a cloud's metadata) is used only if the URL names it itself, as localhost or by number: a name, or
-a redirect, that a stranger chose cannot lead there. The address that was checked is the one that is connected to.
+Redirects go only to http or https, and never from https back to http. An address that is not public (this machine,
+the local network, a cloud's metadata) is used only if the URL itself names it, as localhost or as a number: a host
+name or a redirect chosen by others cannot lead there. The connection goes to exactly the address that was checked.
 Proxies and cookies are not used. Standard library only.
 """
 
@@ -19,14 +19,14 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from convmixer.errors import shown
 
 MOST_BYTES = 64 << 20
-SECONDS = 30.0  # for all of it
+SECONDS = 30.0  # for the whole fetch
 REDIRECTS = 4
 CHUNK = 1 << 16
 AGENT = "convmixer-predict"
 
 
 def is_url(text: str) -> bool:
-    """Return whether a text is a URL of http or https."""
+    """Return whether a text is an http or https URL."""
     return text.lower().startswith(("http://", "https://"))
 
 
@@ -34,8 +34,8 @@ def fetch(url: str) -> bytes:
     """Return the body behind a URL.
 
     Raises:
-        OSError: It cannot be had, takes too long, or leads to where it must not.
-        ValueError: It is no URL, or what is there is too large.
+        OSError: It cannot be fetched, takes too long, or leads to a forbidden address.
+        ValueError: It is not a URL, or the body is too large.
     """
     deadline, typed = time.monotonic() + SECONDS, urlsplit(url)
     parts, plain = typed, _is_plain(typed)
@@ -48,7 +48,7 @@ def fetch(url: str) -> bytes:
 
 
 def _is_plain(url: SplitResult) -> bool:
-    """Return whether a URL names its address itself: localhost, or a number."""
+    """Return whether a URL names its address directly: localhost, or a number."""
     return url.hostname == "localhost" or _address(url.hostname or "") is not None
 
 
@@ -63,7 +63,7 @@ def _next(here: SplitResult, location: str) -> SplitResult:
     """Return where a redirect leads.
 
     Raises:
-        OSError: It must not lead there.
+        OSError: The redirect is not allowed.
     """
     there = urlsplit(urljoin(here.geturl(), location))
     if there.scheme not in ("http", "https") or (here.scheme, there.scheme) == ("https", "http"):
@@ -72,7 +72,7 @@ def _next(here: SplitResult, location: str) -> SplitResult:
 
 
 def _get(url: SplitResult, plain: bool, deadline: float) -> bytes | str:
-    """Return the body, or where it is to be found.
+    """Return the body, or the URL of a redirect.
 
     Raises:
         OSError, ValueError: See `fetch`.
@@ -87,7 +87,7 @@ def _get(url: SplitResult, plain: bool, deadline: float) -> bytes | str:
                 raise OSError(f"the server answers {answer.status} {shown(answer.reason, 40)}")
             return _body(answer)
     except (http.client.HTTPException, ssl.SSLError) as error:
-        raise OSError(f"no proper answer: {shown(str(error) or type(error).__name__)}") from error
+        raise OSError(f"no valid answer: {shown(str(error) or type(error).__name__)}") from error
     finally:
         if time.monotonic() >= deadline:
             raise OSError(f"it takes more than {SECONDS:g} s")
@@ -95,7 +95,7 @@ def _get(url: SplitResult, plain: bool, deadline: float) -> bytes | str:
 
 @contextmanager
 def _answer(url: SplitResult, plain: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Give the answer to a request; when the time is up, the connection is shut, whatever it waits for."""
+    """Yield the answer to a request; when the time is up, the connection is closed, whatever it waits for."""
     assert url.hostname
     port = url.port or (443 if url.scheme == "https" else 80)
     left = max(0.1, deadline - time.monotonic())
@@ -107,7 +107,7 @@ def _answer(url: SplitResult, plain: bool, deadline: float) -> Iterator[http.cli
     try:
         if url.scheme == "https":
             plugs.append(ssl.create_default_context().wrap_socket(plugs[0], server_hostname=url.hostname))
-            connection.default_port = 443  # what the header Host leaves out
+            connection.default_port = 443  # the port that the Host header leaves out
         connection.sock = plugs[-1]
         path = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
         connection.request("GET", path, headers={"User-Agent": AGENT, "Accept": "image/*", "Connection": "close"})
@@ -125,7 +125,7 @@ def _shut(plug: socket.socket) -> None:
 
 
 def _resolve(host: str, port: int, plain: bool) -> str:
-    """Return an address of a host that may be connected to.
+    """Return an address of a host to which a connection is allowed.
 
     Raises:
         OSError: There is none.
@@ -138,11 +138,11 @@ def _resolve(host: str, port: int, plain: bool) -> str:
 
 
 def _body(answer: http.client.HTTPResponse) -> bytes:
-    """Return a body.
+    """Return the body of an answer.
 
     Raises:
         ValueError: It is too large.
-        OSError: It is cut off.
+        OSError: It is incomplete.
     """
     parts, size = [], 0
     while part := answer.read(CHUNK):
@@ -151,5 +151,5 @@ def _body(answer: http.client.HTTPResponse) -> bytes:
         if size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES >> 20} MiB: not an image to classify")
     if answer.length:
-        raise OSError("the answer is cut off")
+        raise OSError("the answer is incomplete")
     return b"".join(parts)

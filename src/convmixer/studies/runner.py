@@ -38,7 +38,7 @@ class Runner:
         self, study: Study, spec: str, queue: Queue, out: Path, deadline: float, reuse: Path | None = None
     ) -> None:
         self.reuse = reuse
-        self.chosen: dict[str, dict[str, Any]] = {}  # arm -> settings that its trials chose
+        self.chosen: dict[str, dict[str, Any]] = {}  # arm -> settings chosen by its trials
         self.failures: dict[str, str] = {}  # of trials
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
         self.folder = StudyFolder(out)
@@ -50,7 +50,7 @@ class Runner:
         write_atomic(self.folder.plan, json.dumps(self.plan, indent=2).encode())
 
     def config(self, run: str) -> Config:
-        """Return the settings of a run, with those that its arm chose in its trials."""
+        """Return the settings of a run, with those chosen by its arm's trials."""
         arm, seed = self.of_run[run]
         return override(self.study.config(arm, seed), self.chosen.get(arm, {}))
 
@@ -147,7 +147,7 @@ class Runner:
         own, theirs = self.plan, read_plan(self.reuse)
         recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
         if theirs.get("tune"):
-            return None  # its arms chose settings of their own
+            return None  # its arms have different, tuned settings
         if recipes[0] != recipes[1] or theirs["data"]["checksum"] != own["data"]["checksum"]:
             return None
         finished = {record.name: record for record in records.read(StudyFolder(self.reuse).records)}

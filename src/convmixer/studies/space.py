@@ -1,4 +1,4 @@
-"""A space of settings to search: checked against the settings that there are, sampled by Optuna."""
+"""A search space: checked against the existing settings, sampled by Optuna."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

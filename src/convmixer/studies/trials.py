@@ -1,4 +1,4 @@
-"""The trials that a tuned study gives every arm before its seeds run, as entries of a queue of their own."""
+"""The trials that a tuned study runs for every arm before its seeds, in a separate queue."""
 
 import dataclasses
 import shutil
@@ -24,7 +24,9 @@ class Trials(Runner):
         self.runs, self.records = self.tune["runs"], self.folder.trials
 
     def config(self, run: str) -> Config:
-        """Return the settings of a trial: judged on images held out of the training set, the test set unread."""
+        """Return the settings of a trial: scored on images held out of the training set, without reading the test
+        set.
+        """
         arm, trial = self.of_run[run]
         own = {"test": False, "draw": False, "val_fraction": self.tune["val_fraction"]}
         own |= {"epochs": self.tune["epochs"]} if self.tune["epochs"] else {}
@@ -38,7 +40,7 @@ class Trials(Runner):
         except FloatingPointError as error:
             print(f"diverged {run}: {error}")
             record = self._diverged(run, arm, str(error))
-        shutil.rmtree(self.folder.run(run).checkpoints, ignore_errors=True)  # nothing goes on from a trial
+        shutil.rmtree(self.folder.run(run).checkpoints, ignore_errors=True)  # trials are not continued
         return record | {"results": record["results"] | {"trial": trial}}
 
     def _diverged(self, run: str, arm: str, why: str) -> dict[str, Any]:
@@ -48,10 +50,10 @@ class Trials(Runner):
         return dataclasses.asdict(record)
 
     def choose(self) -> dict[str, dict[str, Any]]:
-        """Return arm -> the settings of its best trial; nothing while a trial is still to be trained."""
+        """Return arm -> the settings of its best trial; {} while trials are missing."""
         self.write_records()
         if self.queue.waiting() or self.queue.running():
-            print("trials   not all have ended: no seed runs before each arm has chosen")
+            print("trials   not all are finished: seeds run only after each arm has chosen")
             return {}
         results = StudyResults(self.out)
         chosen = {arm: self.tune["proposals"][results.chosen(arm) or 0] for arm in self.study.arms}

@@ -1,4 +1,4 @@
-"""The same effort of tuning for every arm: the key `tune` of a study, and the values that its trials try."""
+"""Equal tuning effort for every arm: the key `tune` of a study, and the values that its trials try."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ class Tune:
         for _ in range(self.trials - 1):
             trial = study.ask()
             proposed.append(suggest(trial, self.settings))
-            study.tell(trial, 0.0)  # the sampler spreads values over the settings that it has seen
+            study.tell(trial, 0.0)  # the sampler spreads new values between those it has seen
         return proposed
 
 

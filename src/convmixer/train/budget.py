@@ -1,8 +1,8 @@
-"""A time budget that holds: what share of it is used at each step, and when training must end so that the rest fits.
+"""Keeps a time budget: which share of it is used at each step, and when training must end so that the rest fits.
 
-The learning rate follows the share. Each step's share is on disk before the step is taken, so a run that died repeats
-its steps at the same rates. What comes after the last step (evaluation, weights, pictures) is estimated from what it
-took so far, and scaled by the machine's speed of the moment, which a gauge measures from time to time.
+The learning rate follows the share. Each step's share is on disk before the step is taken, so a killed run repeats
+its steps with the same learning rates. The time after the last step (evaluation, weights, pictures) is estimated from
+its earlier durations, scaled by the machine's current speed, which a gauge measures from time to time.
 """
 
 import statistics
@@ -25,7 +25,7 @@ from convmixer.train.setup import Job
 GAUGE_EVERY = 0.02  # share of the budget between two measurements of the machine's speed
 GAUGE_IMAGES, GAUGE_SECONDS = 16, 0.05
 PROBED_IMAGES = 512
-SLACK = 1.1  # what is kept for the end is this factor more than the estimate
+SLACK = 1.1  # factor on the estimate of the time reserved for the end
 _OVER = -1.0  # instead of a share: the training ended here
 _ENTRY = struct.Struct("<dd")  # share of the budget, seconds since the run began
 
@@ -34,29 +34,29 @@ class Budget:
     """The time of a run, and how much of it each step has used.
 
     Args:
-        seconds: All of it, with loading and the last evaluation.
-        elapsed: Returns the seconds that the run has taken.
-        path: Where the steps' shares are kept.
+        seconds: The whole budget, with loading and the last evaluation.
+        elapsed: Returns the seconds that the run has taken so far.
+        path: The file with the steps' shares.
     """
 
     def __init__(self, seconds: float, elapsed: Callable[[], float], path: Path) -> None:
         self.seconds, self.elapsed, self.path = seconds, elapsed, path
-        self.kept = 0.05 * seconds  # for the end
-        self.speed = 1.0  # seconds that something takes now, by those that it took at the start
+        self.kept = 0.05 * seconds  # reserved for the end
+        self.speed = 1.0  # duration of a fixed task now, divided by its duration at the start
         self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
-        self.writing = 5.0  # and those of pictures and files at the end
+        self.writing = 5.0  # seconds for pictures and files at the end, at the speed of the start
         self.steps: list[tuple[float, float]] = []
-        self._anchor: tuple[float, float] | None = None  # seconds and share from which the shares go on evenly
+        self._anchor: tuple[float, float] | None = None  # seconds and share from which the shares continue evenly
         self._gauge: Callable[[], float] | None = None
         self._gauged_at, self._first = 0.0, 0.0
         self._gauged = [1.0]
 
     def restore(self, step: int, keep: bool) -> float:
-        """Read the shares of a run that died, and return the seconds that it took.
+        """Read the shares of a killed run, and return the seconds that it took.
 
         Args:
-            step: The steps that it has done.
-            keep: Take the steps after these again at their shares; False: the budget has changed.
+            step: The number of finished steps.
+            keep: Repeat later steps with their old shares; False: the budget has changed.
         """
         content = self.path.read_bytes() if rank() == 0 and self.path.exists() else b""
         whole = len(content) // _ENTRY.size * _ENTRY.size
@@ -78,14 +78,16 @@ class Budget:
         return abs(self.steps[step][0])
 
     def progress(self, plan: Plan, step: int) -> float:
-        """Return how far a stage is at the end of a step, above 0 to 1: by time, or by its steps if that is more."""
+        """Return the progress of a stage at the end of a step, above 0 to 1: by time, or by its steps if that is
+        more.
+        """
         begins = abs(self.steps[plan.first - 1][0]) if plan.first else 0.0
         by_time = (self.share(step) - begins) / max(plan.until - begins, 1e-9)
         by_steps = (step + 1 - plan.first) / plan.steps if plan.steps else 0.0
         return min(1.0, max(by_time, by_steps))
 
     def seconds_of(self, done: int) -> float:
-        """Return what the steps took so far."""
+        """Return the seconds that the steps took so far."""
         return max(self.steps[done - 1][1] - self.steps[0][1], 1e-9)
 
     def ends_stage(self, plan: Plan, done: int) -> bool:
@@ -93,7 +95,7 @@ class Budget:
         return plan.until < 1 and abs(self.steps[done - 1][0]) >= plan.until
 
     def is_over(self, done: int) -> bool:
-        """Return whether the training ends after that many steps, because the next one would not fit."""
+        """Return whether training ends after that many steps, because the next one would not fit."""
         if done >= len(self.steps):
             if not from_first(self._left() < 0.5 * self.step_seconds()):
                 return False
@@ -101,17 +103,17 @@ class Budget:
         return self.steps[done][0] == _OVER
 
     def step_seconds(self) -> float:
-        """Return what a step takes, from the last few."""
+        """Return the seconds per step, from the last few."""
         last = [seconds for _, seconds in self.steps[-8:]]
         return statistics.median(b - a for a, b in pairwise(last)) if len(last) > 1 else 0.0
 
     def epochs(self, steps_per_epoch: int, done: int) -> float:
-        """Return how many epochs fit into the whole budget, by what steps and the ends of epochs take now."""
+        """Return how many epochs fit into the whole budget, from the current time of steps and of ends of epochs."""
         one = steps_per_epoch * self.step_seconds() + self.speed * self.end_of_epoch
         return done / steps_per_epoch + max(0.0, self._left()) / max(one, 1e-9)
 
     def keep(self) -> None:
-        """Estimate anew what the end will take; the shares go on evenly from here."""
+        """Estimate the time for the end again; the shares continue evenly from here."""
         wanted = SLACK * self.speed * (self.end_of_epoch + self.evaluation + self.writing)
         self.kept = min(wanted, 0.5 * self.seconds)
         if self.steps:
@@ -119,16 +121,16 @@ class Budget:
 
     def look(self) -> None:
         """Measure the machine's speed if that is due."""
-        if self._gauge is None or world_size() > 1:  # several processes would have to look together
+        if self._gauge is None or world_size() > 1:  # several processes would have to measure together
             return
         if self.elapsed() - self._gauged_at > GAUGE_EVERY * self.seconds:
             self._gauged.append(self._gauge() / self._first)
-            self.speed = statistics.median(self._gauged[-3:])  # one that was interrupted does not count
+            self.speed = statistics.median(self._gauged[-3:])  # the median ignores an interrupted measurement
             self._gauged_at = self.elapsed()
             self.keep()
 
     def measure(self, module: TrainingModule, job: Job) -> None:
-        """Measure what evaluation takes, and the speed of the machine that later ones are compared with."""
+        """Measure the time of evaluation, and the machine's speed, with which later ones are compared."""
         images = _images_to_gauge(job)
 
         def gauge() -> float:

@@ -1,4 +1,4 @@
-"""Which training images count, and how much: a share of them, and classes of unequal size evened out."""
+"""Chooses training images and their weights: a fraction of them, and balance between classes of unequal size."""
 
 import numpy as np
 
@@ -30,7 +30,9 @@ def training_images(images: ImageSet, config: Config, notes: list[str]) -> Image
         low, high = len(images) / len(present) / present.max(), len(images) / len(present) / present.min()
         notes.append(f"an image of the largest class counts {low:.3g} in the loss, of the smallest {high:.3g}")
     elif config.balance == "sample":
-        notes.append(f"every class is drawn alike; the smallest has {present.min()} images, which repeat in an epoch")
+        notes.append(
+            f"every class is drawn equally often; the smallest has {present.min()} images, which repeat in an epoch"
+        )
     return images
 
 

@@ -242,7 +242,7 @@ class Run:
         return done == self.stage.plan.end or self._lost_patience()
 
     def _lost_patience(self) -> bool:
-        """Return whether the stage has gone on for `patience` epochs without a better one."""
+        """Return whether the stage has had `patience` epochs without a better one."""
         if not self.config.patience or not self.rows:
             return False
         began = self.stage.plan.first / self.steps_per_epoch

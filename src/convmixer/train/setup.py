@@ -101,7 +101,7 @@ class Job:
 
     @property
     def odds(self) -> np.ndarray | None:
-        """How likely each training image is drawn; None: each once an epoch."""
+        """The odds of drawing each training image; None: each once per epoch."""
         assert self.data.train is not None
         return class_odds(self.data.train.labels) if self.config.balance == "sample" else None
 

@@ -1,4 +1,4 @@
-"""What a run starts from, in one line: random weights or given ones, and which others are at hand."""
+"""Describes in one line what a run starts from: random or given weights, and which other weights are available."""
 
 from pathlib import Path
 
@@ -20,7 +20,9 @@ def start_line(config: Config, in_chans: int, img_size: int) -> str:
 
 
 def weights_at_hand(in_chans: int, img_size: int) -> tuple[str, str] | None:
-    """Return weights that fit images, and where they are in words; None if all that is known is for other images."""
+    """Return weights that fit the images, and where they are, in words; None if all known weights are for other
+    images.
+    """
     if in_chans != 3:  # all of them were trained on colour
         return None
     small, here = shipped(), _cached()
