@@ -187,6 +187,10 @@ def test_the_op_is_an_ordinary_one() -> None:
     fast = optimize_for_inference(trained(32, 1, 3, 2, "gelu"), "fp32")
     images = torch.randn(2, 3, 8, 8)
     torch.library.opcheck(torch.ops.convmixer.run_network.default, (images, fast.weights, *fast.sizes, 0, 0))
+    parts = (torch.randn(8, 3, 2, 2), torch.randn(6, 8), torch.randn(1, 8, 3, 3), torch.randn(1, 6, 8))
+    parts = (*parts, torch.randn(1, 8, 8), torch.randn(1, 6, 8))
+    # its size depends on the processor, so that it has no fake kernel: it runs once, and is never traced
+    torch.library.opcheck(torch.ops.convmixer.pack_network.default, (*parts, 0), test_utils=("test_schema",))
     exported = torch.export.export(fast, (images,)).module()
     torch.testing.assert_close(exported(images), fast(images))
     with pytest.raises(ValueError, match="images must be"):

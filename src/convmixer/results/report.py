@@ -277,7 +277,8 @@ def _sizes_sentence(results: StudyResults) -> str:
     if not match:
         return f"Sizes are as written in the study, nothing was matched. {sizes}."
     how = f"Arms have the {match['by']} of {arms[match['like']]['label']}, by solving for {match['solve']}"
-    fixed = [a["label"] for n, a in arms.items() if not a["solved"] and n != match["like"]]
+    others = [a for n, a in arms.items() if not a["solved"] and n != match["like"]]
+    fixed = [f"{a['label']} with {a[match['by']]:,}" for a in others]
     return f"{how}{' (not: ' + ', '.join(fixed) + ')' if fixed else ''}. {sizes}."
 
 
