@@ -133,7 +133,7 @@ def test_urls_are_read_only_if_asked(site: str, digits_weights: Path, capsys: py
         ("/to?ftp://example.org/a.png", "redirect to ftp: is not followed"),
         ("/to?http://localhost:1/a.png", "inside this network"),  # another host than the one typed
         ("/to?http://169.254.169.254/latest", "inside this network"),
-        ("/cut.png", "cut off"),
+        ("/cut.png", "incomplete"),
         ("/endless", "not an image to classify"),
         ("/slow", "takes more than"),
     ],
