@@ -144,7 +144,7 @@ def _measure(data: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number, one in enumerate(settings):
         try:
-            found.append(_cost(data, override(Config(), one | {"workers": 0}), timed=number > 0))
+            found.append(_cost(data, override(Config(), one | {"workers": 0, "cache": "off"}), timed=number > 0))
         except RequestError as error:
             found.append({"error": str(error)})
         _give_memory_back()
