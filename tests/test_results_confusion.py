@@ -94,3 +94,12 @@ def test_an_installed_font_draws_what_the_own_one_lacks() -> None:
     if missing:
         pytest.skip("no font with CJK on this machine")
     assert len(families) == 2
+
+
+def test_long_names_that_differ_in_the_middle_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"a class called {i} with a long name" for i in range(20)]
+    figure = drawn(confused(20), names, tmp_path / "c.png", monkeypatch)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(set(labels)) == 20
+    assert all(len(label) <= 14 for label in labels)
+    assert fonts.told_apart(["cat", "dog"]) == ["cat", "dog"]

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -38,6 +39,16 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
 def as_drawn(text: str, most: int = 14) -> str:
     """Return a name to draw with `parse_math=False`: shortened, and made valid text, which a file name may not be."""
     return shortened(text.encode(errors="replace").decode(), most)
+
+
+def told_apart(names: Sequence[str], most: int = 14) -> list[str]:
+    """Return names as they are drawn; those that would look alike get their place in the list in front."""
+    drawn = [as_drawn(name, most) for name in names]
+    seen = Counter(drawn)
+    return [
+        short if seen[short] == 1 else as_drawn(f"{place} {name}", most)
+        for place, (short, name) in enumerate(zip(drawn, names, strict=True))
+    ]
 
 
 def families_for(text: str) -> tuple[list[str], str]:

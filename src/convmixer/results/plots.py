@@ -20,7 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from convmixer.files import atomic_file
-from convmixer.results.fonts import as_drawn, drawing
+from convmixer.results.fonts import as_drawn, drawing, told_apart
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#6b6b6b"
 BOTH = "#7b7f86"  # text with a contrast of 4 to 1 on white and on near-black
@@ -294,14 +294,15 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
     shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
     if len(shown) > NUMBERED:
         shown = shown[_alike(share[np.ix_(shown, shown)])]
-    listed = [(classes[i], classes[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
+    names, longer = told_apart(classes), told_apart(classes, 18)
+    listed = [(longer[i], longer[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
     side = min(12.0, 3.4 + 0.24 * len(shown))
     with drawing(_STYLE | {"axes.grid": False}, (as_drawn(name) for name in classes)):
         figure, (matrix, beside) = plt.subplots(
             1, 2, figsize=(side + 5.8, side), width_ratios=(side + 0.8, 5.0), layout="constrained"
         )
         part = np.ix_(shown, shown)
-        _matrix(figure, matrix, counts[part], share[part], [classes[int(i)] for i in shown])
+        _matrix(figure, matrix, counts[part], share[part], [names[int(i)] for i in shown])
         of = f"{len(shown)} of {len(classes):,} classes, those confused most; " if len(shown) < len(classes) else ""
         matrix.set_title(f"Confusion matrix: {of}{int(counts.sum()):,} images")
         _pairs(beside, listed)
@@ -339,10 +340,9 @@ def _alike(share: np.ndarray) -> np.ndarray:
 def _matrix(figure: Figure, axes: Axes, counts: np.ndarray, share: np.ndarray, classes: Sequence[str]) -> None:
     n = len(classes)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = [as_drawn(name) for name in classes]
     size = 10 if n <= NUMBERED else 8 if n <= 30 else 7
-    axes.set_xticks(range(n), names, rotation=90, parse_math=False, fontsize=size)
-    axes.set_yticks(range(n), names, parse_math=False, fontsize=size)
+    axes.set_xticks(range(n), classes, rotation=90, parse_math=False, fontsize=size)
+    axes.set_yticks(range(n), classes, parse_math=False, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
     for row, column in np.ndindex(n, n) if n <= NUMBERED else ():
         color = "white" if share[row, column] > 50 else "black"
@@ -356,7 +356,7 @@ def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
         axes.axis("off")
         axes.text(0.5, 0.5, "no image was misclassified", ha="center", va="center")
         return
-    names = [f"{as_drawn(true, 18)} → {as_drawn(predicted, 18)}" for true, predicted, _, _ in pairs]
+    names = [f"{true} → {predicted}" for true, predicted, _, _ in pairs]
     axes.barh(range(len(pairs)), [n for _, _, n, _ in pairs], color=ORANGE, height=0.6)
     axes.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=8)
     for place, (_, _, n, percent) in enumerate(pairs):
