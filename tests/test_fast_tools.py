@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.fast import accelerate, optimize_for_inference
@@ -132,6 +132,7 @@ ACCELERATED: dict[str, Callable[[Any], Any]] = {
     "jvp": lambda m: jvp(m, (X,), (torch.ones_like(X),))[1],
     "jacrev": lambda m: jacrev(m)(X[:1]),
     "jacfwd": lambda m: jacfwd(m)(X[:1, :, :2, :2]),
+    "hessian": lambda m: hessian(lambda images: m(images).square().sum())(X[:1, :, :2, :2]),
     "per-sample gradients": _per_sample,
     "forward-mode AD": _tangent,
     "FX quantisation": _quantised,
