@@ -28,7 +28,7 @@ RUN = {
     r"convmixer (plan|train) flowers( --(out|epochs|lr|workers) \S+| --config settings.yaml)*": TINY,
     r"convmixer (plan|train) flowers .*--model convmixer_64_\d_p\d_k5.*": SMALL,
     r"convmixer train flowers --weights .*": SMALL,
-    r"convmixer train --resume runs/flowers": [],
+    r"convmixer train --resume runs/flowers( --epochs 60)?": [],
     r"convmixer (val runs|predict|plot|explain|models|info)\b.*": [],
     r"convmixer export runs/flowers --format (web|onnx)\b.*": ["--limit", "4"],
     r"convmixer convert runs/flowers .*": [],

@@ -185,7 +185,7 @@ def test_training_from_weights_for_the_same_and_for_other_classes(
         (["digits", "--model", "vit_tiny_patch16_224"], "does not take images of 8 pixels"),
         (["digits", "--max-time", "1s"], "max_time 1s is too short"),
         (["--resume", "nowhere"], "not a run folder"),
-        (["--resume", "nowhere", "--max-time", "1h"], "leave out --max-time"),
+        (["--resume", "nowhere", "--lr", "0.1"], "leave out --lr"),
         (["digits", "--weights", "nowhere"], "nowhere"),
     ],
 )

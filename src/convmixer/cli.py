@@ -203,20 +203,17 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from convmixer.train.run import resume, train
+    from convmixer.train.run import CHANGEABLE, resume, train
 
     if args.resume:
-        settings = [key for key in vars(args) if key.startswith("set_") and key != "set_max_bad_fraction"]
-        given = ["--" + key.removeprefix("set_").replace("_", "-") for key in settings]
+        flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
+        given = ["--" + key.replace("_", "-") for key in flags if key not in CHANGEABLE]
         given += [f"--{key}" for key in ("recipe", "config", "out") if getattr(args, key) is not None]
         if given:
             raise RequestError(
                 f"--resume continues with the settings of {args.resume}: leave out {' and '.join(given)}"
             )
-        allowed = getattr(args, "set_max_bad_fraction", None)
-        if allowed is not None:
-            allowed = override(Config(), {"max_bad_fraction": allowed}).max_bad_fraction
-        return resume(args.resume, args.data, max_bad_fraction=allowed)
+        return resume(args.resume, args.data, changes=flags)
     args.data = args.data or "digits"
     name, recipe, config = _settings(args)
     return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name, started=STARTED)

@@ -51,18 +51,19 @@ class Budget:
         self._gauged_at, self._first = 0.0, 0.0
         self._gauged = [1.0]
 
-    def restore(self, step: int, keep: bool) -> float:
+    def restore(self, step: int, new_from: float | None = None) -> float:
         """Read the shares of a killed run, and return the seconds that it took.
 
         Args:
             step: The number of finished steps.
-            keep: Repeat later steps with their old shares; False: the budget has changed.
+            new_from: The budget is new, and the run took so many seconds so far; None: repeat later steps with their
+                old shares.
         """
         content = self.path.read_bytes() if rank() == 0 and self.path.exists() else b""
         whole = len(content) // _ENTRY.size * _ENTRY.size
         steps = list(_ENTRY.iter_unpack(content[:whole]))
-        if not keep:
-            steps = steps[:step]
+        if new_from is not None:
+            steps = [(min(1.0, new_from / self.seconds), new_from)] * step
         while len(steps) < step:  # a machine that lost power keeps the checkpoint, which was synchronised
             steps.append(steps[-1] if steps else (1e-3, 0.0))
         self.steps = from_first(steps)

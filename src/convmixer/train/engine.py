@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -64,7 +64,9 @@ class _Stream:
             yield moved
 
 
-def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep) -> None:
+def fit(
+    module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep, callbacks: Sequence[Any] = ()
+) -> None:
     """Take up to that many optimizer steps.
 
     Args:
@@ -72,6 +74,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
         loader: Batches from the module's next step on.
         steps: Optimizer steps, at least 1.
         on_step: Called after each step; True ends the run.
+        callbacks: Lightning\'s, called before that.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -87,7 +90,7 @@ def fit(module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnSt
             plugins=alone,
             max_epochs=1,
             limit_train_batches=steps,
-            callbacks=[_AfterStep(on_step)],
+            callbacks=[*callbacks, _AfterStep(on_step)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

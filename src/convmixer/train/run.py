@@ -2,12 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from convmixer._version import __version__
-from convmixer.config import Config, override, parse_seconds, to_dict
+from convmixer.config import Config, difference, override, parse_seconds, to_dict
 from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.files import remove_leftovers
@@ -21,6 +21,7 @@ from convmixer.train.plans import schedule_of
 from convmixer.train.session import OnEpoch, Run, summary
 from convmixer.train.setup import Build, Job, prepare
 
+CHANGEABLE = ("epochs", "max_time", "workers", "device", "max_bad_fraction")  # settings that `resume` may change
 LEAST_SECONDS = 2.0  # that a run needs after its data are read
 
 
@@ -34,6 +35,7 @@ def train(
     on_epoch: OnEpoch | None = None,
     quiet: bool = False,
     started: float | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train a model and return the result; everything about it is in the run folder.
 
@@ -47,6 +49,7 @@ def train(
         on_epoch: Called with an epoch's row of metrics once it is on disk; an exception from it ends the run.
         quiet: Print no settings, epochs and results.
         started: When the time of `max_time` began, in seconds since 1970; None: now.
+        callbacks: Lightning's, for what is to happen around steps. Lightning sees each stage as one epoch.
 
     Returns:
         `run` (the folder), `val_top1`, `test_top1` (percent, None without such a split), `epochs`, `seconds`,
@@ -59,7 +62,7 @@ def train(
     started = time.time() if started is None else started
     with _processes(config) as restarted:
         if out is not None and restarted and on_first(lambda: is_run(out)):
-            return _continue(RunFiles(out), data, on_epoch=on_epoch)
+            return _continue(RunFiles(out), data, None, on_epoch, callbacks)
         if out is not None:
             on_first(lambda: check_empty(out))  # checked now and below, so that an error leaves no folder
         job = everywhere(lambda: prepare(data, config, build))
@@ -73,7 +76,7 @@ def train(
         )
         with _alone(folder) as lock:
             on_first(lambda: check_empty(folder.path))  # another process may have trained there since
-            run = Run(job, folder, contents, started, lock, on_epoch, quiet)
+            run = Run(job, folder, contents, started, lock, on_epoch, quiet, callbacks)
             run.begin()
             return run.to_the_end()
 
@@ -99,6 +102,8 @@ def resume(
     device: str | None = None,
     max_bad_fraction: float | None = None,
     on_epoch: OnEpoch | None = None,
+    changes: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
@@ -110,39 +115,45 @@ def resume(
         data: Its data on this machine; None: the data argument or path that the run recorded.
         device: Device to compute on; None: the one that the run recorded.
         max_bad_fraction: Share of unreadable images allowed from now on; None: as before.
-        on_epoch: As in `train`.
+        on_epoch, callbacks: As in `train`.
+        changes: Settings of `CHANGEABLE` to go on with. New `epochs` or `max_time` extend a finished run too.
 
     Raises:
         RequestError: The folder is not a run, another process trains in it, its data have changed, or no checkpoint
             can be read.
     """
     folder = RunFiles(path)
+    given = {"device": device, "max_bad_fraction": max_bad_fraction, **(changes or {})}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if wrong := next((name for name in changes if name not in CHANGEABLE), None):
+        raise RequestError(f"{wrong} cannot be changed in a run that has begun; {', '.join(CHANGEABLE)} can")
     # another machine need not see the folder
     settings = folder.read_config()["settings"] if rank() == 0 or is_run(path) else {}
-    with _processes(override(Config(), settings | ({"device": device} if device else {}))):
-        return _continue(folder, data, device, max_bad_fraction, on_epoch)
+    with _processes(override(override(Config(), settings), changes)):
+        return _continue(folder, data, changes, on_epoch, callbacks)
 
 
 def _continue(
     folder: RunFiles,
     data: str | None,
-    device: str | None = None,
-    max_bad_fraction: float | None = None,
+    changes: Mapping[str, Any] | None = None,
     on_epoch: OnEpoch | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Continue a run in processes that are connected; the first one reads the folder for all."""
     contents = on_first(folder.read_config)
-    if results := on_first(folder.read_results):
+    results, length = on_first(folder.read_results), {"epochs", "max_time"} & (changes or {}).keys()
+    if results and not length:
         if rank() == 0:
-            print(f"{folder.path} is finished already")
+            print(f"{folder.path} is finished already; --epochs or --max-time extends it")
         return summary(folder, results)
-    if max_bad_fraction is not None:
-        contents["settings"]["max_bad_fraction"] = max_bad_fraction
-    config = override(Config(), contents["settings"] | ({"device": device} if device else {}))
+    before = override(Config(), contents["settings"])
+    config = override(before, changes or {})
     with _alone(folder) as lock:
-        if max_bad_fraction is not None and rank() == 0:
-            folder.write_config(contents)
         state = on_first(lambda: load_checkpoint(folder.checkpoints))
+        if config != before:
+            on_first(lambda: _check_changes(contents, config, state))
+            _change(folder, contents, before, config, bool(length))
         build = (contents["build"]["name"], contents["build"]["arguments"])
         known = Preprocessing(**contents["preprocessing"]) if state else None
         spec = data or contents["data"]["spec"]
@@ -150,9 +161,36 @@ def _continue(
         _check_equal(job)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {folder.path} have changed since it began: start a new run")
-        run = Run(job, folder, contents, time.time(), lock, on_epoch)
-        run.restore(state)
+        run = Run(job, folder, contents, time.time(), lock, on_epoch, callbacks=callbacks)
+        run.restore(state, new_length=bool(length))
         return run.to_the_end()
+
+
+def _check_changes(contents: Mapping[str, Any], config: Config, state: Mapping[str, Any] | None) -> None:
+    """Raise RequestError if a run, given its settings file and checkpoint, cannot have these settings from now on."""
+    done, per_epoch = (state["module"]["steps_done"] if state else 0), contents["schedule"]["steps_per_epoch"]
+    if state and state.get("stage") and config.epochs != contents["settings"]["epochs"]:
+        raise RequestError("the epochs with frozen layers are over: their number cannot be changed any more")
+    if config.epochs and (config.epochs + config.unfreeze_epochs) * per_epoch < done:
+        raise RequestError(f"epochs {config.epochs} are fewer than the {done / per_epoch:g} that are done: give more")
+    if config.max_time and state and parse_seconds(config.max_time) < state["seconds"] + LEAST_SECONDS:
+        raise RequestError(f"max_time {config.max_time} is over: the run took {state['seconds']:.0f} s so far")
+
+
+def _change(folder: RunFiles, contents: dict[str, Any], before: Config, config: Config, new_length: bool) -> None:
+    """Write new settings into a run's folder and say so; with a new length it is not finished any more."""
+    contents["settings"] = to_dict(config)
+    if new_length:
+        seconds = parse_seconds(config.max_time) if config.max_time else None
+        contents["schedule"] = schedule_of(config, contents["schedule"]["steps_per_epoch"], seconds)
+    if rank() == 0:
+        folder.write_config(contents)
+        if new_length:
+            folder.record.unlink(missing_ok=True)
+        for name, (old, new) in difference(before, config).items():
+            print(f"changed  {name}: {new} (was {old})")
+        if new_length:
+            print("changed  from here on the learning rate follows the schedule of a run of the new length")
 
 
 def _check_equal(job: Job) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,7 +61,7 @@ class Run:
         contents: Contents of the settings file.
         started: When this session began, seconds since 1970.
         lock: Held on the folder; None except in the first process.
-        on_epoch, quiet: See `run.train`.
+        on_epoch, quiet, callbacks: See `run.train`.
     """
 
     def __init__(
@@ -73,8 +73,9 @@ class Run:
         lock: RunLock | None = None,
         on_epoch: OnEpoch | None = None,
         quiet: bool = False,
+        callbacks: Sequence[Any] = (),
     ) -> None:
-        self.on_epoch = on_epoch
+        self.on_epoch, self.callbacks = on_epoch, callbacks
         self.job, self.folder, self.contents, self.started, self.lock = job, folder, contents, started, lock
         self.config, self.schedule = job.config, contents["schedule"]
         self.steps_per_epoch, self.plans = job.steps_per_epoch, plans_of(self.config, self.schedule)
@@ -122,11 +123,11 @@ class Run:
         if self.budget:
             self.budget.writing = FINISH_SECONDS + DRAWN_AT_END * (time.perf_counter() - began)
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go back to a checkpoint, or to the beginning if there is none."""
+    def restore(self, state: dict[str, Any] | None, new_length: bool = False) -> None:
+        """Go back to a checkpoint, or to the beginning if there is none, perhaps of a run of another length now."""
         if self.budget:
-            done = state["module"]["steps_done"] if state else 0
-            self.seconds_before = self.budget.restore(done, keep=True)
+            done, seconds = (state["module"]["steps_done"], state["seconds"]) if state else (0, 0.0)
+            self.seconds_before = self.budget.restore(done, seconds if new_length else None)
         self._enter(state.get("stage", 0) if state else 0, state.get("first_step", 0) if state else 0, state)
         if state:
             before = self.seconds_before
@@ -188,7 +189,7 @@ class Run:
                 self.loader.say = self._say_of_loader
             self._new_epoch()
             try:
-                fit(self.module, self.loader, left, self._after_step)
+                fit(self.module, self.loader, left, self._after_step, self.callbacks)
             except RuntimeError as error:
                 # systemd and SLURM signal the loader's workers too, which then end in the middle of a step
                 if not self._signalled_soon(error):
