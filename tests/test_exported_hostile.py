@@ -17,6 +17,8 @@ from tests.tiny_onnx import FACTS, SOUND, P, constant, model, saved
 
 from convmixer.errors import RequestError
 from convmixer.exported.load import load_exported
+from convmixer.exported.process import Confined
+from convmixer.inference import softmax
 
 SMALL = 2 * 2**30
 
@@ -118,8 +120,19 @@ def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     steps = [("Log", "sound", "log"), ("Exp", "log", "back"), ("Sqrt", "back", "logits")]
     late = saved(tmp_path / "late.onnx", model([helper.make_node(kind, [x], [y]) for kind, x, y in steps]))
     exported = load_exported(late)
-    with pytest.raises(RuntimeError, match="not finite"):
-        exported.run(np.full((1, 1, 8, 8), -1, np.float32))
+    batch = np.stack([np.full((1, 8, 8), value, np.float32) for value in (1, -1)])
+    good, bad_one = exported.run(batch)[0]  # one image does not fail the others of its batch
+    assert np.isfinite(good).all()
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        softmax(bad_one[None])
+
+
+def test_the_process_that_runs_a_file_is_given_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CONVMIXER_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "a-secret")
+    sound = model([helper.make_node("Identity", ["sound"], ["logits"])])
+    confined = Confined(saved(tmp_path / "m.onnx", sound))
+    assert b"a-secret" not in Path(f"/proc/{confined._process.pid}/environ").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,19 @@ def test_what_timm_writes_for_the_hub_loads(tmp_path: Path, name: str, safe: boo
     equal(loaded.model, model)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_repository_loads_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool) -> None:
+    """Also one that holds an older file of PyTorch's only; both from the hub's cache, laid out as the hub does."""
+    repository = tmp_path / "models--someone--small"
+    folder = repository / "snapshots" / ("a" * 40)
+    model = timm.create_model("resnet10t", num_classes=3)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=safe, model_args={"num_classes": 3})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    equal(load_model("hf-hub:someone/small").model, model)
+
+
 def test_what_transformers_writes_loads(tmp_path: Path) -> None:
     """TimmWrapper's layout: timm's config with more entries, and a prefix before every key."""
     model = settle(ConvMixer(8, 2, 3, 2, num_classes=2))

@@ -10,6 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_NEEDED = ("PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV")
+# the locale, the linker, Python, threads of the runtimes, and where kernels are kept
+_NEEDED_FOR = ("LC_", "LD_LIBRARY", "DYLD_", "PYTHON", "XDG_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ORT_",
+               "CONVMIXER_KERNELS", "CUDA_VISIBLE", "COVERAGE_")  # fmt: skip
+
 
 def sign() -> dict[str, Any]:
     """Return what identifies this process, as plain JSON: host, boot, PID namespace, pid, start time."""
@@ -47,6 +52,16 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def child_environment(**others: str) -> dict[str, str]:
+    """Return what a process that handles a stranger's file needs of this one's environment: no tokens and passwords.
+
+    Args:
+        **others: Variables to add.
+    """
+    kept = {name: value for name, value in os.environ.items() if name in _NEEDED or name.startswith(_NEEDED_FOR)}
+    return kept | others
 
 
 def process_exists(number: int) -> bool:

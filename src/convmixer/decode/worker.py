@@ -19,12 +19,12 @@ from PIL import Image
 
 from convmixer.decode import pixels
 from convmixer.decode.errors import ImageError
+from convmixer.processes import child_environment
 
 WALL_SECONDS = 60.0  # long, because the machine may be busy; pixels.SECONDS limits the CPU time
 MEMORY_BYTES = 3 << 30  # more than the idle child has; the largest image allowed takes half of it
 _ROOT = str(Path(__file__).parents[2])
 _START = "from convmixer.decode.worker import main; main()"
-_SECRETS = ("CONVMIXER_TOKEN",)
 
 
 def image_apart(source: Path | bytes, in_chans: int, bits: int = 16) -> Image.Image:
@@ -62,13 +62,12 @@ class Worker:
 
     def __init__(self) -> None:
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-c", _START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**kept, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+            env=child_environment(PYTHONPATH=os.pathsep.join(paths), OPENBLAS_NUM_THREADS="1"),
         )
 
     def ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:

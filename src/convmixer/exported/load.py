@@ -29,8 +29,8 @@ class Exported:
 
     Args:
         run: (B, C, H, W) float32 -> logits (B, classes) and class-activation maps (B, k, h, w) of the k likeliest
-            classes in descending order, or None if the file has no maps. Raises RuntimeError if the logits are not
-            finite.
+            classes in descending order, or None if the file has no maps. Logits may be NaN for some images: callers
+            check those of each image, so that one image does not fail its whole batch.
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
         describe: What is in the file: source, format, precision, architecture, and what it was trained on.
@@ -83,7 +83,7 @@ def open_exported(path: str | Path, threads: int = 0) -> Exported:
         facts = {name: json.loads(text) for name, text in texts.items()}
         exported = _exported(path, lambda batch: _split(outputs(batch)), facts)
         p = exported.preprocessing
-        exported.run(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32))
+        logits, _ = exported.run(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32))
     except (RequestError, MemoryError):
         raise
     except ImportError as error:
@@ -93,6 +93,8 @@ def open_exported(path: str | Path, threads: int = 0) -> Exported:
     except Exception as error:  # each runtime has its own exceptions for a truncated file or one that is not a model
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise RequestError(f"{path} cannot be read as a {kind.name} model: {reason}") from error
+    if not np.isfinite(logits).all():
+        raise RequestError(f"{path} gives logits that are not finite: its weights are damaged")
     return exported
 
 
@@ -132,7 +134,7 @@ def _exported(path: Path, run: Run, facts: dict[str, Any]) -> Exported:
 
 
 def _checked(path: Path, run: Run, classes: int) -> Run:
-    """Return `run` with a check of its outputs."""
+    """Return `run` with a check of its outputs' shapes."""
 
     def checked(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         logits, maps = run(batch)
@@ -140,8 +142,6 @@ def _checked(path: Path, run: Run, classes: int) -> Run:
             raise RuntimeError(f"{path} gives logits of shape {logits.shape}, not {(len(batch), classes)}")
         if maps is not None and (maps.ndim != 4 or len(maps) != len(batch) or maps.shape[1] > classes):
             raise RuntimeError(f"{path} gives class-activation maps of shape {maps.shape}")
-        if not np.isfinite(logits).all():
-            raise RuntimeError(f"{path} gives logits that are not finite: its weights are damaged")
         return logits, maps
 
     return checked

@@ -22,6 +22,7 @@ import numpy as np
 
 from convmixer.device import total_bytes
 from convmixer.errors import RequestError
+from convmixer.processes import child_environment
 
 LOAD_SECONDS = 180.0  # OpenVINO may compile for this long on a busy machine
 RUN_SECONDS, IMAGE_SECONDS = 60.0, 20.0  # limit of a batch: RUN + B * IMAGE, 100 times what a model takes
@@ -80,7 +81,7 @@ class Confined:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))},
+            env=child_environment(PYTHONPATH=os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))),
             start_new_session=True,  # Ctrl-C ends this process, which then ends the other
         )
         assert self._process.stdin is not None

@@ -198,7 +198,7 @@ def _load(source: str | Path) -> LoadedModel:
     name = str(source)
     if name in shipped():
         return _load_folder(SHIPPED / name)
-    return _load_folder(_download(_hub_id(name)))
+    return _load_newest(_download(_hub_id(name)))
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
@@ -487,11 +487,14 @@ def _is_path(name: str) -> bool:
 def _download(hub_id: str) -> Path:
     """Return the folder in the hub's cache with a repository's config and weights, downloaded if they are missing."""
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.utils import LocalEntryNotFoundError, get_session
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, get_session
 
     def fetch(offline: bool) -> Path:
         hf_hub_download(hub_id, MODEL_CONFIG, local_files_only=offline)
-        return Path(hf_hub_download(hub_id, MODEL, local_files_only=offline)).parent
+        try:
+            return Path(hf_hub_download(hub_id, MODEL, local_files_only=offline)).parent
+        except EntryNotFoundError:
+            return Path(hf_hub_download(hub_id, OLD_MODEL, local_files_only=offline)).parent
 
     try:
         return fetch(offline=True)

@@ -163,6 +163,8 @@ class Service:
         order = ranked(probabilities, topk)
         evidence = None
         if explain:
+            if maps is not None and not np.isfinite(maps).all():
+                raise Refusal(500, "not_a_number", "the model's class-activation maps are NaN or infinite")
             rows = None if maps is None else np.round(maps, 4).tolist()
             evidence = Evidence(seen=data_uri(_png(seen)), maps=rows)
         names = [self.classifier.classes[i] for i in order]
