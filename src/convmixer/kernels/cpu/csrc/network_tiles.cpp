@@ -48,6 +48,7 @@ struct Planes {
 struct Place {
   int64_t own, left, right;  // offsets; < 0: none
   uint32_t valid;            // one bit for each pixel inside the image
+  bool whole;                // all of them are
 };
 
 INLINE void store_some(bf16* to, vh bits, uint32_t mask) {
@@ -60,11 +61,24 @@ INLINE void store_some(bf16* to, vh bits, uint32_t mask) {
 }
 
 INLINE void put(bf16* plane, const Place& place, const Planes& g, vh bits) {
-  store_some(plane + place.own, bits, place.valid);
+  if (__builtin_expect(place.whole, 1)) store_vector(plane + place.own, bits);
+  else store_some(plane + place.own, bits, place.valid);
   if (__builtin_expect(place.right >= 0, 0))  // our last columns are its first
     store_some(plane + place.right + g.before - SIDE, bits, place.valid & (0xffffu << (SIDE - g.before)) & 0xffffu);
   if (__builtin_expect(place.left >= 0, 0))
     store_some(plane + place.left + g.before + SIDE, bits, place.valid & ((1u << g.after) - 1));
+}
+
+struct Halves {
+  vh first, second;
+};
+INLINE Halves narrow_both(vf first, vf second) {
+#if CONVMIXER_AMX
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return {(vh)_mm512_castsi512_si256(both), (vh)_mm512_extracti64x4_epi64(both, 1)};
+#else
+  return {narrow(first), narrow(second)};
+#endif
 }
 
 // Calls f(i) for i up to the share `step` / `steps` of n.
@@ -196,16 +210,25 @@ void product(const Planes& g, int64_t groups, const char* z, int64_t z_step, int
     y = each<2 * ROWS>([&](int j) INLINED {
       return y.v[j] * splat(*p.row(Vectors::SCALE, c + j / 2)) + splat(*p.row(Vectors::SHIFT, c + j / 2));
     });
-    unrolled<2 * ROWS>(EACH(j) { put(out + (c + j / 2) * plane, places[group + j % 2], g, narrow(y.v[j])); });
+    unrolled<ROWS>(EACH(r) {
+      const Halves bits = narrow_both(y.v[2 * r], y.v[2 * r + 1]);
+      put(out + (c + r) * plane, places[group], g, bits.first);
+      put(out + (c + r) * plane, places[group + 1], g, bits.second);
+    });
   };
   float *mine = sums, *other = sums + CB * 2 * SIDE;
   int64_t before_c = 0, before_group = -1;
-  for (int64_t c = 0; c < p.dim; c += CB)
+  // The weights of the next 32 channels are fetched while these are multiplied.
+  const int64_t panel = 2 * steps * tiles::SIZE, fetched = round_up(panel * 2 / (groups * steps), 64) + 64;
+  for (int64_t c = 0; c < p.dim; c += CB) {
+    const char *next = weights + (c / CB + 1) * panel, *end = c + CB < p.dim ? next + panel : next;
     for (int64_t group = 0; group < groups; group += 2, std::swap(mine, other)) {
       Progress<2> progress;
       unrolled<4>(EACH(t) { tiles::zero<t>(); });
       const char *a = weights + c / SIDE * steps * tiles::SIZE, *b = z + group * z_step;
       for (int64_t step = 0; step < steps; step++, a += tiles::SIZE, b += tiles::SIZE) {
+        for (const char* to = std::min(next + fetched, end); next < to; next += tiles::BYTES)
+          __builtin_prefetch(next, 0, 2);
         tiles::load<4>(a);
         tiles::load<6>(b);
         K::template dot<0, 4, 6>();
@@ -220,6 +243,7 @@ void product(const Planes& g, int64_t groups, const char* z, int64_t z_step, int
       unrolled<4>(EACH(t) { tiles::store<t>(mine + (t / 2 * SIDE * 2 + t % 2) * SIDE, 2 * SIDE * 4); });
       before_c = c, before_group = group;
     }
+  }
   for (int64_t i = 0; i < CB; i += 2) finish(before_c, before_group, other, i);
 }
 
@@ -316,9 +340,9 @@ template <class K> struct TilesRun {
         const int64_t columns = std::min<int64_t>(SIDE, grid.W - tile * SIDE), row = y + grid.before;
         const bool first = tile == 0 || grid.after == 0, last = tile + 1 == grid.tiles || grid.before == 0;
         *places++ = {grid.inside(tile, y), first ? -1 : grid.at(tile - 1, row), last ? -1 : grid.at(tile + 1, row),
-                     (1u << columns) - 1};
+                     (1u << columns) - 1, columns == SIDE};
       }
-    if ((y1 - y0) * grid.tiles % 2) *places = {0, -1, -1, 0};
+    if ((y1 - y0) * grid.tiles % 2) *places = {0, -1, -1, 0, false};
     return room;
   }
 
@@ -391,9 +415,9 @@ template <class K> struct TilesRun {
     }
   }
 
-  // z stays in half of the core's second-level cache.
+  // z stays in the core's second-level cache. Each part reads all weights, which for wide layers are in a further one.
   int64_t rows_at_once(int64_t threads) const {
-    const int64_t most = std::max<int64_t>(1, second_level_cache() / 2 / (grid.tiles * z_step()));
+    const int64_t most = std::max<int64_t>(1, second_level_cache() / (grid.tiles * z_step()));
     const int64_t parts = std::min(grid.H, round_up((grid.H + most - 1) / most, threads));
     return (grid.H + parts - 1) / parts;
   }
