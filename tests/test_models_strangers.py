@@ -174,7 +174,7 @@ def itself() -> dict[str, Any]:
     ("content", "message"),
     [
         (lambda: itself(), "holds no weights"),
-        (lambda: small() | {"head.weight": torch.zeros(1, 1).expand(60_000, 60_000)}, "they share memory"),
+        (lambda: small() | {"head.weight": torch.zeros(1, 1).expand(60_000, 60_000)}, "which share memory"),
         (lambda: {f"k{i}": torch.zeros(1) for i in range(20_001)}, "more than the limit of 20,000"),
         (lambda: small() | {"stem.0.bias": torch.zeros(8).to_sparse()}, r"_rebuild_sparse_tensor"),
         (lambda: small() | {"stem.0.bias": torch.zeros(8, device="meta")}, "unsupported kind|_rebuild_meta"),

@@ -30,7 +30,8 @@ class Walk:
 
     Args:
         root: The folder.
-        files: Paths relative to it, with "/" between the parts: of each folder its files by name, then its folders.
+        files: Paths relative to it, with "/" between the parts. In each folder the files come first, sorted by
+            name, then the folders.
         empty: The folders without usable files, relative to the root.
         unused: What was passed over, and why.
     """

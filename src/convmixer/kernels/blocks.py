@@ -1,8 +1,8 @@
 """All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
 
-Tensors are stored before activation and norm, with the norm's scale and shift; v means norm(act(v)). The backward
-pass keeps two of them per block; without gradients each is freed once it is used. The statistics are kept too, as
-float64 (norms, 2, C): mean and biased variance.
+A tensor v is stored before activation and norm, next to the norm's scale and shift; the value it stands for is
+norm(act(v)). For the backward pass the forward pass keeps two of them per block; without gradients each is freed
+after use. The statistics are kept too, as float64 (norms, 2, C): mean and biased variance.
 """
 
 import math
@@ -25,8 +25,8 @@ def features(
     """Run the stem's activation and norm, then all blocks.
 
     Args:
-        v: Output of the stem's convolution, (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16: the dtype of
-            everything between. Or padded to `wide(C)` channels with zeros.
+        v: Output of the stem's convolution, (N, H, W, C) or padded with zeros to (N, H, W, wide(C)); contiguous;
+            fp32, bf16 or, on CUDA, fp16. All activations have its dtype.
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
         running: Running mean and variance of each norm, used if not `training`.
         eps: BatchNorm's.

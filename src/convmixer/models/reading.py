@@ -157,7 +157,8 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
             )
     needed, size = sum(value.numel() * value.element_size() for value in plain.values()), path.stat().st_size
     if needed > size + SPARE_BYTES:
-        raise RequestError(f"{path} has {size:,} bytes, but its tensors need {needed:,}: they share memory")
+        text = f"its tensors, which share memory in the file, would need {needed:,}"
+        raise RequestError(f"{path} has {size:,} bytes, but {text}")
     return plain
 
 

@@ -29,7 +29,7 @@ from convmixer.serve.limits import Limits
 from convmixer.serve.schema import Evidence, Prediction, Predictions
 
 DECODING_PIXELS = 100_000_000  # of all images being decoded at once; a pixel takes up to 12 bytes meanwhile
-LONG_ONES = 16  # images that may take long to decode, waiting for each other
+LONG_ONES = 16  # images that may take long to decode and wait in one queue; further ones are refused
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 
 
@@ -108,7 +108,10 @@ class Service:
         return done  # type: ignore[return-value]
 
     async def _decode_one(self, file: bytes, number: int) -> Image.Image:
-        """Return what the network sees of an image. Images that may take long wait only for each other."""
+        """Return what the network sees of an image.
+
+        Images that may take long are decoded one after the other, in a queue of their own.
+        """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self.decoders, self._square, file, number, False)

@@ -33,8 +33,8 @@ class Queue:
     Args:
         url: SQLAlchemy URL of the database; missing tables are created.
         name: The study's name there.
-        heartbeat_seconds: Time between a worker's heartbeats; if the study was started before, the time given then
-            applies to all workers.
+        heartbeat_seconds: Time between a worker's heartbeats; if the study was started before, all workers use the
+            time given at that start.
 
     Raises:
         RequestError: The database cannot be used.
@@ -177,7 +177,7 @@ class Queue:
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def _take_back(self, trial_id: int) -> None:
-        """Take back a run that another worker put back although this one is alive, if nobody has taken it since."""
+        """Take back a run that another worker put back although this worker is alive, unless a third has it since."""
         if self._storage.get_trial(trial_id).state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 

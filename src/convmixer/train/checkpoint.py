@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _Hashing:
-    """A file to write to that digests what is written, and keeps the error of a full disk.
+    """A writable file that hashes what is written. If the disk is full, it keeps the error until `check`.
 
     torch's own writer would report "unexpected pos" instead.
     """

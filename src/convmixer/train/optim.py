@@ -17,7 +17,7 @@ ENDS = ("stem.", "head.", "patch_embed.", "pos_embed", "cls_token", "classifier.
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Return the parameters in groups with the same weight decay, learning-rate factor and update rule.
 
-    Biases, the scales and shifts of norms (vectors, whatever their shape) and what the model lists in timm's
+    Biases, the scales and shifts of norms (also if stored as (1, 1, dim)) and what the model lists in timm's
     `no_weight_decay()` (embeddings of positions) are not decayed, as in timm's fork that trained the paper's ImageNet
     models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does. With `layer_decay`, a parameter
     that is i layers below the last one learns at `lr * layer_decay ** i`; the group's "lr_scale" holds that factor.
