@@ -110,7 +110,7 @@ def multipart(parts: int, body: bytes = b"x", name: str = "a.png") -> tuple[byte
     return part * parts + b"--b--\r\n", {"content-type": "multipart/form-data; boundary=b"}
 
 
-def raw(port: int, data: bytes, wait: float = 5.0) -> bytes:
+def raw(port: int, data: bytes, wait: float = 20.0) -> bytes:
     """Send only these bytes, and return what the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection:
         connection.sendall(data)

@@ -1,6 +1,7 @@
 """Loaders: exact order and augmentation for any number of workers and processes, resume, reading all once."""
 
 import io
+import multiprocessing
 import os
 import sys
 import threading
@@ -138,3 +139,16 @@ def test_a_worker_waits_for_no_lock_that_it_was_forked_with(
         batch, _ = next(iter(loader))
     assert len(batch) == 3
     assert "unreadable image left out: one: damaged" in capfd.readouterr().err
+
+
+def test_a_closed_loader_leaves_no_worker_behind(digits: DataSplits) -> None:
+    assert digits.train is not None
+    before = set(multiprocessing.active_children())
+    transform = train_transform(CONFIG, preprocessing_of(digits, CONFIG))
+    loader = train_loader(digits.train, transform, batch_size=32, seed=3, workers=2)
+    iterator = iter(loader)  # still referred to, as a traceback may do
+    next(iterator)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before
+    loader.close()  # a second time is no error

@@ -110,6 +110,26 @@ def test_classifier_equals_the_model(digits_weights: Path, pngs: tuple[list[Path
     assert classifier.predict([]) == []
 
 
+def test_tta_is_the_mean_over_an_image_and_its_mirror_image(
+    digits_weights: Path, pngs: tuple[list[Path], list[str]]
+) -> None:
+    classifier = load_classifier(digits_weights, "fp32")
+    batch = np.stack([preprocess(Image.open(path), classifier.preprocessing) for path in pngs[0][:4]])
+    plain, mirrored = (softmax(classifier.logits(np.ascontiguousarray(x))) for x in (batch, batch[..., ::-1]))
+    found = softmax(classifier.mirrored().logits(batch))
+    np.testing.assert_allclose(found, (plain + mirrored) / 2, atol=1e-6)
+    assert abs(plain - mirrored).max() > 0.01  # digits are not symmetric, so the mean is another answer
+
+
+def test_val_and_predict_say_that_they_used_tta(
+    digits_weights: Path, pngs: tuple[list[Path], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["val", str(digits_weights), "--tta"]) == 0
+    assert "test-time augmentation: mean over each image and its mirror image" in capsys.readouterr().out
+    assert cli.main(["predict", str(digits_weights), str(pngs[0][0]), "--tta"]) == 0
+    assert "means over each image and its mirror image" in capsys.readouterr().out
+
+
 def test_bf16_agrees_with_fp32(digits_weights: Path, pngs: tuple[list[Path], list[str]]) -> None:
     images = [load_image(file) for file in pngs[0]]
     tops = [[row[0][0] for row in load_classifier(digits_weights, p).predict(images, 1)] for p in ("fp32", "bf16")]

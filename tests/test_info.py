@@ -46,9 +46,10 @@ def test_a_package_is_missing_if_it_is_needed_and_not_there_or_too_old(line: str
     assert lacks(Requirement(line), extra) is expected
 
 
-def test_nothing_is_missing_where_the_suite_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert info()["missing"] == {}
-    assert "missing     nothing" in capsys.readouterr().out
+def test_only_what_dev_leaves_out_is_missing_where_the_suite_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = info()["missing"]
+    assert set(missing) <= {"remote"}  # clients of clouds
+    assert ("s3fs" if missing else "missing     nothing") in capsys.readouterr().out
 
 
 def test_version_alone(capsys: pytest.CaptureFixture[str]) -> None:

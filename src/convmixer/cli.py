@@ -265,17 +265,23 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write a page and a table of the misclassified images and likely label errors (to --out, else the run)",
     )
+    _add_tta(sub)
     _add_reading(sub)
     _add_meaning(sub)
+
+
+def _add_tta(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--tta", action="store_true", help="average each image and its mirror image (test-time augmentation)"
+    )
 
 
 def _val(args: argparse.Namespace) -> dict[str, Any]:
     from convmixer.evaluation.val import val
 
     rest = (args.split, args.limit, args.batch_size, args.precision, args.out)
-    return val(
-        args.weights, args.data, *rest, expected=_meaning(args), options=_reading(args), mistakes=args.mistakes
-    )
+    more = {"mistakes": args.mistakes, "tta": args.tta}
+    return val(args.weights, args.data, *rest, expected=_meaning(args), options=_reading(args), **more)
 
 
 def _add_predict(sub: argparse.ArgumentParser) -> None:
@@ -296,6 +302,7 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
         help="draw the labels: a folder for pictures, or a video file such as labelled.mp4 for one video",
     )
     sub.add_argument("--allow-network", action="store_true", help="fetch images whose URLs are given")
+    _add_tta(sub)
     video = sub.add_argument_group("videos and cameras")
     video.add_argument(
         "--every", type=float, default=0.5, metavar="SECONDS", help="between predictions (default: 0.5)"
@@ -320,6 +327,7 @@ def _predict(args: argparse.Namespace) -> dict[str, Any]:
         draw=args.draw,
         network=args.allow_network,
         watching=Watching(args.every, args.seconds),
+        tta=args.tta,
     )
 
 

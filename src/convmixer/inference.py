@@ -1,7 +1,7 @@
 """Load once, predict many: images in, class names and probabilities out. Torch is imported only for torch weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,13 @@ class Classifier:
     describe: dict[str, Any]
     with_maps: LogitsAndMaps | None = None
     loaded: "LoadedModel | None" = None
+
+    def mirrored(self) -> "Classifier":
+        """Return a classifier that averages the probabilities of an image and its mirror image, at twice the cost.
+
+        Its logits are logarithms of those averages. It has no class-activation maps.
+        """
+        return replace(self, logits=_Mirrored(self.logits), with_maps=None)
 
     def explained(self, batch: np.ndarray, maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         """Return logits (B, classes) and, if wanted and the model has any, maps (B, k, h, w) of the k top classes."""
@@ -186,6 +193,18 @@ def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> Lo
     if not has_maps(model):
         return None
     return _TorchRun(WithMaps(model).eval(), device, precision)
+
+
+@dataclass(frozen=True)
+class _Mirrored:
+    """Logits whose softmax is the mean over each image and its mirror image; picklable like `_LogitsOf`."""
+
+    logits: Logits
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        both = [softmax(self.logits(np.ascontiguousarray(images))) for images in (batch, batch[..., ::-1])]
+        mean: np.ndarray = np.log(np.maximum((both[0] + both[1]) / 2, np.finfo(np.float64).tiny)).astype(np.float32)
+        return mean
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Loader:
         self.say: Callable[[str], None] | None = None
         self._waited, self._paused = 0.0, False
         self._kept: tuple[Place, DataLoader[Any]] | None = None  # its workers live on between two passes
+        self._source: Any = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)  # type: ignore[arg-type]
@@ -102,7 +103,18 @@ class Loader:
             loader = self._kept[1]
         with warnings.catch_warnings():  # Python 3.12 and newer; the workers use none of the parent's threads
             warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-            return iter(loader)
+            self._source = iter(loader)
+        return self._source
+
+    def close(self) -> None:
+        """End the worker processes now.
+
+        They hold copies of all open files of the process they came from, such as pipes to other programs, and would
+        otherwise live until nothing refers to the loader any more.
+        """
+        if hasattr(self._source, "_shutdown_workers"):  # PyTorch offers no public way
+            self._source._shutdown_workers()
+        self._source = self._kept = None
 
     def _after(self, done: int) -> Any:
         if not done:

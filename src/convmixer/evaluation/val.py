@@ -29,6 +29,7 @@ from convmixer.run_folder import run_of
 from convmixer.text import csv_cell, markup, terminal
 
 CALIBRATION = 64  # training images for int8
+TTA = "mean over each image and its mirror image"
 
 
 def val(
@@ -42,6 +43,7 @@ def val(
     expected: dict[str, Any] | None = None,
     options: Options | None = None,
     mistakes: bool = False,
+    tta: bool = False,
 ) -> dict[str, Any]:
     """Measure a model on a split, print the tables, and return the numbers.
 
@@ -58,10 +60,12 @@ def val(
         options: What the user said about the columns, folders and groups of `data`.
         mistakes: Write a page with the misclassified images, and a table of them, to `out`, else to the run's folder
             if it is measured on its own data, else to the current folder.
+        tta: Average the probabilities of each image and its mirror image (test-time augmentation).
 
     Returns:
-        See `metrics`, and "data", "split", "checksum", "per_class", "notes" (on the data), "warnings", "batchnorm",
-        and with `mistakes` "mistakes": the page, the table, and names of images that are likely labelled wrong.
+        See `metrics`, and "data", "split", "tta", "checksum", "per_class", "notes" (on the data), "warnings",
+        "batchnorm", and with `mistakes` "mistakes": the page, the table, and names of images that are likely labelled
+        wrong.
         A warning says if the data have changed since the weights were trained on them.
 
     Raises:
@@ -77,6 +81,7 @@ def val(
 
     quantise = calibration if precision == "int8" else None
     classifier = load_classifier(weights, precision, calibration=quantise, expected=expected)
+    classifier = classifier.mirrored() if tta else classifier
     print(terminal(f"{weights}: {classifier.describe.get('found', 'exported')}"))
     there = found[0] if found else find_data(data, classifier.describe, weights, options)
     splits, chosen = there.splits, there.choose(split)
@@ -90,6 +95,7 @@ def val(
     result = metrics(logits, labels) | {
         "data": splits.name,
         "split": chosen,
+        "tta": TTA if tta else None,
         "checksum": splits.checksum,
         "precision": classifier.describe.get("precision", "exported"),
         "per_class": [vars(row) for row in classes],
@@ -138,6 +144,8 @@ def _print(result: dict[str, Any], classes: Sequence[ClassResult]) -> None:
     for note in result["notes"]:
         console.print(f"data {markup(result['data'])}: {markup(note)}", highlight=False)
     console.print(f"{markup(result['data'])}, {result['split']} split: {result['n']} images ({result['precision']})")
+    if result["tta"]:
+        console.print(f"test-time augmentation: {result['tta']}", highlight=False)
     console.print(f"top-1 {result['top1']:.2f}% (95% Wilson interval {low:.2f} to {high:.2f})", highlight=False)
     console.print(f"top-5 {result['top5']:.2f}%, loss {result['loss']:.4f}, ECE {result['ece']:.4f}", highlight=False)
     worst = sorted(classes, key=lambda row: row.f1)[:10]

@@ -53,6 +53,7 @@ def predict_files(
     draw: Path | None = None,
     network: bool = False,
     watching: Watching | None = None,
+    tta: bool = False,
 ) -> dict[str, Any]:
     """Classify images and videos, print a table, and return an entry per image or predicted frame, in order.
 
@@ -67,10 +68,11 @@ def predict_files(
         draw: A folder for pictures with their labels drawn in, or, for one video, a video file; or None.
         network: Whether URLs among `images` may be fetched.
         watching: How videos are read; None: the defaults.
+        tta: Average the probabilities of each image and its mirror image (test-time augmentation).
 
     Returns:
         "predictions": a list of {"file", "classes", "probabilities"}, for a video also "second", or {"file",
-        "error"} if it cannot be read; and "drawn": the pictures and videos written.
+        "error"} if it cannot be read; "drawn": the pictures and videos written; and "tta".
 
     Raises:
         RequestError: Bad arguments, or nothing to classify.
@@ -85,6 +87,9 @@ def predict_files(
         raise RequestError("name at least one image or folder")
     pictures = _Pictures(draw, sources)
     classifier = load_classifier(weights, precision, expected=expected)
+    if tta:
+        classifier = classifier.mirrored()
+        print("tta      probabilities are means over each image and its mirror image")
     predictions: list[Prediction] = []
     for group in _grouped(sources):
         if isinstance(group, Video):
@@ -98,7 +103,7 @@ def predict_files(
     errors = [p["error"] for p in predictions if "error" in p]
     if len(errors) == len(predictions):
         raise RuntimeError(f"none of the {len(errors)} files can be read; the first: {errors[0] if errors else ''}")
-    return {"predictions": predictions, "drawn": list(map(str, pictures.written))}
+    return {"predictions": predictions, "drawn": list(map(str, pictures.written)), "tta": tta}
 
 
 def _grouped(sources: Sequence[Still | Video]) -> Iterator[list[Still] | Video]:

@@ -194,7 +194,8 @@ class Runner:
             return 0.0
         same = [r for r in self.queue.records().values() if _machine(r["environment"]) == self.machine]
         done = [r["results"]["seconds"] for r in same if r["results"]["arm"] == arm and "seconds" in r["results"]]
-        probed = float(self.plan["probes"][arm]["seconds"]) * config.epochs / self.study.recipe.epochs
+        share = config.epochs / self.study.config(arm, self.study.seeds[0]).epochs  # of a run: trials may be shorter
+        probed = float(self.plan["probes"][arm]["seconds"]) * share
         whole = statistics.median(done) if done else probed
         run_folder = self.folder.run(run)
         epochs = [row["epoch"] for row in read_metrics(run_folder)] if run_folder.metrics.exists() else []

@@ -195,6 +195,9 @@ class Run:
                 if not self._signalled_soon(error):
                     raise
                 self._exit("stopped; the last checkpoint is kept;")
+            finally:
+                if isinstance(self.loader, Loader):
+                    self.loader.close()
         if self._told_to_stop and not self._is_last_step():
             self._exit("stopped and saved;")
 
