@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from convmixer.cli import main
 from convmixer.data import walk as walker
 from convmixer.data.walk import HIDDEN, LEADS_OUT, NOT_ORDINARY, OWN_OUTPUT, READ_ALREADY, TOO_DEEP, walk
 from convmixer.errors import RequestError
+from convmixer.models.weights import load_model
 from convmixer.predict.sources import expand
 from data_sets import load, names, parts, png, write_folder
 
@@ -141,3 +143,18 @@ def test_a_folder_whose_reading_fails_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(walker.os, "scandir", scandir)
     with pytest.raises(RequestError, match=r"cannot read .*digit 3: Permission denied"):
         walk(tmp_path)
+
+
+def test_a_run_inside_its_own_data_is_continued_and_trained_again_on_the_same_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder(tmp_path / "flowers", range(60))
+    monkeypatch.chdir(root)
+    settings = ["--model", "convmixer_8_1_p2_k3", "--img-size", "8", "--workers", "0"]
+    assert main(["train", ".", *settings, "--epochs", "1", "--out", "runs/first"]) == 0
+    assert main(["train", "--resume", "runs/first", "--epochs", "2"]) == 0
+    assert main(["train", ".", *settings, "--epochs", "1"]) == 0
+    assert "have changed" not in capsys.readouterr().out
+    (second,) = (run for run in (root / "runs").iterdir() if run.name != "first")
+    found = [load_model(root / "runs" / name).classes for name in ("first", second.name)]
+    assert found[0] == found[1] == tuple(sorted(p.name for p in root.iterdir() if p.name.startswith("digit")))

@@ -1,6 +1,7 @@
 """Folders of the hub, both ways: what timm, transformers and huggingface_hub write, we read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import safetensors.torch
 import timm
 import torch
 
+from convmixer.errors import RequestError
 from convmixer.models import hub
 from convmixer.models.convmixer import ConvMixer
+from convmixer.models.registry import shipped
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
 from made_weights import settle
@@ -97,3 +100,19 @@ def test_the_pooling_is_saved(tmp_path: Path, pool: str) -> None:
     save_model(tmp_path, model, architecture="m", model_args={}, classes=classes, preprocessing=Preprocessing(32))
     equal(load_model(tmp_path).model, model)
     equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
+
+
+def test_a_path_with_the_name_of_a_shipped_model_is_said(
+    digits_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = shipped()[0]
+    assert "was taken" not in load_model(name).found
+    shutil.copytree(digits_weights, name)
+    said = load_model(name).found
+    assert f"{tmp_path / name} was taken, not the model of that name: rename it" in said
+    assert "was taken" not in load_model(f"./{name}").found  # this can mean only one thing
+    shutil.rmtree(name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(RequestError, match=r"holds no weights.*rename it to use that one"):
+        load_model(name)

@@ -190,12 +190,17 @@ def load_model(source: str | Path, act: str | None = None, **preprocessing: Any)
 
 
 def _load(source: str | Path) -> LoadedModel:
-    path = Path(source)
-    if path.is_dir():
-        return _load_newest(path)
-    if path.is_file():
-        return _load_file(path)
-    name = str(source)
+    path, name = Path(source), str(source)
+    if path.is_dir() or path.is_file():
+        load = _load_newest if path.is_dir() else _load_file
+        if name not in (*shipped(), *VARIANTS):
+            return load(path)
+        note = f"{path.absolute()} was taken, not the model of that name: rename it to use that one"
+        try:
+            loaded = load(path)
+        except RequestError as error:
+            raise RequestError(f"{error}; {note}") from None
+        return replace(loaded, found=f"{loaded.found}; {note}")
     if name in shipped():
         return _load_folder(SHIPPED / name)
     return _load_newest(_download(_hub_id(name)))
