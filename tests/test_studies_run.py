@@ -63,6 +63,15 @@ def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> 
     assert "convolution-seed0 is depthwise-seed0 of the study tiny" in (out / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "data", ["https://localhost:1/shards-{000..003}.tar", "hf-hub:someone/flowers", "someone/flowers"]
+)
+def test_a_study_file_never_leads_to_the_network_by_itself(tmp_path: Path, data: str) -> None:
+    with pytest.raises(RequestError, match="names data on the network"):
+        compare(str(tiny(tmp_path, data=data)), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_a_study_is_not_reused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds no study to reuse"):
         compare(str(tiny(tmp_path)), "digits", tmp_path / "out", reuse=tmp_path / "nothing")

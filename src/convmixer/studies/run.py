@@ -8,12 +8,13 @@ from typing import Any
 
 from convmixer import records
 from convmixer.config import parse_seconds
+from convmixer.data.argument import BUILT_IN, read_argument
 from convmixer.errors import RequestError
 from convmixer.run_folder import STUDY, StudyFolder
 from convmixer.studies.plan import Plan, duration, identity, make_plan, probe_all
 from convmixer.studies.queue import HEARTBEAT_SECONDS, Queue
 from convmixer.studies.runner import Runner, read_plan
-from convmixer.studies.schema import Study, load_study
+from convmixer.studies.schema import Study, list_studies, load_study
 from convmixer.studies.trials import Trials
 
 
@@ -59,6 +60,8 @@ def compare(
     for other, what in ((reuse, "reuse"), (against, "compare with")):
         if other and not StudyFolder(other).plan.exists():
             raise RequestError(f"{other} holds no study to {what}: there is no {STUDY}")
+    if data is None and name not in list_studies() and study.data not in BUILT_IN:
+        _check_local(study.data)
     spec, out = data or study.data, out or Path("studies") / study.name
     if dry_run:
         return _dry_run(study, spec)
@@ -95,6 +98,13 @@ def compare(
     if not trials or runner.chosen:
         runner.work()
     return runner.report(against)
+
+
+def _check_local(data: str) -> None:
+    """Check that the data that a file names are here: a stranger's file must not make a command use the network."""
+    argument = read_argument(data)
+    if argument.url or argument.repository:
+        raise RequestError(f"the study file names data on the network: to use them, write the command with {data}")
 
 
 def _start(queue: Queue, trials: Queue | None, plan: Plan, folder: StudyFolder | None = None) -> int:
