@@ -23,6 +23,7 @@ def _check_parity(*files: str, only: str = "", **environment: str) -> None:
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_ops_of_another_processor() -> None:
     _check_parity("test_kernels_ops.py", CONVMIXER_KERNELS_MARCH="pairs")
 
