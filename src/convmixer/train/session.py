@@ -196,8 +196,7 @@ class Run:
                     raise
                 self._exit("stopped; the last checkpoint is kept;")
             finally:
-                if isinstance(self.loader, Loader):
-                    self.loader.close()
+                self.stage.close()
         if self._told_to_stop and not self._is_last_step():
             self._exit("stopped and saved;")
 

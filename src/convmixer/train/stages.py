@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from convmixer.data.loader import Loader
 from convmixer.train import features
 from convmixer.train.budget import Budget
 from convmixer.train.features import Features
@@ -42,11 +43,19 @@ class Stage:
             self.module = job.module(plan.epochs, plan.first, plan.lr, progress=progress)
             self._val = job.eval_loader("val")
         self.best: dict[str, torch.Tensor] | None = None
+        self._train: Any = None
 
     def train_loader(self) -> Any:
         """Return endless batches from the next step on."""
         step = self.module.steps_done
-        return self.features.train_loader(self.job, step) if self.features else self.job.train_loader(step)
+        self._train = self.features.train_loader(self.job, step) if self.features else self.job.train_loader(step)
+        return self._train
+
+    def close(self) -> None:
+        """End the worker processes of the loaders; the next pass over a loader starts new ones."""
+        for loader in (self._train, self._val):
+            if isinstance(loader, Loader):
+                loader.close()
 
     def score_val(self) -> Scores | None:
         """Return the scores of the evaluated weights on the validation split, or None without one."""
