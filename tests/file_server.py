@@ -102,13 +102,24 @@ def _mark(content: bytes) -> str:
 
 
 @contextmanager
-def serving() -> Iterator[FileServer]:
-    with FileServer() as server:
+def running(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Run a server in a thread during the block, and give its address."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def serving() -> Iterator[FileServer]:
+    """Run a `FileServer` during the block."""
+    server = FileServer()
+    with running(server):
         try:
             yield server
         finally:
             server.closing.set()
-            server.shutdown()
-            thread.join()

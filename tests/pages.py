@@ -5,7 +5,6 @@ import functools
 import http.server
 import io
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from convmixer.models.create import create_model
 from convmixer.models.registry import shipped
 from convmixer.models.weights import load_model, save_model
 from convmixer.preprocess import Preprocessing
+from file_server import running
 
 SHIPPED = "convmixer_256_8.cifar10"
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -97,12 +97,8 @@ def serve_files(web: Path) -> Iterator[str]:
             pass
 
     handler = functools.partial(Quiet, directory=str(web))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as address:
+        yield f"{address}/"
 
 
 def open_page(browser: Browser, address: str, size: str = "desk", scheme: str = "light") -> tuple[Page, list[str]]:

@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from convmixer.predict.files import predict_files
 from convmixer.predict.sources import Video, sources_of
 from convmixer.results.labelled import with_labels
 from data_sets import png
+from file_server import running
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)) as address:
+        yield address
 
 
 def names(*arguments: str | Path) -> list[str]:

@@ -1,7 +1,6 @@
 """The repository's files: every record can be read, every report follows from its records, nothing is kept twice."""
 
 import hashlib
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ import pytest
 from convmixer import records
 from convmixer.results.report import write_report
 from convmixer.results.study import StudyResults
+from load_tool import load_tool
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.parent.name for path in ROOT.glob("results/*/study.json"))
@@ -90,11 +90,7 @@ def test_weights_that_ship_stand_where_their_record_says() -> None:
 
 
 def test_the_page_of_claims_is_what_the_records_give() -> None:
-    spec = importlib.util.spec_from_file_location("claims", ROOT / "tools" / "claims.py")
-    assert spec
-    assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("claims")
     text = tool.page()
     assert text == tool.PAGE.read_text(encoding="utf-8"), "run python tools/claims.py"
     assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 14

@@ -1,6 +1,5 @@
 """The models of growth: they find known laws again, and the page holds what follows from the record."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,17 +7,14 @@ from typing import Any
 
 import pytest
 
+from load_tool import load_tool
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def growth() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("growth", ROOT / "tools" / "growth.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("growth")
 
 
 def made(growth: ModuleType) -> dict[str, Any]:
