@@ -36,7 +36,7 @@ tables = st.fixed_dictionaries(
 
 
 def write_image(file: Path, kind: str, number: int) -> None:
-    """Write the scan of a row: sound, damaged, the same bytes as another row's, or none at all."""
+    """Write the image of a row: a sound one, a damaged one, a copy of another row's, or no file."""
     if kind == "bad":
         file.write_text("no image")
     elif kind != "missing":

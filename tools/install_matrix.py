@@ -109,7 +109,7 @@ class Place:
         return self.run(str(self.bin / "python"), *words, **others)
 
     def run(self, *words: str, compiler: bool = True) -> str:
-        """Run a command in the folder with a home folder of its own; return what it printed."""
+        """Run a command in the folder, with an empty home folder, and return what it printed."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "CONVMIXER", "XDG", "VIRTUAL"))}
         path = f"{self.bin}{os.pathsep}{kept['PATH'] if compiler else self._without_compiler()}"
         home = {"HOME": str(self.folder / ("home" if compiler else "home-without-compiler")), "PATH": path}

@@ -100,7 +100,7 @@ class Config:
     )
     cache: str = setting(
         "auto",
-        "where decoded photos are kept for the next epochs; auto: where there is room, if decoding takes long",
+        "keep decoded photos for later epochs in this place; auto: if there is room and decoding takes long",
         ("auto", "memory", "disk", "off"),
     )
     max_bad_fraction: float = setting(0.01, "share of unreadable images above which the run stops")

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and the one folder for caches. Standard library only."""
 
 import contextlib
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -94,6 +95,11 @@ def remove_leftovers(folder: Path) -> None:
         name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
         if name.endswith(f".{host}") and number.isdecimal() and not process_exists(int(number)):
             path.unlink(missing_ok=True)
+
+
+def cached_file(folder: str, key: bytes, suffix: str) -> Path:
+    """Return the file in a folder of the cache for what `key` identifies; nothing is created."""
+    return cache_folder(folder) / f"{hashlib.sha256(key).hexdigest()[:24]}{suffix}"
 
 
 def cache_folder(*parts: str) -> Path:

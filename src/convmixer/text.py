@@ -5,6 +5,7 @@ names are kept as they are inside the program and in JSON.
 """
 
 import html as _html
+import json
 import re
 
 # Control characters, changes of writing direction, line separators, lone surrogates: they move the cursor, hide what
@@ -47,6 +48,18 @@ def markdown(text: object) -> str:
 def _code(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def plain_value(value: object) -> str:
+    """Return the value of a setting as one writes it, without quotes; none for None."""
+    return "none" if value is None else json.dumps(value).strip('"')
+
+
+def duration(seconds: float, digits: int = 0) -> str:
+    """Return a time in its largest fitting unit, in seconds with that many decimals: "90 s", "45 min", "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.{digits}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def shortened(text: object, most: int) -> str:

@@ -4,10 +4,10 @@ What is kept is checked each time it is read: an image that is half written, or 
 """
 
 import contextlib
-import hashlib
 import math
 import mmap
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from convmixer.data.sources import Source
-from convmixer.files import cache_folder, temporary_name
+from convmixer.files import cached_file, temporary_name
 
 Fit = Callable[[Image.Image], Image.Image]
 SUFFIX = ".images"
@@ -187,8 +187,7 @@ def least_side(img_size: int, scale: tuple[float, float], ratio: tuple[float, fl
 
 def cache_file(parts: Sequence[object]) -> Path:
     """Return the file for images that are what `parts` say: the state of the data, and how they were made."""
-    key = hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:24]
-    return cache_folder("images") / f"{key}{SUFFIX}"
+    return cached_file("images", "\n".join(map(str, parts)).encode(errors="surrogateescape"), SUFFIX)
 
 
 def make_room(file: Path, size: int, share: float) -> bool:
@@ -204,5 +203,4 @@ def make_room(file: Path, size: int, share: float) -> bool:
 
 
 def _free(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    return shutil.disk_usage(folder).free

@@ -87,10 +87,9 @@ def _dominates(config: Config, images: ImageSet, p: Preprocessing) -> bool:
 
 def _plans(config: Config, data: DataSplits, p: Preprocessing) -> "dict[str, _Plan]":
     side = least_side(p.img_size, config.scale, config.ratio)
-    plans = {"train": _Plan(data, "train", functools.partial(shrink, side=side), f"shorter side {side}")}
+    plans = {"train": _Plan(data, "train", functools.partial(shrink, side=side), f"shorter side {side}", side)}
     if data.val is not None and isinstance(data.val.source, Encoded):
-        plans["val"] = _Plan(data, "val", functools.partial(resize_and_crop, p=p), f"squares {p}", p.img_size)
-    plans["train"].side = side
+        plans["val"] = _Plan(data, "val", functools.partial(resize_and_crop, p=p), f"squares {p}", side, p.img_size)
     return plans
 
 
@@ -130,13 +129,16 @@ class _Plan:
         name: "train" or "val".
         fit: Makes of a decoded image what is kept.
         made: That in words, for the name of the file.
-        square: Side of what is kept; None: `fit` shrinks to `side`.
+        side: Shorter side, pixels, to which `fit` shrinks.
+        square: Side of what is kept if `fit` makes squares instead.
     """
 
-    def __init__(self, data: DataSplits, name: str, fit: Fit, made: str, square: int | None = None) -> None:
+    def __init__(
+        self, data: DataSplits, name: str, fit: Fit, made: str, side: int, square: int | None = None
+    ) -> None:
         assert data.found
         assert data.checked
-        self.data, self.fit, self.made, self.square, self.side = data, fit, made, square, 0
+        self.data, self.fit, self.made, self.side, self.square = data, fit, made, side, square
         self.images: ImageSet = getattr(data, name)
         self.split = next(s for s, (source, _) in data.found.splits.items() if source is self.images.source)
         headers = data.checked.scans[self.split].headers

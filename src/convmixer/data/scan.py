@@ -5,7 +5,6 @@ only what has changed since.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 
 from convmixer.data.sources import Arrays, Files, Shards, Source
 from convmixer.data.status import file_status, settled
-from convmixer.files import atomic_file, cache_folder
+from convmixer.files import atomic_file, cached_file
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
@@ -165,7 +164,7 @@ def _cache_file(source: Files | Shards) -> Path:
         what = os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()
     else:
         what = b"\0".join(os.fsencode(os.path.abspath(tar)) for tar in source.tars) + source.places.tobytes()
-    return cache_folder("headers") / f"{hashlib.sha256(what).hexdigest()[:24]}.npz"
+    return cached_file("headers", what, ".npz")
 
 
 def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:

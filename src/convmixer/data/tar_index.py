@@ -5,7 +5,6 @@ file keeps its size and time.
 """
 
 import contextlib
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from convmixer.data.status import file_status, settled
 from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
-from convmixer.files import atomic_file, cache_folder
+from convmixer.files import atomic_file, cached_file
 
 CACHED_FROM = 1 << 20  # bytes; a smaller file is read in no time
 TEXT_BYTES = 256
@@ -60,7 +59,7 @@ def _members(path: Path) -> list[Member]:
     status = file_status(path.parent, [path.name])
     if status[0, 0] < CACHED_FROM:
         return list(_read(path))
-    cache = cache_folder("tars") / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]}.npz"
+    cache = cached_file("tars", os.fsencode(path.absolute()), ".npz")
     with contextlib.suppress(Exception):  # not there, cut short, or of another version
         return _load(cache, status)
     members = list(_read(path))

@@ -193,8 +193,8 @@ def all_depthwise(blocks: Any) -> bool:
 class Found:
     """What `unusual` found in a model, and everything that it depends on.
 
-    A module is its `__dict__`, its tensors and its parts. Whether they are as they were is told by CPython's own
-    marks (`kernels.cpu.changes`). Without marks, or if they say that something was set, all are compared with copies.
+    For each module this is its `__dict__`, its tensors and its submodules. CPython's own marks show whether any of
+    them changed (`kernels.cpu.changes`). Without marks, or if they show a change, everything is compared with copies.
     """
 
     def __init__(self, model: Any) -> None:

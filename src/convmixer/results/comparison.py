@@ -1,7 +1,6 @@
 """Compares the user's own runs: a table of settings that differ and of results, and plots of accuracy and curves."""
 
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from convmixer.results.page import figure, html_page, html_table
 from convmixer.results.runs import RunSummary, labels_of, read_run
 from convmixer.results.statistics import wilson
 from convmixer.results.study_plots import draw, legend, standalone, style_of
+from convmixer.text import duration, markup, plain_value, shortened
 from convmixer.text import html as escape_html
-from convmixer.text import markup, shortened
 
 MOST, DRAWN = 200, 12  # runs in the table, and in the pictures
 HEADS = ("run", "test top-1 %", "val top-1 %", "epochs", "parameters", "time", "images/s", "differs in")
@@ -72,7 +71,7 @@ class _Comparison:
     def __init__(self, runs: Sequence[RunSummary]) -> None:
         self.runs = runs
         names = dict.fromkeys(name for run in runs for name in run.settings)
-        self.differs = [name for name in names if len({_text(run.settings.get(name)) for run in runs}) > 1]
+        self.differs = [name for name in names if len({plain_value(run.settings.get(name)) for run in runs}) > 1]
         self.notes = self._notes()
 
     def _notes(self) -> list[str]:
@@ -110,14 +109,14 @@ class _Comparison:
             "–" if run.val_top1 is None else f"{run.val_top1:.2f}",
             f"{run.epochs:g}",
             "–" if run.parameters is None else f"{run.parameters:,}",
-            "–" if run.seconds is None else _duration(run.seconds),
+            "–" if run.seconds is None else duration(run.seconds),
             "–" if speed is None else f"{speed:,.0f}",
             shortened(self.own(run) or "nothing", 300),
         ]
 
     def own(self, run: RunSummary) -> str:
         """Return in words those settings of a run that are not the same in all runs."""
-        return ", ".join(f"{name} {_text(run.settings[name])}" for name in self.differs if name in run.settings)
+        return ", ".join(f"{name} {plain_value(run.settings[name])}" for name in self.differs if name in run.settings)
 
     def print(self) -> None:
         """Show the table on the terminal."""
@@ -167,16 +166,6 @@ def _interval(run: RunSummary) -> tuple[float, float] | None:
         return None
     low, high = wilson(round(run.test_top1 * run.test_n / 100), run.test_n)
     return 100 * low, 100 * high
-
-
-def _text(value: object) -> str:
-    return "none" if value is None else json.dumps(value).strip('"')
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _accuracies(runs: Sequence[RunSummary], labels: Sequence[str], axes: Axes) -> bool:

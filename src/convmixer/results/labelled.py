@@ -7,10 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 from convmixer.results.fonts import as_drawn, font_file
 
 BAND, INK, BAR = (12, 14, 18, 190), (255, 255, 255, 255), (90, 170, 255, 150)
-LEAST_SIDE, MOST_SIDE = (
-    240,
-    4096,
-)  # pixels; smaller pictures are enlarged, larger ones reduced, so that names are legible
+# pixels; smaller pictures are enlarged, larger ones reduced, so that names are legible
+LEAST_SIDE, MOST_SIDE = 240, 4096
 
 
 def with_labels(image: Image.Image, labels: Sequence[tuple[str, float]]) -> Image.Image:

@@ -1,5 +1,6 @@
 """Whether the order of the arms that two studies share is the same in both, as after 10 and after 100 epochs."""
 
+import statistics
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -68,8 +69,7 @@ def order_sentences(here: StudyResults, there: StudyResults) -> list[str]:
 
 
 def _mean(results: StudyResults, arm: str) -> float:
-    values = list(results.values(arm, "test_top1").values())
-    return sum(values) / len(values)
+    return statistics.fmean(results.values(arm, "test_top1").values())
 
 
 def _excludes_zero(interval: Interval) -> bool:

@@ -1,6 +1,5 @@
 """A study's report: one self-contained HTML file, and the same as Markdown. Files in, files out."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from convmixer.results.study_plots import UNITS, figures, standalone
 from convmixer.run_folder import StudyFolder
 from convmixer.text import html as escape_html
 from convmixer.text import markdown as markdown_text
+from convmixer.text import plain_value
 
 SIGNS = {SUPPORTED: "✔", CONTRADICTED: "✘"}
 RELATIONS = {
@@ -137,7 +137,9 @@ def _warnings(results: StudyResults) -> list[str]:
 
 
 def _changes(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(c['here'])} instead of {_short(c['shared'])}" for key, c in recipe.items())
+    return ", ".join(
+        f"{key} {plain_value(c['here'])} instead of {plain_value(c['shared'])}" for key, c in recipe.items()
+    )
 
 
 def _claim_cells(results: StudyResults) -> list[Sequence[str]]:
@@ -233,12 +235,13 @@ def tuning_table(results: StudyResults) -> tuple[Sequence[str], list[Sequence[st
     """Return heads and rows: a trial, its settings, and each arm's validation accuracy with the chosen one marked."""
     tune, arms = results.tune or {}, results.plan["arms"]
     names = list(tune["settings"])
+    tried = {arm: results.tried(arm) for arm in arms}
+    chosen = {arm: results.chosen(arm) for arm in arms}
 
     def cell(arm: str, trial: int) -> str:
-        tried = results.tried(arm)
-        if trial not in tried:
+        if trial not in tried[arm]:
             return "–"
-        value, mark = tried[trial], f" {CHOSEN}" if results.chosen(arm) == trial else ""
+        value, mark = tried[arm][trial], f" {CHOSEN}" if chosen[arm] == trial else ""
         return "diverged" if value is None else f"{value:.2f}{mark}"
 
     rows: list[Sequence[str]] = [
@@ -253,7 +256,7 @@ def tuning_table(results: StudyResults) -> tuple[Sequence[str], list[Sequence[st
 
 
 def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else _short(value)
+    return f"{value:.3g}" if isinstance(value, float) else plain_value(value)
 
 
 def _order_html(results: StudyResults, other: StudyResults | None) -> str:
@@ -345,11 +348,7 @@ def _computed_with(results: StudyResults, measured: Mapping[str, Mapping[str, An
 
 def _recipe(plan: dict[str, Any]) -> list[Sequence[str]]:
     skip = ("seed", "model", "act", "drop_rate")  # not the recipe's, see schema.py
-    return [(key, _short(value)) for key, value in plan["recipe"].items() if key not in skip]
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else json.dumps(value).strip('"')
+    return [(key, plain_value(value)) for key, value in plan["recipe"].items() if key not in skip]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

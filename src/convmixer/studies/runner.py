@@ -145,9 +145,9 @@ class Runner:
             return None
         arm, seed = self.of_run[run]
         own, theirs = self.plan, read_plan(self.reuse)
-        recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
         if theirs.get("tune"):
             return None  # its arms have different, tuned settings
+        recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
         if recipes[0] != recipes[1] or theirs["data"]["checksum"] != own["data"]["checksum"]:
             return None
         finished = {record.name: record for record in records.read(StudyFolder(self.reuse).records)}
@@ -216,6 +216,7 @@ class Runner:
 
 
 def read_plan(folder: Path) -> Plan:
+    """Return the plan in a study folder."""
     plan: Plan = json.loads(StudyFolder(folder).plan.read_text(encoding="utf-8"))
     return plan
 

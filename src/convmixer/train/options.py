@@ -64,10 +64,10 @@ def measure(data: str, config: Config, job: Job, seconds_total: float, budget: f
     settings = [to_dict(config), *(to_dict(override(config, changed)) for _, changed in wanted)]
     try:
         found: list[Any] = fresh(_measure, {"data": data, "settings": settings})
+        if "error" in found[0]:
+            raise RequestError(found[0]["error"])
     except RequestError as error:
         raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {error}") from error
-    if "error" in found[0]:
-        raise RequestError(f"the settings do not fit: a few steps in a fresh process failed: {found[0]['error']}")
     options = [
         option
         for (what, changed), cost in zip(wanted, found[1:], strict=True)

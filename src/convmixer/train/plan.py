@@ -14,7 +14,7 @@ from convmixer.config import Config, parse_seconds
 from convmixer.data.summary import show, summarise
 from convmixer.device import available_bytes
 from convmixer.probe import macs
-from convmixer.text import markup
+from convmixer.text import duration, markup
 from convmixer.train import options
 from convmixer.train.budget import seconds_per_image
 from convmixer.train.engine import measure_speed
@@ -112,8 +112,8 @@ def _show(result: dict[str, Any], data: str) -> None:
     table.add_row(
         "speed", f"{result['images_per_second']:,.0f} images/s, {result['seconds_per_step'] * 1e3:.1f} ms/step"
     )
-    table.add_row("an epoch", f"{_time(result['seconds_per_epoch'])} ({result['steps_per_epoch']} steps)")
-    table.add_row("total", f"{_time(result['seconds_total'])} ({result['epochs']} epochs)")
+    table.add_row("an epoch", f"{duration(result['seconds_per_epoch'], 1)} ({result['steps_per_epoch']} steps)")
+    table.add_row("total", f"{duration(result['seconds_total'], 1)} ({result['epochs']} epochs)")
     for line in result["advice"]:
         table.add_row("advice", line)
     console = Console(soft_wrap=True, highlight=False)
@@ -130,12 +130,6 @@ def _show_options(result: dict[str, Any], console: Console) -> None:
     table.title = f"settings that fit {budget}"
     for row in rows:
         memory = result["peak_memory_bytes"] if row["memory"] is None else row["memory"]
-        cells = (row["what"], row["flags"], f"{row['epochs']:g}", _time(row["seconds"]))
+        cells = (row["what"], row["flags"], f"{row['epochs']:g}", duration(row["seconds"], 1))
         table.add_row(*map(markup, cells), f"{memory / 2**20:,.0f} MiB")
     console.print(table)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

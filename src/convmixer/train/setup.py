@@ -222,7 +222,7 @@ def prepare(
 
 def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, dict[str, ImageSet]]:
     """Return where decoded images are kept, resolved alike in all processes, and the images."""
-    if config.cache == "auto" and world_size() > 1:  # each process would fill a memory of its own
+    if config.cache == "auto" and world_size() > 1:  # each process would keep all images once more
         return dataclasses.replace(config, cache="off"), {}
     found = keep_decoded(config, data, p)
     data.notes.extend(found.notes)
