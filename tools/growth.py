@@ -257,7 +257,7 @@ def section(record: dict[str, Any]) -> str:
         "| images (32 px PNG files, in the page cache) | first start | again | memory |",
         "|---|---|---|---|",
         *(_start_row(s, f"{s['images']:,}") for s in found["starts"]),
-        _start_row(far, f"{far['images']:,}, a table that names {found['starts'][0]['images']:,} files"),
+        _start_row(far, f"{far['images']:,} rows of a table, which point to {found['starts'][0]['images']:,} files"),
         "",
         f"Fitted: first {_line(model['start'])}; again {_line(model['again'])}; memory "
         f"{model['start_bytes'][0]:.0f} bytes an image. For the table, which was not used for the fit, it gives "
@@ -269,13 +269,16 @@ def section(record: dict[str, Any]) -> str:
         *(_step_row(s, model) for s in [*found["steps"], held]),
         "",
         "The last row was held out. A step takes "
-        f"{model['step'][0] * 1e12:.2f} ps per pointwise product, {model['step'][1] * 1e12:.2f} ps per depthwise "
-        f"one, {model['step'][2] * 1e9:.2f} ns per value between blocks, {model['step'][3] * 1e9:.2f} ns per "
-        f"parameter, and {model['step'][4] * 1e3:.1f} ms; the fit is off by {min(off):+.0%} to {max(off):+.0%}. "
+        f"{model['step'][0] * 1e12:.2f} ps per pointwise multiplication, "
+        f"{model['step'][1] * 1e12:.2f} ps per depthwise multiplication, "
+        f"{model['step'][2] * 1e9:.2f} ns per value passed between blocks, "
+        f"{model['step'][3] * 1e9:.2f} ns per parameter, and {model['step'][4] * 1e3:.1f} ms; the fit is off by "
+        f"{min(off):+.0%} to {max(off):+.0%}. "
         f"Memory: {model['step_bytes'][0]:.1f} bytes per value, {model['step_bytes'][1]:.0f} per parameter.",
         "",
-        f"Loading, 32 px: {_speeds(found['workers'], 'workers')}. Training on digits, one thread a process: "
-        f"{_speeds(found['processes'], 'processes')}. Two processes on this machine sum gradients in "
+        f"Loading, 32 px: {_speeds(found['workers'], 'workers', 'worker')}. "
+        f"Training on digits, one thread a process: {_speeds(found['processes'], 'processes', 'process')}. "
+        "Two processes on this machine sum gradients in "
         f"{model['all_reduce'][1] * 1e3:.1f} ms and {model['all_reduce'][0] * 1e9:.2f} ms per MB.",
         "",
         *_predictions(model, e),
@@ -298,8 +301,10 @@ def _line(model: Sequence[float]) -> str:
     return f"{model[1]:.2f} s + {model[0] * 1e6:.1f} µs an image"
 
 
-def _speeds(rows: Sequence[dict[str, Any]], name: str) -> str:
-    return ", ".join(f"{row[name]} {name}: {row['images_per_second']:,.0f} images/s" for row in rows)
+def _speeds(rows: Sequence[dict[str, Any]], names: str, one: str) -> str:
+    return ", ".join(
+        f"{row[names]} {one if row[names] == 1 else names}: {row['images_per_second']:,.0f} images/s" for row in rows
+    )
 
 
 def _predictions(model: dict[str, list[float]], environment: dict[str, Any]) -> list[str]:
@@ -313,8 +318,9 @@ def _predictions(model: dict[str, list[float]], environment: dict[str, Any]) -> 
         )
     return [
         "**A prediction, not a measurement**: ConvMixer-1536/20 (k 9, 1,024 patches) on ImageNet-1k, "
-        f"{case['batch']} images a step and machine, machines of {environment['cores']} such cores joined by "
-        f"10 Gbit/s, {predicted(model, 1)['bytes'] / 1e9:.0f} GB each. It extrapolates far beyond what was measured, "
+        f"{case['batch']} images a step on each machine, {environment['cores']} such cores a machine, a network of "
+        f"10 Gbit/s. Each process needs {predicted(model, 1)['bytes'] / 1e9:.0f} GB of memory. It "
+        "extrapolates far beyond what was measured, "
         "leaves out loading and evaluation, and assumes that no machine is slower than another.",
         "",
         f"| machines | a step | of it, the network | an epoch | {case['epochs']} epochs, days |",
