@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from convmixer.benchmark.case import Case, batch, build
 from convmixer.exported.onnx import import_onnxruntime
 from convmixer.exported.openvino import import_openvino
+from convmixer.exported.quiet import quiet
 from convmixer.files import cache_folder
 
 Step = Callable[[], object]
@@ -204,9 +205,10 @@ def _onnx_int8(case: Case) -> Path:
     path = source.with_name(source.stem + "-ort-int8.onnx")
     if not path.exists():
         ready = source.with_name(source.stem + "-prepared.onnx")
-        quant_pre_process(str(source), str(ready))
         int8: dict[str, Any] = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
-        quantize_static(str(ready), str(path), Reader(), per_channel=True, **int8)
+        with quiet():
+            quant_pre_process(str(source), str(ready))
+            quantize_static(str(ready), str(path), Reader(), per_channel=True, **int8)
     return path
 
 
@@ -218,5 +220,6 @@ def _openvino_int8(case: Case, core: Any) -> Path:
     path = source.with_name(source.stem + "-openvino-int8.xml")
     if not path.exists():
         dataset = nncf.Dataset([batch(case)[0].numpy()])
-        openvino.save_model(nncf.quantize(core.read_model(source), dataset, subset_size=1), path)
+        with quiet():
+            openvino.save_model(nncf.quantize(core.read_model(source), dataset, subset_size=1), path)
     return path

@@ -4,11 +4,9 @@ The batch is dynamic, the image size fixed. The file contains class names and pr
 machine. The same weights give the same bytes.
 """
 
-import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from convmixer.exported.check import Images, batches, compare, real_images
 from convmixer.exported.formats import Format, format_named
+from convmixer.exported.quiet import quiet
 from convmixer.exported.samples import choose_samples
 from convmixer.exported.source import Source, prepared
 from convmixer.preprocess import Preprocessing
@@ -122,7 +121,7 @@ def export_model(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         module = kind.load_module()
-        with _quiet():
+        with quiet():
             module.write(draft, source)
             module.check(draft)
         report = compare(whole, draft, preprocessing, images, precision)
@@ -202,16 +201,3 @@ def _publish(draft: Path, path: Path, kind: Format) -> None:
         return
     for part, place in zip(reversed(kind.parts(draft)), reversed(kind.parts(path)), strict=True):
         part.replace(place)  # the main file of the export comes last
-
-
-class _quiet(warnings.catch_warnings):
-    """Keeps the exporters' progress lines and warnings off the terminal."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *args: Any) -> None:
-        logging.disable(logging.NOTSET)
-        super().__exit__(*args)
