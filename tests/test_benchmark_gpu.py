@@ -1,8 +1,11 @@
 """The GPU benchmark, tried on the CPU, and the bound that it compares with."""
 
+import time
+
 import pytest
 import torch
 
+from convmixer.benchmark import gpu
 from convmixer.benchmark.case import Case
 from convmixer.benchmark.gpu import benchmark_gpu, bound, contenders
 from convmixer.errors import RequestError
@@ -36,7 +39,21 @@ def test_ours_and_a_peer_are_measured(task: str) -> None:
 def test_peers_are_eager_in_both_layouts_and_compiled() -> None:
     names = set(contenders(_case("train")))
     eager = {f"eager-{p}-{layout}" for p in ("bf16", "fp32") for layout in ("nchw", "nhwc")}
-    assert names == eager | {"ours", "compile-default-bf16", "compile-max-autotune-bf16"}
+    compiled = {f"compile-{mode}-bf16" for mode in ("default", "reduce-overhead", "max-autotune")}
+    assert names == eager | compiled | {"ours"}
+
+
+def test_without_rounds_contenders_are_only_prepared() -> None:
+    assert benchmark_gpu(_case("train"), ["eager-bf16-nchw"], rounds=0, device_name="cpu") == {"missing": {}}
+
+
+def test_a_peer_that_takes_too_long_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_peer", lambda *_: lambda device: time.sleep(9))
+    result = benchmark_gpu(
+        _case("train"), ["eager-bf16-nchw"], rounds=1, sample_seconds=0.01, device_name="cpu", compile_limit=1
+    )
+    assert "after 1 s" in result["missing"]["eager-bf16-nchw"]
+    assert result["best_peer"] is None
 
 
 def test_an_unknown_peer_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Augmentation on the device, tried on the CPU: the same operations as with PIL, the same distribution, keyed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from convmixer import records
 from convmixer.config import Config
-from convmixer.data import batch_ops, policies
+from convmixer.data import batch_augment, batch_ops, policies
+from convmixer.data.batch_augment import Augmentation
 from convmixer.data.datasets import load_data
-from convmixer.data.on_device import DeviceLoader, load, why_not
-from convmixer.data.policies import Draws, Layer
+from convmixer.data.on_device import CroppedLoader, DeviceLoader, load, why_not_kept
+from convmixer.data.policies import Draws, Kind, Layer
 from convmixer.data.sampler import seed_everything
 from convmixer.data.transforms import preprocessing_of, train_transform
 from convmixer.errors import RequestError
 from convmixer.preprocess import Preprocessing
+from convmixer.recipes import list_recipes, load_recipe
 from convmixer.train.run import train
 from convmixer.train.setup import prepare
+from waiting import NoWaiting
 
 SIDE = 24
 P = Preprocessing(img_size=SIDE, in_chans=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -44,8 +48,11 @@ def _away(found: torch.Tensor, expected: Image.Image) -> torch.Tensor:
 
 
 def _applied(name: str, value: float, sampling: int, fill: tuple[int, ...]) -> torch.Tensor:
-    layer = Layer(np.array([name]), np.array([value]), np.array([sampling]))
-    return layer.apply(_tensor(_picture()), torch.tensor(fill, dtype=torch.uint8))
+    layer = Layer(np.array([name]), np.array([value]), np.array([sampling]), Kind((name,), (sampling,)))
+    numbers = layer.numbers(SIDE)
+    return layer.kind.apply(
+        _tensor(_picture()), torch.from_numpy(numbers), torch.tensor(fill, dtype=torch.uint8), numbers
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -95,8 +102,9 @@ def test_images_follow_the_same_distribution_as_on_the_cpu(name: str) -> None:
     for i in range(count):
         seed_everything(i)
         theirs.append(transform(picture))
-    loader = DeviceLoader(_tensor(picture), np.zeros(1, np.int64), config, P, batch_size=1)
-    ours = loader.augment(_tensor(picture).expand(count, -1, -1, -1), 0, np.arange(count))
+    augmentation = Augmentation(config, P, torch.device("cpu"))
+    drawn = augmentation.draw(0, np.arange(count))
+    ours = augmentation.apply(_tensor(picture).expand(count, -1, -1, -1), torch.from_numpy(drawn), drawn)
     expected = torch.stack(theirs)
     for moment in (lambda x: x, torch.square):
         a, b = moment(ours), moment(expected)
@@ -104,6 +112,27 @@ def test_images_follow_the_same_distribution_as_on_the_cpu(name: str) -> None:
         z = (a.mean(0) - b.mean(0)).abs() / error
         assert z.max() < 5.5
         assert z.mean() < 1.6
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_fixed_sequence_of_operations_gives_the_same_images(name: str) -> None:
+    """As for a CUDA graph: every operation on all images, chosen afterwards."""
+    augmentation = Augmentation(Config(**POLICIES[name]), P, torch.device("cpu"))
+    images = torch.cat([_tensor(_picture(seed)) for seed in range(40)])
+    drawn = augmentation.draw(0, np.arange(40))
+    numbers = torch.from_numpy(drawn)
+    assert torch.equal(augmentation.apply(images, numbers, drawn), augmentation.apply(images, numbers))
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_fixed_sequence_never_waits_for_a_device(name: str) -> None:
+    """On tensors without values: what depends on a value would fail, what copies to or from the host is refused."""
+    augmentation = Augmentation(Config(**POLICIES[name]), P, torch.device("meta"))
+    numbers = torch.from_numpy(augmentation.draw(0, np.arange(8))).to("meta")
+    images = torch.empty(8, 3, SIDE, SIDE, dtype=torch.uint8, device="meta")
+    with NoWaiting():
+        made = augmentation.apply(images, numbers)
+    assert (made.shape, made.dtype) == (images.shape, torch.float32)
 
 
 def test_draws_are_keyed_by_seed_epoch_and_index() -> None:
@@ -136,27 +165,76 @@ def test_what_cannot_be_there_says_why() -> None:
     data = load_data("digits", val_fraction=0.0, seed=0, max_bad_fraction=0.0)
     assert data.train is not None
     p, cpu = preprocessing_of(data, Config()), torch.device("cpu")
-    assert why_not(Config(), p, data.train, cpu) is None
-    assert "augmix" in str(why_not(Config(auto_augment="augmix-m3-w3"), p, data.train, cpu))
+    assert why_not_kept(p, data.train, cpu) is None
     larger = preprocessing_of(data, Config(img_size=32))
-    assert "32 x 32" in str(why_not(Config(img_size=32), larger, data.train, cpu))
+    assert "32 x 32" in str(why_not_kept(larger, data.train, cpu))
+    assert "augmix" in str(batch_augment.why_not(Config(auto_augment="augmix-m3-w3"), cpu, cropped=True))
+    nearest = Config(scale=(0.5, 1.0), train_interpolation="nearest")
+    assert "nearest" in str(batch_augment.why_not(nearest, cpu, cropped=False))
+    assert batch_augment.why_not(nearest, cpu, cropped=True) is None
+
+
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_every_recipe_is_augmented_on_the_device(recipe: str) -> None:
+    assert batch_augment.why_not(load_recipe(recipe), torch.device("cpu"), cropped=True) is None
+
+
+SETTINGS: dict[str, Any] = {
+    "model": "convmixer_16_2_p1_k3",
+    "epochs": 5,
+    "workers": 0,
+    "batch_size": 64,
+    "lr": 0.03,
+}
 
 
 def test_a_run_augments_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings: dict[str, Any] = {
-        "model": "convmixer_16_2_p1_k3",
-        "epochs": 5,
-        "workers": 0,
-        "batch_size": 64,
-        "lr": 0.03,
-    }
-    config = Config(**settings, augment_on="device", auto_augment="torchvision-randaugment-1-3", scale=(0.8, 1.0))
+    config = Config(**SETTINGS, augment_on="device", auto_augment="torchvision-randaugment-1-3", scale=(0.8, 1.0))
     train("digits", config, tmp_path / "run")
     (record,) = records.read(tmp_path / "run" / "record.jsonl")
     assert record.config["augment_on"] == "device"
+    assert "keeps all" in record.results["augmentation"]
+    assert record.results["augmentation"] in capsys.readouterr().out
     assert record.results["test_top1"] > 30
-    refused = Config(**settings, augment_on="device", auto_augment="augmix-m3-w3")
+    refused = Config(**SETTINGS, augment_on="device", auto_augment="augmix-m3-w3")
     with pytest.raises(RequestError, match="augmix-m3-w3 has operations"):
         train("digits", refused, tmp_path / "other")
-    job = prepare("digits", Config(**settings))
+    job = prepare("digits", Config(**SETTINGS))
     assert job.config.augment_on == "cpu"
+
+
+def test_larger_images_are_cropped_before_and_augmented_on_the_device() -> None:
+    config = Config(
+        **SETTINGS, img_size=12, augment_on="device", auto_augment="rand-m3-mstd0.5-inc1", scale=(0.8, 1.0), hflip=0.5
+    )
+    job = prepare("digits", config)
+    assert job.config.augment_on == "after-crop"
+    assert "after decoding and crop on the CPU" in job.augmentation
+    assert "12 x 12" in job.augmentation
+    loader = job.train_loader(start_step=1)
+    assert isinstance(loader, CroppedLoader)
+    images, labels = next(iter(loader))
+    assert (images.shape, images.dtype) == ((64, 1, 12, 12), torch.float32)
+    again = iter(job.train_loader())
+    next(again)
+    assert torch.equal(next(again)[0], images)
+    plain = next(iter(prepare("digits", dataclasses.replace(config, augment_on="cpu")).train_loader(start_step=1)))
+    assert torch.equal(plain[1], labels)
+    assert not torch.equal(plain[0], images)
+
+
+def test_crops_before_the_device_are_those_of_the_cpu() -> None:
+    """Without further augmentation both paths give the same images."""
+    config = Config(**SETTINGS, img_size=12, scale=(0.5, 1.0))
+    on_cpu, after = (
+        next(iter(prepare("digits", dataclasses.replace(config, augment_on=where)).train_loader()))[0]
+        for where in ("cpu", "after-crop")
+    )
+    torch.testing.assert_close(on_cpu, after)
+
+
+def test_a_resumed_run_does_not_move_its_augmentation() -> None:
+    config = Config(**SETTINGS, img_size=12, augment_on="device")
+    p = prepare("digits", config).preprocessing
+    with pytest.raises(RequestError, match="kept its images on the device"):
+        prepare("digits", config, preprocessing=p)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from convmixer.config import Config
 from convmixer.fast import accelerate
@@ -14,14 +13,7 @@ from convmixer.models.convmixer import ConvMixer
 from convmixer.train.engine import fit
 from convmixer.train.graph import WARM_UP, StepGraph
 from convmixer.train.module import TrainingModule
-
-
-class _NoWaiting(TorchDispatchMode):
-    """Refuses what reads a number from a tensor: on a GPU it would wait for all that was launched before."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a step reads a number from a tensor"
-        return func(*args, **(kwargs or {}))
+from waiting import NoWaiting
 
 
 def _module(**settings: Any) -> TrainingModule:
@@ -37,12 +29,12 @@ def _batches(count: int) -> list[list[torch.Tensor]]:
 
 
 def _fit_without_waiting(module: TrainingModule, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Guard all that touches the device; what decides on mixing and erasing draws from the host's generator."""
+    """Guard all that touches the device but mixing and erasing, which take numbers from the host."""
     take, average = module._update, module._average[0].update
 
     def guarded(function: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:
-            with _NoWaiting():
+            with NoWaiting():
                 function(*args)
 
         return call

@@ -1,18 +1,22 @@
 """Compile every CUDA kernel for cards that are not here, and print registers, spills and shared memory.
 
-    python tools/cuda_resources.py [--quick] [--json FILE]
+    python tools/cuda_resources.py [--quick] [--write docs/log.md]
+    python tools/cuda_resources.py --here        # for the card in this machine, in parallel, into Triton's cache
 
 Needs no GPU: the kernels are launched on shapes alone (meta tensors), each launch is written down and compiled for
-compute capability 8.0, 9.0 and 12.0. Exits with 1 if a kernel spills or needs more shared memory than a card has. A
-few minutes on two cores. The table is in docs/log.md.
+compute capability 8.0, 9.0 and 12.0. Exits with 1 if a kernel spills or needs more shared memory than a card has.
+Takes about half an hour on two cores. `--here` compiles for everything that `benchmarks/gpu.py` measures, on all
+cores, because a first step compiles its kernels one after the other.
 """
 
 import argparse
-import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,17 @@ NETWORKS = {
     "768/32": (768, 7, 32, 64),
     "1536/20": (1536, 9, 32, 64),
 }
+# of the benchmark's other stages: networks, batches and dtypes
+ALSO = [
+    ((64, 5, 16, 128), torch.bfloat16),
+    ((64, 5, 16, 128), torch.float32),
+    ((64, 5, 8, 64), torch.bfloat16),
+    *(((*NETWORKS[name][:3], batch), torch.bfloat16) for name in ("768/32", "1536/20") for batch in (1, 16, 256)),
+    ((256, 5, 16, 256), torch.bfloat16),
+    ((256, 5, 16, 16), torch.bfloat16),
+]
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
+MARKS = "<!-- registers: made by tools/cuda_resources.py -->", "<!-- end of registers -->"
 
 
 def launches_of(dim: int, k: int, side: int, batch: int, dtype: torch.dtype, act: int = 0) -> list[Launch]:
@@ -79,8 +93,8 @@ def _launch_all(dim: int, k: int, side: int, batch: int, dtype: torch.dtype, act
         product.input_gradient(v, matrix, v, v, act)
 
 
-def compile_for(launch: Launch, capability: int) -> dict[str, int]:
-    """Return registers, spilled bytes and shared memory of a launch's kernel on a card."""
+def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """Return what Triton compiles for a launch, and with which options."""
     kernel, arguments, options = launch
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -94,7 +108,12 @@ def compile_for(launch: Launch, capability: int) -> dict[str, int]:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def compile_for(launch: Launch, capability: int) -> dict[str, int]:
+    """Return registers, spilled bytes and shared memory of a launch's kernel on a card."""
+    source, options = source_of(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _usage(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
 
@@ -126,16 +145,65 @@ def table(networks: dict[str, tuple[int, int, int, int]], dtypes: list[torch.dty
                 key = f"{TYPES[dtype]} {_key(launch)}"
                 if key in found:
                     continue
-                found[key] = {"kernel": key, "network": name}
+                start = time.perf_counter()
+                found[key] = {"kernel": key, "name": _name(launch), "dtype": TYPES[dtype], "network": name}
                 for capability in CARDS:
                     found[key][f"sm_{capability}"] = compile_for(launch, capability)
-                print(_line(found[key]), flush=True)
+                cells = [
+                    " ".join(str(found[key][f"sm_{n}"][w]) for w in ("registers", "spilled", "shared")) for n in CARDS
+                ]
+                print(f"{key}: {'; '.join(cells)} ({time.perf_counter() - start:.0f} s)", flush=True)
     return list(found.values())
 
 
-def _line(row: dict[str, Any]) -> str:
-    cells = [" ".join(str(row[f"sm_{n}"][what]) for what in ("registers", "spilled", "shared")) for n in CARDS]
-    return f"| {row['kernel']} | {' | '.join(cells)} |"
+def _name(launch: Launch) -> str:
+    """Return a kernel's name with what changes it most: its mode and the kernel size."""
+    kernel, arguments, _ = launch
+    words = [kernel.__name__.strip("_").removesuffix("_kernel")]
+    words += [arguments["MODE"]] if "MODE" in arguments else []
+    words += ["fused"] if arguments.get("RESIDUAL") else []
+    words += [f"k={arguments['K']}"] if "K" in arguments else []
+    return " ".join(words)
+
+
+def markdown(found: list[dict[str, Any]], quick: bool) -> str:
+    """Return the table: of each kernel and dtype the most over the networks, one number per card."""
+    lines = [
+        f"`python tools/cuda_resources.py{' --quick' if quick else ''}` (triton {triton.__version__}): registers for "
+        f"{', '.join(f'sm_{n}' for n in CARDS)}; most shared",
+        "memory in KiB; bytes spilled. The most over " + ", ".join({row["network"]: 0 for row in found}) + ".",
+        "",
+        "| kernel | bf16 | fp32 |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in found):
+        cells = []
+        for dtype in ("bf16", "fp32"):
+            rows = [row for row in found if row["name"] == name and row["dtype"] == dtype]
+            most = (
+                {
+                    what: [max(row[f"sm_{n}"][what] for row in rows) for n in CARDS]
+                    for what in ("registers", "spilled", "shared")
+                }
+                if rows
+                else {}
+            )
+            cells.append(
+                f"{', '.join(map(str, most['registers']))}; {max(most['shared']) / 1024:.1f}; {max(most['spilled'])}"
+                if rows
+                else ""
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(path: Path, text: str) -> None:
+    """Replace what is between `MARKS` in a file."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise SystemExit(f"{path} has no lines {MARKS[0]} and {MARKS[1]}")
+    path.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{after}")
 
 
 def _fits(row: dict[str, Any]) -> bool:
@@ -143,16 +211,64 @@ def _fits(row: dict[str, Any]) -> bool:
     return all(u["spilled"] == 0 and u["shared"] <= CARDS[n] for n, u in usages.items())
 
 
+def here() -> None:
+    """Compile what the benchmark launches for the card in this machine."""
+    shapes = [*((shape, torch.bfloat16) for shape in NETWORKS.values()), *ALSO]
+    jobs, seen = [], set()
+    for shape, dtype in shapes:
+        for i, launch in enumerate(launches_of(*shape, dtype)):
+            key = _specialised(launch)
+            if key not in seen:
+                seen.add(key)
+                jobs.append((launch[0].__name__, shape, dtype, i))
+    slow = ("_weight_gradient", "_convolve_kernel", "_multiply_kernel")
+    jobs.sort(key=lambda job: (job[0] not in slow, -job[1][1]))
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for name, seconds in pool.imap_unordered(_compile_here, jobs):
+            print(f"{name} {seconds:.1f} s", flush=True)
+    print(f"{len(jobs)} kernels in {time.perf_counter() - start:.0f} s")
+
+
+def _compile_here(job: tuple[str, tuple[int, int, int, int], torch.dtype, int]) -> tuple[str, float]:
+    _, shape, dtype, i = job
+    start = time.perf_counter()
+    kernel, arguments, options = launches_of(*shape, dtype)[i]
+    values = [arguments[name] for name in kernel.arg_names]
+    # Triton takes a dtype for an aligned tensor of it
+    kernel.warmup(*(v.dtype if isinstance(v, torch.Tensor) else v for v in values), grid=(1,), **options)
+    return kernel.__name__, time.perf_counter() - start
+
+
+def _specialised(launch: Launch) -> tuple[Any, ...]:
+    """Return what one compiled kernel is for: Triton makes another one for 1 and for multiples of 16."""
+    kernel, arguments, options = launch
+    values = []
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif type(value) is int and not parameter.is_constexpr:
+            value = (value == 1, value % 16 == 0)
+        values.append(value)
+    return (kernel.__name__, *values, *sorted(options.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first network in bf16 alone")
-    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument("--write", type=Path, help="the file with the table, such as docs/log.md")
+    parser.add_argument("--here", action="store_true", help="compile for the card in this machine, print no table")
     options = parser.parse_args()
+    if options.here:
+        here()
+        return 0
     networks = dict(list(NETWORKS.items())[: 1 if options.quick else None])
-    print("| kernel | " + " | ".join(f"sm_{n}: registers, spilled, shared" for n in CARDS) + " |\n|---|---|---|---|")
     found = table(networks, [torch.bfloat16] if options.quick else [torch.bfloat16, torch.float32])
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    text = markdown(found, options.quick)
+    print(text)
+    if options.write:
+        write_table(options.write, text)
     wrong = [row["kernel"] for row in found if not _fits(row)]
     print(f"{len(found)} kernels, {len(wrong)} spill or do not fit", *wrong, sep="\n  ")
     return 1 if wrong else 0

@@ -406,7 +406,7 @@ def _benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cuda":
         from convmixer.benchmark.gpu import benchmark_gpu
 
-        return benchmark_gpu(case, peers, args.rounds, seconds, args.record)
+        return benchmark_gpu(case, peers, args.rounds, seconds, args.record, compile_limit=limit)
     return benchmark(case, peers, args.rounds, seconds, limit, not args.no_memory, args.record)
 
 

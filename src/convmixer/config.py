@@ -135,8 +135,9 @@ class Config:
     )
     augment_on: str = setting(
         "auto",
-        "where images are augmented; device: in whole batches; auto: on a GPU if they fit, else cpu",
-        ("auto", "cpu", "device"),
+        "where images are augmented; device: in whole batches, of images that are kept there if they fit; "
+        "after-crop: there after decoding and crop on the CPU; auto: cpu if there is no GPU",
+        ("auto", "cpu", "device", "after-crop"),
     )
     random_erasing: float = setting(0.0, "probability that a box is erased")
     erasing_mode: str = setting("pixel", "what fills the erased box", ("pixel", "const", "rand"))

@@ -2,8 +2,9 @@
 
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,12 +15,18 @@ import torch.nn.functional as F
 
 from convmixer import records
 from convmixer.benchmark.case import Case, batch, build
+from convmixer.benchmark.measure import time_limit
 from convmixer.device import choose_device
 from convmixer.errors import RequestError
 from convmixer.fast import accelerate, has_kernels, optimize_for_inference
+from convmixer.records import version_of
 
 Step = Callable[[], object]
 WARM_UP = 3
+GRAPHED = (
+    "reduce-overhead",
+    "max-autotune",
+)  # torch.compile's modes that use CUDA graphs, whose memory is not counted
 # the fewest times that a block must move one of its tensors through memory: forward 5, backward 9
 LEAST_COPIES = {"train": 14, "infer": 4}
 PRODUCTS = {"train": 3, "infer": 1}
@@ -33,8 +40,7 @@ def contenders(case: Case) -> dict[str, Callable[[torch.device], Step]]:
         for layout in ("nchw", "nhwc"):
             found[f"eager-{precision}-{layout}"] = _peer(case, precision, layout == "nhwc", None)
     found |= {
-        f"compile-{mode}-{case.precision}": _peer(case, case.precision, True, mode)
-        for mode in ("default", "max-autotune")
+        f"compile-{mode}-{case.precision}": _peer(case, case.precision, True, mode) for mode in ("default", *GRAPHED)
     }
     return found
 
@@ -46,20 +52,24 @@ def benchmark_gpu(
     sample_seconds: float = 0.3,
     record: Path | None = None,
     device_name: str = "cuda",
+    compile_limit: int = 300,
 ) -> dict[str, Any]:
     """Measure ours and the peers (other runtimes) on a GPU and return all figures.
+
+    Peers may choose cuDNN's algorithms by trial, and need not be deterministic; ours use none of cuDNN.
 
     Args:
         case: What to run.
         selected: Names of the peers to measure; None: all.
-        rounds: Turns of each contender.
+        rounds: Turns of each contender; 0: only prepare them, which fills the caches of the compilers.
         sample_seconds: Minimum seconds per turn.
         record: JSON-lines file to append a `RunRecord` to.
         device_name: "cuda", or "cpu" to try the measurement itself.
+        compile_limit: Seconds that a peer may take until its first steps are done.
 
     Returns:
         As `benchmark.run.benchmark`; `bound_images_per_second` is the GPU's, from its measured rate of copies or
-        matrix multiplications.
+        matrix multiplications. `memory` is that of a step, `total_memory` includes weights and optimizer (bytes).
 
     Raises:
         RequestError: There is no such device, no kernels for it, or a selected peer is not known.
@@ -71,19 +81,21 @@ def benchmark_gpu(
     if unknown := set(selected or []) - makers.keys():
         raise RequestError(f"no such peers: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     wanted = [name for name in makers if name == "ours" or selected is None or name in selected]
-    steps, memory, missing = {}, {}, {}
-    for name in wanted:
-        try:
-            steps[name], memory[name] = _prepared(makers[name], device)
-        except Exception as error:  # a failing peer must not lose the figures of the others
-            if name == "ours":
-                raise
-            missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    clocks = [_card()]
-    times = _interleave(steps, rounds, sample_seconds, device)
-    clocks.append(_card())
-    result = _result(case, times, memory, _rates(device, case.precision))
+    if not rounds:
+        wanted.reverse()  # what others compile at the same time is then there for ours
+        return {"missing": _all_prepared({name: makers[name] for name in wanted}, device, compile_limit)[1]}
+    with _free_choice(device):
+        prepared, missing = _all_prepared({name: makers[name] for name in wanted}, device, compile_limit)
+        clocks = [_card()]
+        times = _interleave({name: found.step for name, found in prepared.items()}, rounds, sample_seconds, device)
+        clocks.append(_card())
+        result = _result(case, times, prepared, _rates(device, case.precision))
     result |= {"missing": missing, "rounds": rounds, "sample_seconds": sample_seconds, "card": clocks}
+    result["versions"] = {
+        "triton": version_of("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     _print(result)
     if record:
         name = f"benchmark-gpu-{case.task}-{case.model}-b{case.batch_size}-{case.precision}"
@@ -136,27 +148,74 @@ def _train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, pr
     return step
 
 
-def _prepared(make: Callable[[torch.device], Step], device: torch.device) -> tuple[Step, int | None]:
-    """Return a warmed-up step and its step memory in bytes: the peak during a step less the memory held before it."""
+def _all_prepared(
+    makers: dict[str, Callable[[torch.device], Step]], device: torch.device, compile_limit: int
+) -> tuple[dict[str, "_Prepared"], dict[str, str]]:
+    """Return the contenders that are ready, and why the others are not: one that fails must not lose the figures."""
+    prepared, missing = {}, {}
+    for name, make in makers.items():
+        if name.startswith("compile-") and not compile_limit:
+            missing[name] = "compile limit 0"
+            continue
+        start = time.perf_counter()
+        try:
+            with time_limit(0 if name == "ours" else compile_limit):
+                prepared[name] = _prepared(make, device, counted=not any(mode in name for mode in GRAPHED))
+        except Exception as error:
+            if name == "ours":
+                raise
+            missing[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        said = f"missing: {missing[name]}" if name in missing else "ready"
+        print(f"{name} is {said} after {time.perf_counter() - start:.1f} s", flush=True)
+    return prepared, missing
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A warmed-up step, its memory in bytes without what was held before it, and with; None if not counted."""
+
+    step: Step
+    memory: int | None = None
+    total_memory: int | None = None
+
+
+def _prepared(make: Callable[[torch.device], Step], device: torch.device, counted: bool) -> _Prepared:
     if device.type != "cuda":
         step = make(device)
         step()
-        return step, None
+        return _Prepared(step)
     torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated()
     step = make(device)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            step()
+    for _ in range(WARM_UP):
+        step()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return step, torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated()
+    return _Prepared(step, peak - held, peak - others) if counted else _Prepared(step)
+
+
+@contextmanager
+def _free_choice(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try its algorithms out, as one would who wants speed alone."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = device.type == "cuda", False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def _as_graph(step: Step) -> Step:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch asks of a step before a capture
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -223,7 +282,7 @@ def bound(case: Case, rates: dict[str, float]) -> float:
 
 
 def _result(
-    case: Case, times: dict[str, list[float]], memory: dict[str, int | None], rates: dict[str, float]
+    case: Case, times: dict[str, list[float]], prepared: dict[str, _Prepared], rates: dict[str, float]
 ) -> dict[str, Any]:
     speeds = {}
     for name, seconds in times.items():
@@ -232,8 +291,9 @@ def _result(
     mine = speeds.pop("ours")
     best = max(speeds, key=lambda name: speeds[name]["images_per_second"], default=None)
     limit = bound(case, rates)
-    others = [peak for name, peak in memory.items() if name.startswith(f"eager-{case.precision}") and peak]
-    ours = memory.get("ours")
+    memory = {name: found.memory for name, found in prepared.items()}
+    others = [peak for name, peak in memory.items() if name != "ours" and f"-{case.precision}" in name and peak]
+    ours = memory["ours"]
     return {
         **asdict(case),
         "model": case.model,
@@ -245,6 +305,7 @@ def _result(
         "bound_images_per_second": limit,
         "share_of_bound": mine["images_per_second"] / limit,
         "memory": memory,
+        "total_memory": {name: found.total_memory for name, found in prepared.items()},
         "peak_memory_ratio": ours / min(others) if ours and others else None,
     }
 
@@ -253,8 +314,10 @@ def _card() -> str | None:
     """Return the GPU's name, driver, clocks (MHz) and power (W), as nvidia-smi reports them now."""
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw"
     try:
-        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
-    except OSError:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
 

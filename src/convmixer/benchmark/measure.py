@@ -1,11 +1,14 @@
 """Measures speed (steps interleaved in rounds), the bound set by matrix multiplications, and peak memory."""
 
 import math
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from types import FrameType
 
 import torch
 
@@ -130,3 +133,19 @@ def peak_memory(case: Case, name: str) -> int:
 def can_measure_memory() -> bool:
     """Return whether the system can reset the peak of a process (Linux)."""
     return Path("/proc/self/clear_refs").exists()
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise `TimeoutError` in the block after that many seconds; 0 means no limit."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not compiled after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,12 +1,8 @@
 """`convmixer benchmark`: prepare ours and the peers, measure them alternately, print the table, keep the record."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -91,27 +87,11 @@ def _left_out(contenders: list[Contender], selected: list[str] | None, compile_l
 
 def _prepared(contender: Contender, case: Case, compile_limit: int) -> Step:
     start = time.perf_counter()
-    with _limit(compile_limit if contender.slow_start else 0):
+    with measure.time_limit(compile_limit if contender.slow_start else 0):
         step = contender.prepare(case)
         step()
     print(f"{contender.name} is ready after {time.perf_counter() - start:.1f} s", flush=True)
     return step
-
-
-@contextmanager
-def _limit(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after that many seconds; 0 means no limit."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not compiled after {seconds} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def _result(case: Case, rates: dict[str, dict[str, float]]) -> dict[str, Any]:

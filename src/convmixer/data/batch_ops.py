@@ -1,11 +1,14 @@
 """PIL's image operations on whole batches of uint8 images, on any device, each image with its own parameters.
 
 Tables, blends and nearest sampling give exactly PIL's bytes; bilinear, bicubic and resizing differ by at most one
-level, because PIL rounds in fixed point. Nothing here is random and nothing waits for the device.
+level, because PIL rounds in fixed point. Nothing here is random and nothing waits for the device. No library
+convolution or TF32 product is used: on a GPU they would round.
 """
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NEAREST, BILINEAR, BICUBIC = 0, 1, 2
@@ -29,8 +32,8 @@ def grey(images: Tensor) -> Tensor:
     """Return PIL's mode L of images, (B, 1, H, W)."""
     if images.shape[1] == 1:
         return images
-    weights = torch.tensor([19595, 38470, 7471], device=images.device)[:, None, None]
-    return (((images.int() * weights).sum(1, keepdim=True) + 0x8000) >> 16).to(torch.uint8)
+    red, green, blue = images.int().split(1, 1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -50,14 +53,39 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """The degenerate is PIL's SMOOTH, which does not change the border."""
-    kernel = torch.ones(1, 1, 3, 3, device=images.device)
-    kernel[0, 0, 1, 1] = 5
-    B, C, H, W = images.shape
+    H, W = images.shape[2:]
     smooth = images.clone()
     if min(H, W) > 2:
-        sums = F.conv2d(images.float().reshape(B * C, 1, H, W), kernel).int().view(B, C, H - 2, W - 2)
+        levels = images.int()
+        rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
+        sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[:, :, 1:-1, 1:-1]
         smooth[:, :, 1:-1, 1:-1] = ((2 * sums + 13) // 26).to(torch.uint8)
     return blend(smooth, images, factor)
+
+
+def invert_tables(values: Tensor) -> Tensor:
+    return (255 - _levels(values)).expand(len(values), 256).to(torch.uint8)
+
+
+def posterize_tables(bits: Tensor) -> Tensor:
+    """Return the tables that keep that many upper bits, (B, 256)."""
+    return (_levels(bits) & ~((1 << (8 - bits.long()[:, None])) - 1)).to(torch.uint8)
+
+
+def solarize_tables(first: Tensor) -> Tensor:
+    """Return the tables that invert the levels from `first` on, (B, 256)."""
+    levels = _levels(first)
+    return torch.where(first[:, None] > levels, levels, 255 - levels).to(torch.uint8)
+
+
+def solarize_add_tables(added: Tensor) -> Tensor:
+    """Return the tables that add to the levels below 128, (B, 256)."""
+    levels = _levels(added)
+    return torch.where(levels < 128, (levels + added.long()[:, None]).clamp(max=255), levels).to(torch.uint8)
+
+
+def _levels(values: Tensor) -> Tensor:
+    return torch.arange(256, device=values.device)[None]
 
 
 def histograms(images: Tensor) -> Tensor:
@@ -90,7 +118,13 @@ def equalize_tables(images: Tensor) -> Tensor:
     return torch.where(step > 0, spread, levels).to(torch.uint8)
 
 
-def affine(images: Tensor, matrix: Tensor, sampling: Tensor, fill: Tensor) -> Tensor:
+def affine(
+    images: Tensor,
+    matrix: Tensor,
+    sampling: Tensor,
+    fill: Tensor,
+    filters: Collection[int] = (NEAREST, BILINEAR, BICUBIC),
+) -> Tensor:
     """Return images sampled at the positions of PIL's AFFINE, with `fill` outside the image.
 
     Args:
@@ -98,10 +132,14 @@ def affine(images: Tensor, matrix: Tensor, sampling: Tensor, fill: Tensor) -> Te
         matrix: float64 (B, 6), from output to input in pixels, as PIL takes it.
         sampling: (B,), NEAREST, BILINEAR or BICUBIC.
         fill: (C,) uint8.
+        filters: Those that may occur in `sampling`; fewer take less time.
     """
-    near = _nearest(images, matrix, fill)
+    if set(filters) == {NEAREST}:
+        return _nearest(images, matrix, fill)
     smooth = _smooth(images, matrix, sampling, fill)
-    return torch.where((sampling == NEAREST)[:, None, None, None], near, smooth)
+    if NEAREST not in filters:
+        return smooth
+    return torch.where((sampling == NEAREST)[:, None, None, None], _nearest(images, matrix, fill), smooth)
 
 
 def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +148,7 @@ def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return the pixels (B, C, H, W) at columns x and rows y, (B, H, W), moved inside."""
+    """Return the pixels (B, C, ...) at columns x and rows y, (B, ...), moved inside."""
     B, C, H, W = images.shape
     at = y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
     return images.flatten(2).gather(2, at.flatten(1)[:, None].expand(B, C, -1)).view(B, C, *at.shape[1:])
@@ -141,11 +179,10 @@ def _smooth(images: Tensor, matrix: Tensor, sampling: Tensor, fill: Tensor) -> T
     cubic = (sampling == BICUBIC)[:, None, None, None]
     columns, rows = _taps(across - 0.5 - left, cubic), _taps(down - 0.5 - top, cubic)
     values = torch.zeros(images.shape, dtype=torch.float32, device=images.device)
+    four = torch.arange(-1, 3, device=images.device)[:, None, None]
     for j in range(4):
-        row = sum(
-            columns[:, i, None] * _take(images, left.long() + i - 1, top.long() + j - 1).float() for i in range(4)
-        )
-        values += rows[:, j, None] * row
+        taken = _take(images, left.long()[:, None] + four, top.long()[:, None] + (j - 1))  # (B, C, 4, H, W)
+        values += rows[:, j, None] * (columns[:, None] * taken).sum(2)
     return torch.where(inside, values.add(1e-3).clamp(0, 255).to(torch.uint8), fill[None, :, None, None])
 
 
@@ -169,8 +206,20 @@ def resized_crop(images: Tensor, boxes: Tensor, sampling: Tensor) -> Tensor:
     side = images.shape[3]
     across = _filters(left, width, side, sampling)
     down = _filters(top, height, images.shape[2], sampling)
-    values = torch.einsum("bchw,bxw->bchx", images.float(), across).round().clamp(0, 255)
-    return torch.einsum("bchx,byh->bcyx", values, down).round().clamp(0, 255).to(torch.uint8)
+    with _exact():
+        values = torch.einsum("bchw,bxw->bchx", images.float(), across).round().clamp(0, 255)
+        return torch.einsum("bchx,byh->bcyx", values, down).round().clamp(0, 255).to(torch.uint8)
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Switch TF32 off: a run in tf32 has its augmentation in fp32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _filters(first: Tensor, length: Tensor, side: int, sampling: Tensor) -> Tensor:

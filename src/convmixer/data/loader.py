@@ -139,6 +139,7 @@ def train_loader(
     world: int = 1,
     alternate_flip: bool = False,
     odds: np.ndarray | None = None,
+    kind: Callable[..., Loader] = Loader,
 ) -> Loader:
     """Return endless training batches that depend only on seed and global step, not on the number of workers.
 
@@ -156,6 +157,7 @@ def train_loader(
             single process.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
         odds: See `sampler.KeyedBatchSampler`.
+        kind: The class of the loader.
 
     Returns:
         A loader of float32 (B, C, H, W), int64 (B,) and, if the images have weights, float32 (B,).
@@ -174,7 +176,7 @@ def train_loader(
     steps = steps_per_epoch or most
     sampler = KeyedBatchSampler(len(image_set), batch_size, seed, start_step, steps, rank, world, odds)
     images = TrainImages(image_set, transform, seed, alternate_flip)
-    return Loader(images, sampler, workers)
+    return kind(images, sampler, workers)
 
 
 def view_loader(

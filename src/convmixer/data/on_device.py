@@ -1,40 +1,37 @@
-"""Training images kept on the device as uint8 and augmented there, a whole batch at once.
+"""Training batches that are augmented on the device: from images kept there, or after decoding and crop elsewhere.
 
-Each image has its own random numbers, keyed by (seed, epoch, index), so a batch depends on nothing else. The images
-follow the same distribution as those of `transforms.train_transform`; `mix` and `erase` follow in the step, as for
-every loader.
+Small images of one size lie on the device as uint8. Of larger ones the loading processes decode and crop each, and
+send it as uint8; the rest is done on the device. `mix` and `erase` follow in the step, as for every loader.
 """
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from convmixer.config import Config
-from convmixer.data import batch_ops, policies
+from convmixer.data.batch_augment import Augmentation
 from convmixer.data.datasets import ImageSet
-from convmixer.data.policies import Draws
-from convmixer.data.sampler import KeyedBatchSampler, is_flipped
+from convmixer.data.loader import Loader
+from convmixer.data.policies import sent
+from convmixer.data.sampler import Key, KeyedBatchSampler
 from convmixer.device import available_bytes
 from convmixer.preprocess import Preprocessing
 
 MOST_BYTES = 4 * 2**30
+GRAPHED = (
+    2**22
+)  # values of a batch up to which launching costs a GPU more than computing each operation for all images
+AsGraph = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]  # see `fast.graphs.Graphs`
 
 
-def why_not(config: Config, p: Preprocessing, images: ImageSet, device: torch.device) -> str | None:
-    """Return why training images cannot be held and augmented on a device, or None."""
+def why_not_kept(p: Preprocessing, images: ImageSet, device: torch.device) -> str | None:
+    """Return why training images cannot be kept on a device, or None."""
     size = len(images) * p.in_chans * p.img_size**2
-    if device.type == "mps":
-        return "MPS lacks float64"
-    if config.auto_augment and not policies.supported(config.auto_augment):
-        return f"auto_augment {config.auto_augment} has operations that are not available there"
-    crops = (config.scale, config.ratio) != ((1.0, 1.0), (1.0, 1.0))
-    if crops and config.train_interpolation == "nearest":
-        return "crops are resized by nearest"
-    if config.scale[1] > 1:
-        return "scale goes above 1"
     if size > min(MOST_BYTES, _free(device) // 4):
         return f"the images are {size / 2**30:.1f} GiB"
     first = images.read(0)
@@ -59,7 +56,9 @@ def load(images: ImageSet, p: Preprocessing, device: torch.device) -> Tensor | N
 
 
 class DeviceLoader:
-    """Endless training batches that depend only on (seed, global step); the counterpart of `loader.train_loader`.
+    """Endless training batches of images on a device that depend only on (seed, global step).
+
+    The counterpart of `loader.train_loader`.
 
     Args:
         images: uint8 (N, C, S, S), on the device.
@@ -72,6 +71,7 @@ class DeviceLoader:
         rank, world: Index of this process, and the number of processes.
         weights: float32 (N,), weight of each image in the loss; None: all equal.
         odds: See `sampler.KeyedBatchSampler`.
+        as_graph: Makes a CUDA graph of the work on small batches; None: none.
 
     Attributes:
         waited_seconds: Time spent making batches since the counter was last set to 0; the device works meanwhile.
@@ -91,62 +91,55 @@ class DeviceLoader:
         world: int = 1,
         weights: np.ndarray | None = None,
         odds: np.ndarray | None = None,
+        as_graph: AsGraph | None = None,
     ) -> None:
         self.weights = None if weights is None else torch.from_numpy(weights).to(images.device)
         self.images, self.labels = images, torch.from_numpy(labels).to(images.device)
-        self.config, self.p, self.waited_seconds = config, p, 0.0
         self.batch_sampler = KeyedBatchSampler(
             len(images), batch_size, config.seed, start_step, steps_per_epoch, rank, world, odds
         )
-        std = torch.tensor(p.std, dtype=torch.float32)
-        mean = torch.tensor(p.mean, dtype=torch.float32)
-        self._scale, self._shift = (t.to(images.device)[:, None, None] for t in (1 / (255 * std), mean / std))
-        fill = [min(255, round(255 * value)) for value in p.mean]
-        black = (config.auto_augment or "").startswith("torchvision")
-        self._fill = torch.tensor([0] * p.in_chans if black else fill, dtype=torch.uint8, device=images.device)
+        self.augmentation, self.waited_seconds = Augmentation(config, p, images.device), 0.0
+        small = batch_size * images[0].numel() <= GRAPHED
+        self._graph = as_graph(self._made) if as_graph and images.is_cuda and small else None
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for keys in self.batch_sampler:
             start = time.perf_counter()
-            epoch, indices = keys[0][0], np.array([index for _, index in keys])
-            at = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
-            batch = self.augment(self.images[at], epoch, indices), self.labels[at]
+            epoch, indices = _split(keys)
+            drawn = np.column_stack((indices, self.augmentation.draw(epoch, indices)))
+            numbers = sent(drawn, self.images.device)
+            at = numbers[:, 0].long()
+            images = self._graph(numbers) if self._graph else self._made(numbers, drawn)
+            batch = images, self.labels[at]
             self.waited_seconds += time.perf_counter() - start
             yield batch if self.weights is None else (*batch, self.weights[at])
 
-    def augment(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
-        """Return one random version of each image, normalised float32; images are uint8 (B, C, S, S)."""
-        c, side, draws = self.config, images.shape[3], Draws(self.config.seed, epoch, indices)
-        if (c.scale, c.ratio) != ((1.0, 1.0), (1.0, 1.0)):
-            boxes = torch.from_numpy(policies.crop_boxes(c.scale, c.ratio, side, draws)).to(images.device)
-            images = batch_ops.resized_crop(images, boxes, self._sampling(draws))
-        if c.pad_crop:
-            images = batch_ops.shifted(images, *(self._offset(draws) for _ in range(2)))
-        images = self._flip(images, self._mirrored(epoch, indices, draws), 3)
-        if c.vflip:
-            images = self._flip(images, draws.uniform() < c.vflip, 2)
-        layers = policies.layers_of(c.auto_augment, c.train_interpolation, side, draws) if c.auto_augment else []
-        for layer in layers + (policies.jitter_layers(c.color_jitter, draws) if c.color_jitter else []):
-            images = layer.apply(images, self._fill)
-        return images * self._scale - self._shift
+    def _made(self, numbers: Tensor, drawn: np.ndarray | None = None) -> Tensor:
+        images = self.images[numbers[:, 0].long()]
+        return self.augmentation.apply(images, numbers[:, 1:], None if drawn is None else drawn[:, 1:])
 
-    def _sampling(self, draws: Draws) -> Tensor:
-        smooth = np.where(draws.uniform() < 0.5, batch_ops.BILINEAR, batch_ops.BICUBIC)
-        fixed = {"bilinear": batch_ops.BILINEAR, "bicubic": batch_ops.BICUBIC}
-        how = self.config.train_interpolation
-        return torch.from_numpy(np.full_like(smooth, fixed[how]) if how in fixed else smooth).to(self.images.device)
 
-    def _offset(self, draws: Draws) -> Tensor:
-        most = self.config.pad_crop
-        return torch.from_numpy(np.floor(draws.uniform() * (2 * most + 1)).astype(np.int64) - most).to(
-            self.images.device
-        )
+class CroppedLoader(Loader):
+    """A loader whose workers only decode and crop; the device does the rest.
 
-    def _mirrored(self, epoch: int, indices: np.ndarray, draws: Draws) -> np.ndarray:
-        if self.config.hflip_mode == "alternate":
-            return np.array([is_flipped(self.config.seed, epoch, int(index)) for index in indices])
-        return draws.uniform() < self.config.hflip
+    Args:
+        dataset, batch_sampler, workers: See `Loader`; images are uint8 (C, S, S), see `transforms.crop_transform`.
+        augmentation: What the device does.
+    """
 
-    def _flip(self, images: Tensor, chosen: np.ndarray, axis: int) -> Tensor:
-        here = torch.from_numpy(chosen).to(images.device)[:, None, None, None]
-        return torch.where(here, images.flip(axis), images)
+    def __init__(self, *args: Any, augmentation: Augmentation) -> None:
+        super().__init__(*args)
+        self.augmentation = augmentation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        keys: Iterator[Any] = iter(copy.copy(self.batch_sampler))
+        for images, *rest in super().__iter__():
+            epoch, indices = _split(next(keys))  # batches come in the order of the sampler, and none is left out
+            drawn, device = self.augmentation.draw(epoch, indices), self.augmentation.device
+            moved = images.to(device, non_blocking=True)
+            made = self.augmentation.apply(moved, sent(drawn, device), drawn)
+            yield (made, *(t.to(device, non_blocking=True) for t in rest))
+
+
+def _split(keys: list[Key]) -> tuple[int, np.ndarray]:
+    return keys[0][0], np.array([index for _, index in keys])

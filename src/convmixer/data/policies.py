@@ -1,12 +1,15 @@
 """RandAugment and colour jitter for whole batches: chooses the operations of each image by its own random numbers.
 
-A layer is one operation for each image. Operations and their strengths are those of torchvision's RandAugment and of
-timm's "increasing" set, so that images follow the same distribution as on the CPU; the random numbers differ.
+A layer is one operation for each image. What is drawn for a batch are numbers in one array, so that a GPU gets them
+in one copy. Operations and their strengths are those of torchvision's RandAugment and of timm's "increasing" set, so
+that images follow the same distribution as on the CPU; the random numbers differ.
 """
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +30,15 @@ BLENDS = {
     "Contrast": batch_ops.contrast,
     "Sharpness": batch_ops.sharpness,
 }
-LEVELS = np.arange(256)
+_OF_VALUES = {
+    "Posterize": batch_ops.posterize_tables,
+    "Solarize": batch_ops.solarize_tables,
+    "Invert": batch_ops.invert_tables,
+    "SolarizeAdd": batch_ops.solarize_add_tables,
+}
+_OF_IMAGES = {"AutoContrast": batch_ops.autocontrast_tables, "Equalize": batch_ops.equalize_tables}
+NUMBERS = {name: number for number, name in enumerate(("Identity", *_GEOMETRY, *BLENDS, *_OF_VALUES, *_OF_IMAGES))}
+LAYER_COLUMNS = 9  # of a layer: operation, value, sampling, matrix
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -67,54 +78,98 @@ class Layer:
 
     Args:
         names: (B,), the operation.
-        values: (B,), its strength: a factor, degrees, a share, pixels, bits or a level, see `apply`.
+        values: (B,), its strength: a factor, degrees, a share, pixels, bits or a level, see `numbers`.
         sampling: (B,), of geometric operations.
+        kind: What may occur in it.
     """
 
     names: np.ndarray
     values: np.ndarray
     sampling: np.ndarray
+    kind: "Kind"
 
-    def apply(self, images: Tensor, fill: Tensor) -> Tensor:
-        """Return images (B, C, S, S) uint8 after the layer; `fill` (C,) is the value outside the image."""
-        out = images.clone()
-        for name in np.unique(self.names):
-            chosen = np.flatnonzero(self.names == name)
-            if name != "Identity":
-                at = _on(chosen, images.device)
-                out[at] = self._one(str(name), images[at], chosen, fill)
+    def numbers(self, side: int) -> np.ndarray:
+        """Return the layer as `Kind.apply` takes it, float64 (B, `LAYER_COLUMNS`), for square images of a side."""
+        operations = np.zeros(len(self.names))
+        matrices = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(self.names), 1))
+        for name in self.kind.operations:
+            here = self.names == name
+            operations[here] = NUMBERS[name]
+            if name in GEOMETRIC and here.any():
+                matrices[here] = matrices_of(name, self.values[here], side)
+        return np.column_stack((operations, self.values, self.sampling, matrices))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may occur in a layer: the same for every batch, so that a batch is a fixed sequence of operations.
+
+    Args:
+        operations: Names.
+        filters: Of `batch_ops`, for geometric operations.
+    """
+
+    operations: tuple[str, ...]
+    filters: tuple[int, ...] = (NEAREST,)
+
+    def apply(self, images: Tensor, numbers: Tensor, fill: Tensor, drawn: np.ndarray | None) -> Tensor:
+        """Return images (B, C, S, S) uint8 after the layer.
+
+        Args:
+            images: The images.
+            numbers: See `Layer.numbers`, on the same device.
+            fill: (C,) uint8, the value outside the image.
+            drawn: `numbers` on the host, to compute each operation only for the images that chose it; None: compute
+                every operation for all images, so that the device does the same for every batch.
+        """
+        out = images
+        for names, change in _CHANGES:
+            found = [NUMBERS[name] for name in names if name in self.operations]
+            if not found:
+                continue
+            first, last = min(found), max(found)  # their numbers follow each other
+            if drawn is None:
+                chosen = (numbers[:, 0] >= first) & (numbers[:, 0] <= last)
+                out = torch.where(chosen[:, None, None, None], change(images, numbers, fill, self), out)
+            elif len(places := np.flatnonzero((drawn[:, 0] >= first) & (drawn[:, 0] <= last))):
+                at = sent(places, images.device)
+                out = out.index_copy(0, at, change(images[at], numbers[at], fill, self))
         return out
 
-    def _one(self, name: str, images: Tensor, chosen: np.ndarray, fill: Tensor) -> Tensor:
-        values = self.values[chosen]
-        if name in BLENDS:
-            return BLENDS[name](images, _on(values, images.device))
-        if name == "AutoContrast":
-            return batch_ops.look_up(images, batch_ops.autocontrast_tables(images))
-        if name == "Equalize":
-            return batch_ops.look_up(images, batch_ops.equalize_tables(images))
-        if name in GEOMETRIC:
-            matrices = _on(matrices_of(name, values, images.shape[3]), images.device)
-            return batch_ops.affine(images, matrices, _on(self.sampling[chosen], images.device), fill)
-        return batch_ops.look_up(images, _on(tables_of(name, values), images.device)[:, None])
+
+def _geometry(images: Tensor, numbers: Tensor, fill: Tensor, kind: Kind) -> Tensor:
+    return batch_ops.affine(images, numbers[:, 3:], numbers[:, 2], fill, kind.filters)
 
 
-def _on(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+def _blend(blend: Callable[[Tensor, Tensor], Tensor], images: Tensor, numbers: Tensor, *_: object) -> Tensor:
+    return blend(images, numbers[:, 1])
 
 
-def tables_of(name: str, values: np.ndarray) -> np.ndarray:
-    """Return tables uint8 (B, 256): Invert, Posterize to bits, Solarize from a level, SolarizeAdd below 128."""
-    given = values[:, None]
-    if name == "Invert":
-        table = np.broadcast_to(255 - LEVELS, (len(values), 256))
-    elif name == "Posterize":
-        table = LEVELS & ~((1 << (8 - given.astype(np.int64))) - 1)
-    elif name == "Solarize":
-        table = np.where(given > LEVELS, LEVELS, 255 - LEVELS)
-    else:
-        table = np.where(LEVELS < 128, np.minimum(LEVELS + given.astype(np.int64), 255), LEVELS)
-    return np.ascontiguousarray(table, np.uint8)
+def _tables_of_images(tables: Callable[[Tensor], Tensor], images: Tensor, *_: object) -> Tensor:
+    return batch_ops.look_up(images, tables(images))
+
+
+def _tables_of_values(images: Tensor, numbers: Tensor, fill: Tensor, kind: Kind) -> Tensor:
+    tables = torch.zeros(len(images), 256, dtype=torch.uint8, device=images.device)
+    for name, make in _OF_VALUES.items():
+        if name in kind.operations:
+            mine = numbers[:, 0] == NUMBERS[name]
+            tables = torch.where(mine[:, None], make(torch.where(mine, numbers[:, 1], 0.0)), tables)
+    return batch_ops.look_up(images, tables[:, None])
+
+
+_CHANGES: list[tuple[tuple[str, ...], Callable[[Tensor, Tensor, Tensor, Kind], Tensor]]] = [
+    (GEOMETRIC, _geometry),
+    *(((name,), partial(_blend, blend)) for name, blend in BLENDS.items()),
+    (tuple(_OF_VALUES), _tables_of_values),
+    *(((name,), partial(_tables_of_images, tables)) for name, tables in _OF_IMAGES.items()),
+]
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of an array on a device; a GPU gets it without a wait."""
+    there = torch.from_numpy(values)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
 
 
 def matrices_of(name: str, values: np.ndarray, side: int) -> np.ndarray:
@@ -131,14 +186,26 @@ def matrices_of(name: str, values: np.ndarray, side: int) -> np.ndarray:
     return matrices
 
 
-def layers_of(policy: str, interpolation: str, side: int, draws: Draws) -> list[Layer]:
-    """Return the layers of a policy that `supported` knows."""
+def kinds_of(policy: str, interpolation: str) -> list[Kind]:
+    """Return what may occur in each layer of a policy that `supported` knows."""
     if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
-        return [_torchvision(int(match[2]), side, draws) for _ in range(int(match[1]))]
+        return [Kind(TORCHVISION)] * int(match[1])
     match = _timm_match(policy)
     assert match is not None
-    count, strength, deviation = int(match["n"] or 2), float(match["m"]), float(match["std"] or 0)
-    return [_timm(strength, deviation, interpolation, side, draws) for _ in range(count)]
+    fixed = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
+    filters = (BILINEAR, BICUBIC) if interpolation == "random" else (fixed[interpolation],)
+    return [Kind(("Identity", *TIMM), filters)] * int(match["n"] or 2)
+
+
+def layers_of(policy: str, interpolation: str, side: int, draws: Draws) -> list[Layer]:
+    """Return the layers of a policy that `supported` knows."""
+    kinds = kinds_of(policy, interpolation)
+    if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
+        return [_torchvision(int(match[2]), side, draws, kind) for kind in kinds]
+    match = _timm_match(policy)
+    assert match is not None
+    strength, deviation = float(match["m"]), float(match["std"] or 0)
+    return [_timm(strength, deviation, side, draws, kind) for kind in kinds]
 
 
 def supported(policy: str) -> bool:
@@ -151,26 +218,25 @@ def _timm_match(policy: str) -> "re.Match[str] | None":
     return re.fullmatch(r"rand-m(?P<m>\d+)(?:-n(?P<n>\d+))?(?:-mstd(?P<std>[\d.]+))?-inc1", policy)
 
 
-def _torchvision(magnitude: int, side: int, draws: Draws) -> Layer:
-    names = np.array(TORCHVISION)[(draws.uniform() * len(TORCHVISION)).astype(int)]
+def _torchvision(magnitude: int, side: int, draws: Draws, kind: Kind) -> Layer:
+    drawn = (draws.uniform() * len(TORCHVISION)).astype(int)
     negative, share = draws.uniform() < 0.5, magnitude / 30
     strength: dict[str, float] = {
         **dict.fromkeys(("ShearX", "ShearY"), 0.3 * share),
-        **dict.fromkeys(("TranslateX", "TranslateY"), float(int(150.0 / 331.0 * side * share))),
+        # torchvision gives translations in the opposite direction, from input to output
+        **dict.fromkeys(("TranslateX", "TranslateY"), -float(int(150.0 / 331.0 * side * share))),
         "Rotate": 30.0 * share,
         **dict.fromkeys(BLENDS, 0.9 * share),
         "Posterize": float(8 - round(magnitude / (30 / 4))),
         "Solarize": 255.0 * (1 - share),
     }
-    values = np.array([strength.get(name, 0.0) for name in names])
-    values = np.where(negative & np.isin(names, SIGNED), -values, values)
-    # torchvision gives translations in the opposite direction, from input to output
-    values = np.where(np.isin(names, ("TranslateX", "TranslateY")), -values, values)
-    values = np.where(np.isin(names, list(BLENDS)), 1 + values, values)
-    return Layer(names, values, np.full(len(names), NEAREST))
+    signed, blends = (np.isin(TORCHVISION, names)[drawn] for names in (SIGNED, list(BLENDS)))
+    values = np.array([strength.get(name, 0.0) for name in TORCHVISION])[drawn]
+    values = np.where(negative & signed, -values, values) + blends
+    return Layer(np.array(TORCHVISION)[drawn], values, np.full(len(drawn), NEAREST), kind)
 
 
-def _timm(strength: float, deviation: float, interpolation: str, side: int, draws: Draws) -> Layer:
+def _timm(strength: float, deviation: float, side: int, draws: Draws, kind: Kind) -> Layer:
     names = np.array(TIMM)[(draws.uniform() * len(TIMM)).astype(int)]
     names = np.where(draws.uniform() > 0.5, "Identity", names)
     level = np.clip(strength + deviation * draws.normal(), 0, 10) / 10
@@ -178,10 +244,8 @@ def _timm(strength: float, deviation: float, interpolation: str, side: int, draw
     values = np.zeros(len(names))
     for name in np.unique(names):
         values = np.where(names == name, _timm_values(str(name), level, sign, side), values)
-    smooth = np.where(draws.uniform() < 0.5, BILINEAR, BICUBIC)
-    fixed = {"nearest": NEAREST, "bilinear": BILINEAR, "bicubic": BICUBIC}
-    sampling = smooth if interpolation == "random" else np.full(len(names), fixed[interpolation])
-    return Layer(names, values, sampling)
+    drawn = (draws.uniform() * len(kind.filters)).astype(int)
+    return Layer(names, values, np.array(kind.filters)[drawn], kind)
 
 
 def _timm_values(name: str, level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
@@ -200,6 +264,9 @@ def _timm_values(name: str, level: np.ndarray, sign: np.ndarray, side: int) -> n
     return np.minimum(128, np.trunc(level * 110))  # SolarizeAdd; the others take no value
 
 
+JITTER = (Kind(("Brightness", "Color", "Contrast")),) * 3  # of the layers of `jitter_layers`
+
+
 def jitter_layers(strength: float, draws: Draws) -> list[Layer]:
     """Return torchvision's ColorJitter of brightness, contrast and saturation, in random order for each image."""
     order = np.argsort(np.stack([draws.uniform() for _ in range(3)]), axis=0)
@@ -207,7 +274,8 @@ def jitter_layers(strength: float, draws: Draws) -> list[Layer]:
     values = np.stack([low + (high - low) * draws.uniform() for _ in range(3)])
     names = np.array(["Brightness", "Contrast", "Color"])
     columns = np.arange(order.shape[1])
-    return [Layer(names[row], values[row, columns], np.full(len(columns), NEAREST)) for row in order]
+    sampling = np.full(len(columns), NEAREST)
+    return [Layer(names[row], values[row, columns], sampling, kind) for row, kind in zip(order, JITTER, strict=True)]
 
 
 def crop_boxes(scale: tuple[float, float], ratio: tuple[float, float], side: int, draws: Draws) -> np.ndarray:

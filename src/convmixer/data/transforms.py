@@ -5,6 +5,7 @@ for every image (see `sampler`). `mix` and `erase` take a generator.
 """
 
 import functools
+import math
 import random
 import re
 from collections.abc import Callable
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
 from convmixer.config import Config
 from convmixer.data.datasets import DataSplits
+from convmixer.data.policies import sent
 from convmixer.errors import RequestError
 from convmixer.preprocess import FILTERS, Preprocessing, normalise, preprocess
 
@@ -97,6 +98,16 @@ def train_transform(config: Config, p: Preprocessing) -> Transform:
     if config.color_jitter:
         steps.append(transforms.ColorJitter(*(config.color_jitter,) * 3))
     return TrainTransform(steps, p)
+
+
+def crop_transform(config: Config, p: Preprocessing) -> Transform:
+    """Return the first step of `train_transform` alone, the crop: PIL image to uint8 (C, S, S)."""
+    return functools.partial(_cropped, crop=_crop(config, p), channels=p.in_chans)
+
+
+def _cropped(image: Image.Image, crop: Callable[[Image.Image], Image.Image], channels: int) -> Tensor:
+    pixels = np.array(crop(image), np.uint8)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 class TrainTransform:
@@ -228,12 +239,43 @@ def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     Args:
         images: Normalised, (B, C, H, W); changed in place: `mix` has copied most batches already.
         config: `random_erasing`, `erasing_mode`.
-        generator: Decides the boxes; one number is drawn from it. Torch's global generator fills the boxes.
+        generator: Decides the boxes; one number is drawn from it. Torch's global generator of the device fills the
+            boxes.
 
     Returns:
         The same images.
     """
-    if config.random_erasing:
-        random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # timm's class draws from it
-        RandomErasing(config.random_erasing, mode=config.erasing_mode, device=images.device)(images)
-    return images
+    if not config.random_erasing:
+        return images
+    draw = np.random.default_rng(int(torch.randint(2**32, (1,), generator=generator)))
+    chosen, boxes = erasing_boxes(config.random_erasing, images.shape, draw)
+    if not len(chosen):
+        return images
+    at, (top, left, height, width) = sent(chosen, images.device), sent(boxes, images.device).T[:, :, None, None, None]
+    y = torch.arange(images.shape[2], device=images.device)[:, None]
+    x = torch.arange(images.shape[3], device=images.device)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    shape = {"pixel": images.shape[1:], "rand": (images.shape[1], 1, 1), "const": (1, 1, 1)}[config.erasing_mode]
+    make = torch.zeros if config.erasing_mode == "const" else torch.randn
+    filling = make(len(chosen), *shape, dtype=images.dtype, device=images.device)
+    return images.index_copy_(0, at, torch.where(inside, filling, images[at]))
+
+
+def erasing_boxes(
+    probability: float, shape: tuple[int, ...], draw: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which images of a shape (B, C, H, W) are erased, int64 (n,), and their boxes, int64 (n, 4): top, left,
+    height and width.
+
+    Source: timm's RandomErasing: 2% to a third of the area, an aspect ratio of 0.3 to 1 / 0.3, ten tries.
+    """
+    B, _, H, W = shape
+    area = H * W * draw.uniform(0.02, 1 / 3, (10, B))
+    aspect = np.exp(draw.uniform(math.log(0.3), -math.log(0.3), (10, B)))
+    height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (height < H) & (width < W)
+    at = fits.argmax(0), np.arange(B)
+    height, width = height[at], width[at]
+    top, left = (np.floor(draw.uniform(size=B) * (side - length + 1)) for side, length in ((H, height), (W, width)))
+    chosen = np.flatnonzero((draw.uniform(size=B) <= probability) & fits.any(0))
+    return chosen, np.stack((top, left, height, width), 1)[chosen].astype(np.int64)

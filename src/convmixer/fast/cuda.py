@@ -1,8 +1,5 @@
 """A trained ConvMixer on a GPU: one launch for each half of a block, and one CUDA graph for each batch shape."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +7,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from convmixer.fast.graphs import Graphs
 from convmixer.fast.structure import ACTS, norms_of
 from convmixer.fast.training import block_parameters
 from convmixer.kernels.cuda import blocks
 from convmixer.models.convmixer import ConvMixer
-
-MOST_GRAPHS = 16  # batch shapes kept; each holds the memory of its activations
 
 
 class CudaInference(nn.Module):
@@ -61,42 +57,3 @@ class CudaInference(nn.Module):
         v = F.linear(patches.reshape(B * h * w, C * p * p), *self.stem).view(B, h, w, -1)
         pooled = blocks.infer(v, self.blocks, self.scales, self.act, pool=True)
         return F.linear(pooled, *self.head) if self.head else pooled
-
-
-class Graphs:
-    """Run a function of one tensor as a CUDA graph for each shape: hundreds of launches become one.
-
-    Args:
-        function: Does the same at every call and never waits for the GPU.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function, self.lock = function, threading.Lock()
-        self.known: OrderedDict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return a new tensor with the function's result."""
-        with self.lock, torch.cuda.device(x.device):  # serving threads share the graph's tensors
-            shape = tuple(x.shape)
-            if shape not in self.known:
-                self.known[shape] = self._capture(x)
-                if len(self.known) > MOST_GRAPHS:
-                    torch.cuda.synchronize()
-                    self.known.popitem(last=False)
-            self.known.move_to_end(shape)
-            graph, inside, out = self.known[shape]
-            inside.copy_(x)
-            graph.replay()
-            return out.clone()
-
-    def _capture(self, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        inside = x.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and creates cuBLAS's workspaces
-            self.function(inside)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = self.function(inside)
-        return graph, inside, out

@@ -53,14 +53,19 @@ class _Stream:
         return iter(self.loader) if self.place.type != "cuda" else self._on_gpu()
 
     def _on_gpu(self) -> Iterator[Any]:
-        """Copy each batch on a second stream, while the GPU still computes the previous steps."""
-        stream = torch.cuda.Stream(self.place)
-        for batch in self.loader:
+        """Copy or make each batch on a second stream, while the GPU still computes the previous steps."""
+        stream, current = torch.cuda.Stream(self.place), torch.cuda.current_stream(self.place)
+        stream.wait_stream(current)
+        batches = iter(self.loader)
+        while True:
             with torch.cuda.stream(stream):
-                moved = [t.to(self.place, non_blocking=True) for t in batch]
-            torch.cuda.current_stream(self.place).wait_stream(stream)
+                batch = next(batches, None)
+                moved = [t.to(self.place, non_blocking=True) for t in batch or ()]
+            if batch is None:
+                return
+            current.wait_stream(stream)
             for t in moved:
-                t.record_stream(torch.cuda.current_stream(self.place))
+                t.record_stream(current)
             yield moved
 
 

@@ -24,7 +24,7 @@ MISTAKES_SECONDS = 5.0  # to read their images: a run with a time budget reserve
 
 def augmented(job: Job, path: Path) -> None:
     """Draw the first images of the first step as the model gets them, labelled with their targets."""
-    images, labels, *_ = next(iter(job.train_loader(workers=0)))
+    images, labels, *_ = (t.cpu() for t in next(iter(job.train_loader(workers=0))))
     generator = torch.Generator().manual_seed(0)
     images, targets = mix(images, labels, len(job.data.classes), job.config, generator)
     images = erase(images, job.config, generator)

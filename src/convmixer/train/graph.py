@@ -21,6 +21,7 @@ class StepGraph:
 
     def __init__(self, step: Callable[..., None]) -> None:
         self.step, self.possible = step, os.environ.get(OFF, "1") != "0"
+        self._stream: torch.cuda.Stream | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -45,12 +46,13 @@ class StepGraph:
         self._same += 1
 
     def _plain(self) -> None:
-        # on a second stream, as torch asks of steps before a capture
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # on a second stream, as torch asks of steps before a capture; always the same one, because torch keeps the
+        # memory of each stream apart
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self.step(*self._inside)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

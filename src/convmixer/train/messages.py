@@ -34,6 +34,8 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
         then = f", then all for {c.unfreeze_epochs} epochs" if c.unfreeze_epochs else ""
         console.print(f"freeze   {c.freeze}: {trained:,} of the parameters are trained{then}")
     console.print(f"compute  {c.device}, {c.precision}, {torch.get_num_threads()} threads x {world_size()}")
+    if job.augmentation:
+        console.print(f"augment  {job.augmentation}")
     settings = "  ".join(f"{name}={_show(value)}" for name, value in to_dict(c).items())
     for line in textwrap.wrap(settings, 106):
         console.print(f"settings {terminal(line)}")
@@ -68,7 +70,7 @@ def slow_loading(share: float, job: Job) -> str:
     c, helps = job.config, []
     if job.data.train and isinstance(job.data.train.source, Encoded) and not job.kept:
         helps.append("--cache memory or disk (images are decoded anew each epoch)")
-    if c.auto_augment:
+    if c.auto_augment and c.augment_on == "cpu":
         helps.append(f"a lighter --auto-augment than {c.auto_augment}")
     if c.workers != "auto":
         helps.append("--workers auto")

@@ -482,6 +482,7 @@ class Run:
             "precision": self.config.precision,
             "device": self.job.device.type,
             "kernels": self.job.kernels,
+            **({"augmentation": self.job.augmentation} if self.job.augmentation else {}),
             "processes": world_size(),
             "threads": torch.get_num_threads(),
             **({"stopped_early": True} if self._lost_patience() else {}),

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,26 @@ import torch
 import torch.nn as nn
 
 from convmixer.config import Config
-from convmixer.data import on_device
+from convmixer.data import batch_augment, on_device
+from convmixer.data.batch_augment import Augmentation
 from convmixer.data.datasets import DataSplits, load_data
 from convmixer.data.images import ImageSet
 from convmixer.data.keep import keep_decoded
 from convmixer.data.loader import Loader, eval_loader, train_loader
-from convmixer.data.on_device import DeviceLoader
+from convmixer.data.on_device import CroppedLoader, DeviceLoader
 from convmixer.data.options import Options
 from convmixer.data.sampler import class_odds
-from convmixer.data.transforms import eval_transform, prepared_transform, preprocessing_of, train_transform
+from convmixer.data.transforms import (
+    crop_transform,
+    eval_transform,
+    prepared_transform,
+    preprocessing_of,
+    train_transform,
+)
 from convmixer.device import choose_device, choose_precision
 from convmixer.errors import RequestError
 from convmixer.fast import FastConvMixer, accelerate, has_kernels, uses_kernels
+from convmixer.fast.graphs import Graphs
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.create import create_model
 from convmixer.models.registry import model_args
@@ -53,7 +62,8 @@ class Job:
         kernels: What runs the model, in words.
         batch_size: Images per step over all processes.
         steps_per_epoch: Optimizer steps per epoch.
-        images: The training images on the device, if they are augmented there.
+        images: The training images, if they are kept on the device.
+        augmentation: Where images are augmented and why, in words; empty on a CPU.
         kept: "train" and "val" -> their images as they are kept decoded, see `data.keep`; empty if they are not.
     """
 
@@ -68,6 +78,7 @@ class Job:
     batch_size: int
     steps_per_epoch: int
     images: torch.Tensor | None = None
+    augmentation: str = ""
     kept: dict[str, ImageSet] = field(default_factory=dict)
 
     def module(
@@ -121,10 +132,13 @@ class Job:
                 world=world_size(),
                 odds=self.odds,
                 weights=self.data.train.weights,
+                as_graph=Graphs,
             )
+        config, p, cropped = self.config, self.preprocessing, self.config.augment_on == "after-crop"
+        kind = partial(CroppedLoader, augmentation=Augmentation(config, p, self.device, True)) if cropped else Loader
         return train_loader(
             self.kept.get("train", self.data.train),
-            train_transform(self.config, self.preprocessing),
+            (crop_transform if cropped else train_transform)(config, p),
             batch_size=self.batch_size // world_size(),
             seed=self.config.seed,
             start_step=start_step,
@@ -132,8 +146,9 @@ class Job:
             workers=self.config.workers if workers is None else workers,
             rank=rank(),
             world=world_size(),
-            alternate_flip=self.config.hflip_mode == "alternate",
+            alternate_flip=self.config.hflip_mode == "alternate" and not cropped,
             odds=self.odds,
+            kind=kind,
         )
 
     def eval_loader(self, split: str) -> Loader | None:
@@ -170,6 +185,8 @@ def prepare(
         RequestError: Data, model, weights or device are not available, or do not fit each other.
     """
     device, asked = choose_device(config.device), config.precision
+    if device.type == "cuda":  # a resumed run ends with the same bits, also without our kernels
+        torch.backends.cudnn.deterministic = True
     config = dataclasses.replace(config, device=device.type, precision=choose_precision(asked, device))
     loaded = load_model(config.weights) if config.weights and preprocessing is None else None
     side = config.img_size or (loaded.preprocessing.img_size if loaded else None)
@@ -212,12 +229,12 @@ def prepare(
         config = dataclasses.replace(config, precision="bf16")
     batch = _batch_size(config, len(data.train))
     steps = max(1, len(data.train) // batch)
-    config, images = _place_images(config, data, preprocessing, device)
+    config, images, augmentation = _place_images(config, data, preprocessing, device, resumes)
     kept: dict[str, ImageSet] = {}
     if images is None:
         config, kept = _keep(config, data, preprocessing)
     made = (data.spec, config, data, preprocessing, (name, args), model, device, kernels)
-    return Job(*made, batch, steps, images, kept)
+    return Job(*made, batch, steps, images, augmentation, kept)
 
 
 def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, dict[str, ImageSet]]:
@@ -230,26 +247,37 @@ def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, d
 
 
 def _place_images(
-    config: Config, data: DataSplits, p: Preprocessing, device: torch.device
-) -> tuple[Config, torch.Tensor | None]:
-    """Return where images are augmented, and all training images if that is the device.
+    config: Config, data: DataSplits, p: Preprocessing, device: torch.device, resumes: bool
+) -> tuple[Config, torch.Tensor | None, str]:
+    """Return where images are augmented, all training images if they are kept on the device, and why, in words.
 
     Raises:
         RequestError: The settings demand the device, but it cannot augment them.
     """
-    images, reason = None, None
-    if config.freeze == ALL and config.augment_on == "auto":  # each image is augmented a few times at most
-        return dataclasses.replace(config, augment_on="cpu"), None
-    if config.augment_on == "device" or (config.augment_on == "auto" and device.type == "cuda"):
-        assert data.train is not None
-        reason = on_device.why_not(config, p, data.train, device)
+    asked, images, reason = config.augment_on, None, None
+    # without trained layers below the classifier, each image is augmented a few times at most
+    if asked == "cpu" or (asked == "auto" and (device.type != "cuda" or config.freeze == ALL)):
+        return dataclasses.replace(config, augment_on="cpu"), None, ""
+    assert data.train is not None
+    if asked != "after-crop":
+        reason = batch_augment.why_not(config, device, cropped=False) or on_device.why_not_kept(p, data.train, device)
         images = None if reason else on_device.load(data.train, p, device)
         reason = reason if reason or images is not None else "an image is unreadable or of another size"
-    if reason and config.augment_on == "device":
-        raise RequestError(f"images cannot be augmented on the device, {reason}: leave --augment-on out")
-    if reason and rank() == 0:
-        print(f"augmentation on the CPU, by loading processes (workers: {config.workers}): {reason}")
-    return dataclasses.replace(config, augment_on="cpu" if images is None else "device"), images
+    if images is not None:
+        said = f"on the device, which keeps all {len(images)} images ({images.numel() / 2**20:.0f} MiB)"
+        return dataclasses.replace(config, augment_on="device"), images, said
+    if resumes and asked == "device":
+        raise RequestError(f"the run kept its images on the device, and now it cannot: {reason}")
+    if refused := batch_augment.why_not(config, device, cropped=True):
+        if asked != "auto":
+            raise RequestError(f"images cannot be augmented on the device, {refused}: leave --augment-on out")
+        return dataclasses.replace(config, augment_on="cpu"), None, f"{_in_processes(config)}: {refused}"
+    said = f"on the device, after decoding and crop {_in_processes(config)}"
+    return dataclasses.replace(config, augment_on="after-crop"), None, f"{said}: {reason}" if reason else said
+
+
+def _in_processes(config: Config) -> str:
+    return f"on the CPU, in loading processes (workers: {config.workers})"
 
 
 def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:

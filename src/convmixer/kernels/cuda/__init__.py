@@ -1,10 +1,12 @@
-"""The CUDA kernels of the block, in Triton. Triton comes with PyTorch, so there is nothing to install or build.
+"""The CUDA kernels of the block, in Triton, which comes with PyTorch and needs a C compiler for its launcher.
 
 Like the C++ kernels they are loaded on first use, and `why_not` says why they cannot be used.
 """
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot run on a CUDA device with a dtype, or None. Loads them on first use."""
     if dtype not in DTYPES:
         return f"on a GPU they compute in fp32, bf16 and fp16, not in {dtype}"
-    return switched_off() or _unsupported(device) or _load("CUDA")
+    return switched_off() or _unsupported(device) or _load("CUDA") or _fails(device)
 
 
 @functools.cache
@@ -43,5 +45,31 @@ def _load(key: str) -> str | None:
     except (ImportError, AttributeError) as error:  # too old or broken
         return f"Triton does not work: {error}"
     for name, function in IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, function, key, allow_override=True)
+        LIBRARY.impl(name, _on_its_device(function) if key == "CUDA" else function, key, allow_override=True)
     return None
+
+
+@functools.cache
+def _fails(device: torch.device) -> str | None:
+    """Launch the smallest kernel and return why that failed, or None: only then is it known that Triton works.
+
+    Without a C compiler or Python's headers, for example, Triton can be imported but launches nothing.
+    """
+    from convmixer.kernels.cuda.sums import total
+
+    try:
+        found = _on_its_device(total)(torch.ones(2, 1, 16, device=device))
+        return None if bool((found == 2).all()) else "Triton adds 1 and 1 to something else than 2"
+    except Exception as error:  # any of Triton's, the compiler's or the driver's
+        return f"Triton does not work: {' '.join(str(error).split())[:300]}"
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of tensors run on their GPU: Triton launches on the current one, whichever that is."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):  # does nothing for tensors of a CPU
+            return function(first, *rest)
+
+    return call
