@@ -54,9 +54,9 @@ def test_a_list_names_shards_beside_it(server: FileServer) -> None:
     server.files["/set/all.txt"] = "\n".join(names).encode()
     assert len(find(f"{server.url}/set/all.txt").splits["train"][1]) == 80
     for line, reason in (
-        ("http://169.254.169.254/secret.tar", "on another server: not followed"),
-        ("file:///etc/passwd.tar", "on another server: not followed"),
-        ("s3://bucket/x.tar", "on another server: not followed"),
+        ("http://169.254.169.254/secret.tar", "on another server, which is not opened"),
+        ("file:///etc/passwd.tar", "on another server, which is not opened"),
+        ("s3://bucket/x.tar", "on another server, which is not opened"),
         ("notes.csv", "names files with .csv: expected all .tar or all .parquet"),
         ("", "names 0 files"),
         ("\udcff.tar", "it is not text"),
@@ -82,7 +82,7 @@ def test_a_passing_fault_is_tried_again(server: FileServer, capfd: pytest.Captur
     server.faults[ONE] = [fault, fault]
     assert len(find(server.url + ONE).splits["train"][1]) == 40
     assert copies()[0].read_bytes() == server.files[ONE]
-    assert "; again in 0.01 s" in capfd.readouterr().err
+    assert "; trying again in 0.01 s" in capfd.readouterr().err
     if fault in ("cut", "stall", "drip"):  # goes on from where it stopped
         starts = [start for _, start in gets(server)]
         assert 0 == starts[0] < starts[1] <= starts[2]
@@ -98,7 +98,7 @@ def test_a_server_that_cannot_skip_begins_anew(server: FileServer) -> None:
 
 def test_what_arrived_is_kept_for_the_next_start(server: FileServer) -> None:
     server.faults[ONE] = ["cut"] + [500] * 3
-    with pytest.raises(RequestError, match=r"after 4 tries: the server answers 500; what has arrived is kept"):
+    with pytest.raises(RequestError, match=r"after 4 tries: the server answers 500; the bytes that arrived are kept"):
         find(server.url + ONE)
     assert not copies()  # only whole files have a name
     find(server.url + ONE)
@@ -147,14 +147,14 @@ def test_an_unreachable_server_leaves_the_copies(server: FileServer) -> None:
     server.server_close()
     server.shutdown()
     found = find(url)
-    assert any("the copy of" in note for note in found.notes)
+    assert any("the local copy of" in note for note in found.notes)
     with pytest.raises(RequestError, match=r"none\.tar cannot be read after 4 tries"):
         find(f"{server.url}/none.tar")
 
 
 def test_what_is_recorded_never_uses_the_network(server: FileServer) -> None:
     url = server.url + ONE
-    with pytest.raises(RequestError, match="never opened unasked: name the data"):
+    with pytest.raises(RequestError, match="never opened unasked: give it as DATA"):
         find(url, recorded=True)
     assert not server.asked
     find(url)
@@ -181,7 +181,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: FileServer, monkey
         ("http://127.0.0.1:9/x-{000000..999999}.tar", "names more than 100000 files"),
         ("http://127.0.0.1:9/x-{0..999}-{0..999}.tar", "names more than 100000 files"),
         ("http://127.0.0.1:9/x-{9..1}.tar", "a range ends before it begins"),
-        ("http://127.0.0.1:9/x-*.tar", "a web server has no list of files"),
+        ("http://127.0.0.1:9/x-*.tar", "a web server does not list its files"),
         ("http://127.0.0.1:9/x.zip", "expected all .tar or all .parquet"),
     ],
 )

@@ -167,7 +167,7 @@ def test_paths_in_place_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load(write_table(tmp_path / "train.parquet", described, image=lost, label=NUMBERS))
     write_table(tmp_path / "hub" / "train.parquet", described, image=whole, label=NUMBERS)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
-    with pytest.raises(RequestError, match="paths in untrusted files are not followed"):
+    with pytest.raises(RequestError, match="paths in untrusted files are not opened"):
         load("hf-hub:owner/name")
 
 

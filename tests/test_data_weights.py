@@ -69,7 +69,7 @@ def test_weights_of_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", ["", "many", "-1", "nan", "inf", "0"])
 def test_what_is_no_weight_is_refused(tmp_path: Path, weight: str) -> None:
-    with pytest.raises(RequestError, match="column 'weight' must hold finite numbers of at least 0, not all 0"):
+    with pytest.raises(RequestError, match="column 'weight' must be finite numbers of at least 0, and not all 0"):
         load(table(tmp_path, weight), options=WEIGHTS)
 
 

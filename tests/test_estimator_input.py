@@ -100,12 +100,12 @@ def test_a_column_of_labels_is_taken_with_a_warning(fitted: ConvMixerClassifier)
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.eye(2)[LABELS], r"\(20, 2\) instead: of one-hot rows take y.argmax"),
+        (np.eye(2)[LABELS], r"\(20, 2\) instead: for one-hot rows pass y.argmax"),
         ([*[0.0, 1.0] * 9, np.nan, 1.0], "y contains NaN"),
         (LABELS + 0.5 * RNG.random(20), "continuous"),
         (np.zeros(20), "two classes or more, but y holds one class"),
-        (["a", "a ", "b", "b"] * 5, "different texts"),
-        (["", "", "b", "b"] * 5, "different texts"),
+        (["a", "a ", "b", "b"] * 5, "same name, or a name is empty"),
+        (["", "", "b", "b"] * 5, "same name, or a name is empty"),
         (["nan", "b"] * 10, "label is missing"),
         (["e\u0301", "\u00e9"] * 10, "Unicode"),
         (LABELS[:3], "20 images but 3 labels"),

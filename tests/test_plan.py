@@ -44,7 +44,7 @@ def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str]) -> N
     result = plan("digits", asked)
     assert result["seconds_total"] > 3600
     found = {option["what"]: option for option in result["options"]}
-    assert found["as asked for, in less time"]["flags"] == "--max-time 1h"
+    assert found["your settings, fewer epochs"]["flags"] == "--max-time 1h"
     frozen = found["a classifier on the frozen layers of trained weights"]
     assert frozen["flags"].startswith("--freeze --weights convmixer_256_8.cifar10")
     smaller = found["a smaller model"]
@@ -61,9 +61,9 @@ def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_fewer_epochs_by_hand() -> None:
-    assert fewer_epochs(10.0, 5.0, 20, 300.0, "5m") == Option("as asked for", "nothing to add", 20, 205.0)
+    assert fewer_epochs(10.0, 5.0, 20, 300.0, "5m") == Option("your settings", "nothing to add", 20, 205.0)
     assert fewer_epochs(10.0, 5.0, 20, 100.0, "100s") == Option(
-        "as asked for, in less time", "--max-time 100s", 8, 85.0
+        "your settings, fewer epochs", "--max-time 100s", 8, 85.0
     )
     assert fewer_epochs(100.0, 5.0, 20, 400.0, "400s") is None  # too few to learn from
 

@@ -124,8 +124,8 @@ def test_a_trial_that_diverges_is_recorded_and_not_chosen(tmp_path: Path) -> Non
     ("changes", "error"),
     [
         ({"trials": 1}, "trials must be a whole number of at least 2"),
-        ({"on": "test"}, "the test set is never chosen on"),
-        ({True: "test"}, "the test set is never chosen on"),  # as YAML reads `on: test`
+        ({"on": "test"}, "the test set is never used to choose"),
+        ({True: "test"}, "the test set is never used to choose"),  # as YAML reads `on: test`
         ({"epochs": 0}, "epochs must be a whole number"),
         ({"val_fraction": 1.0}, "val_fraction must be a share"),
         ({"settings": {}}, "settings must be"),

@@ -165,7 +165,7 @@ def test_training_from_weights_for_the_same_and_for_other_classes(
     before, after = load_model(finished[0]).model, load_model(result["run"]).model
     torch.testing.assert_close(after.stem[0].weight, before.stem[0].weight, rtol=0, atol=1e-4)
     assert after.head.weight.shape[0] == 3
-    with pytest.raises(RequestError, match=r"of another model .*--model auto"):
+    with pytest.raises(RequestError, match=r"belong to another model .*--model auto"):
         train("digits", tiny(model="convmixer_8_2_p1_k3", weights=weights), out=tmp_path / "other")
 
 

@@ -42,7 +42,7 @@ def test_a_finished_run_is_extended_and_says_what_the_rate_does(
     rates = [float(line.split(",")[2]) for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
     assert rates[0] == 0 < rates[1]
     assert rates[2] == 0
-    with pytest.raises(RequestError, match="epochs 2 are fewer than the 3 that are done"):
+    with pytest.raises(RequestError, match="3 epochs are done already: set epochs to more than 2"):
         resume(tmp_path / "run", changes={"epochs": 2})
     with pytest.raises(RequestError, match="lr cannot be changed"):
         resume(tmp_path / "run", changes={"lr": 1})

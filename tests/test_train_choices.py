@@ -46,7 +46,7 @@ def test_classes_balanced_in_the_loss_weigh_the_same_in_all() -> None:
     assert balanced.weights is not None
     sums = [float(balanced.weights[label == LABELS].sum()) for label in range(3)]
     assert sums == pytest.approx([130 / 3] * 3, rel=1e-5)
-    assert notes == ["an image of the largest class counts 0.481 in the loss, of the smallest 4.33"]
+    assert notes == ["in the loss, an image of the largest class has weight 0.481, one of the smallest 4.33"]
     own = np.where(LABELS == 0, 2.0, 1.0).astype(np.float32)  # of a column
     both = training_images(images(own), Config(balance="loss"), [])
     assert both.weights is not None

@@ -55,7 +55,7 @@ def test_touched_files_are_not_changed_data(data: Path) -> None:
     assert watch.changed()
     assert watch.changed() is None  # said once
     shutil.rmtree(data)
-    assert "cannot be read any more" in str(watch.changed())
+    assert "can no longer be read" in str(watch.changed())
 
 
 def test_built_in_data_cannot_change() -> None:

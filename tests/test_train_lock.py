@@ -74,7 +74,7 @@ def test_a_silent_holder_on_another_machine_does_not_block(path: Path, capsys: p
     started = time.monotonic()
     with RunLock(path):
         assert time.monotonic() - started > 0.4
-    assert "waiting 0 s for a sign of life of process 1 on elsewhere" in capsys.readouterr().out
+    assert "waiting 0 s to see whether process 1 on elsewhere is alive" in capsys.readouterr().out
 
 
 def test_a_holder_on_another_machine_that_gives_a_sign_blocks(path: Path) -> None:

@@ -58,11 +58,11 @@ def test_a_process_that_comes_first_waits_for_the_new_attempt() -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 2])
-def test_one_that_does_not_come_is_named_in_time(missing: int) -> None:
+def test_one_that_does_not_join_is_named_in_time(missing: int) -> None:
     began = time.monotonic()
     here = [rank for rank in range(3) if rank != missing]
     ends = together(lambda i: Meeting(here[i], 3, 1), range(2))
-    expected = "the first of 3 processes did not come within 1 s" if missing == 0 else r"process 2 of 3 did not come"
+    expected = "the first of 3 processes did not join within 1 s" if missing == 0 else r"process 2 of 3 did not join"
     for end in ends if missing == 0 else ends[:1]:
         with pytest.raises(PeerLost, match=expected):
             end.result()
@@ -103,5 +103,5 @@ def test_a_silent_process_is_named() -> None:
 
     ends = together(work)
     for end in ends[:2]:
-        with pytest.raises(PeerLost, match=r"process 2 of 3 gives no sign of life within 0\.5 s"):
+        with pytest.raises(PeerLost, match=r"process 2 of 3 sent no heartbeat within 0\.5 s"):
             end.result()

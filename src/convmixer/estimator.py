@@ -52,12 +52,13 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         recipe: Name of the recipe that the settings start from.
-        out: Folder for the run; if there is one already, e.g. of an earlier `fit`, FOLDER-2, FOLDER-3, ... The
-            images that are not files are kept in FOLDER-images. None: nothing is kept on disk.
+        out: Folder for the run. If it already holds a run, for instance of an earlier `fit`, the first free one of
+            FOLDER-2, FOLDER-3, ... is used. Images given as arrays are kept in FOLDER-images. None: nothing is kept
+            on disk.
         verbose: 0: only warnings; 1: print settings, epochs and results.
-        **settings: Any setting of `Config`, e.g. epochs=10, weights="convmixer_256_8.cifar10". The word "recipe"
-            stands for the recipe's value and is the default, except that `val_fraction` and `test_fraction` are 0:
-            `fit` trains on all images it is given.
+        **settings: Any setting of `Config`, e.g. epochs=10, weights="convmixer_256_8.cifar10". The default is the
+            string "recipe", which means the recipe's value. Two settings default to 0, so that `fit` trains on all
+            images it gets: `val_fraction` and `test_fraction`.
 
     Attributes:
         classes_: The labels seen in `fit`, sorted.
@@ -86,14 +87,16 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
         The process's random generators are not changed; all randomness comes from `seed`.
 
         Args:
-            X: Grey (N, H, W) or colour (N, H, W, 3), uint8, or floats from 0 to 1, or uint16 if grey; (N, 3, H, W)
-                and torch tensors are taken too; or a sequence of PIL images, arrays or files.
-            y: N labels of any type that sorts, (N,) or (N, 1); their texts must differ and have no spaces around.
-            sample_weight: How much each image counts in the loss, (N,) numbers of at least 0, of which only the
-                ratios matter. Whole numbers up to 1000 mean how often an image is there. 0 leaves an image out.
+            X: An array or tensor (N, H, W), (N, H, W, 3) or (N, 3, H, W) of type uint8, float in [0, 1], or uint16
+                (only grey images). Or a sequence of PIL images, arrays or paths.
+            y: N labels of any type that sorts, (N,) or (N, 1). str(label) is the name of the class: it must differ
+                between classes, and have no spaces at its ends.
+            sample_weight: (N,) numbers of at least 0; 0 leaves an image out. If all N are equal, they change nothing.
+                If all are whole numbers up to 1000, each image is repeated that often, so [1, 2] makes an epoch of 3
+                images and [2, 4] one of 6. Otherwise they are factors in the loss, and only their ratios matter.
 
         Raises:
-            ValueError: Images, labels and settings do not go together; RequestError is one.
+            ValueError: Images, labels and settings do not fit together. RequestError is a subclass of ValueError.
         """
         for name in FITTED:
             self.__dict__.pop(name, None)  # a failed fit must not leave what an earlier one found
@@ -137,7 +140,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     def _logits(self, X: Images) -> np.ndarray:
         """Return float64 (N, classes) in the order of `classes_`."""
         check_is_fitted(self)
-        images, _ = as_images(X)  # its notes are printed in `fit`; for every batch they would be too many
+        images, _ = as_images(X)  # `fit` turns its notes into warnings; here they would repeat with every call
         p, known = self.classifier_.preprocessing, self.classifier_.classes
         order = [known.index(tidy_name(str(label))) for label in self.classes_]
         found = np.zeros((len(images), len(order)))
@@ -217,7 +220,7 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return N labels, and the classes of the images with a weight above 0.
 
     Raises:
-        ValueError: They are not one label per image, or their texts cannot be names of classes.
+        ValueError: There is not one label per image, or a label's str() cannot be the name of a class.
     """
     if y is None:
         raise ValueError("ConvMixerClassifier requires y to be passed, but the target y is None")
@@ -225,7 +228,7 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if y.ndim > 1 and y.shape[1] != 1:
         raise ValueError(
             f"y should be a 1d array of {len(copies)} labels, got an array of shape {y.shape} instead: "
-            "of one-hot rows take y.argmax(axis=1)"
+            "for one-hot rows pass y.argmax(axis=1)"
         )
     labels: np.ndarray = column_or_1d(y, warn=True)
     assert_all_finite(labels, input_name="y")
@@ -237,7 +240,7 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(names) < 2:
         raise RequestError(f"a classifier needs two classes or more, but y holds one class: {names[0]!r}")
     if len(set(names)) < len(names) or not all(name and name == name.strip() for name in names):
-        raise RequestError(f"labels must have different texts without spaces around them, not {names}")
+        raise RequestError(f"two classes have the same name, or a name is empty or has spaces at its ends: {names}")
     if missing := [name for name in names if name.lower() in NO_LABEL]:
         raise RequestError(f"the label {missing[0]!r} means that the label is missing: leave those images out")
     check_names(names)
@@ -245,7 +248,9 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the copies of each image, (N,) int64, and its weight in the loss, (N,), or None if all are equal.
+    """Return how often to repeat each image, (N,) int64, and its factor in the loss, (N,).
+
+    The factors are None if the repetitions express the weights exactly.
 
     Raises:
         ValueError: The weights are not N finite numbers of at least 0.
@@ -267,7 +272,7 @@ def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _without_paths(classifier: Classifier) -> Classifier:
-    """Return a classifier whose metadata name no file of a deleted folder."""
+    """Return the classifier with metadata that do not name files in a deleted folder."""
     gone = {"source": "ConvMixerClassifier.fit", "found": "ConvMixerClassifier.fit"}
     about = {name: value for name, value in classifier.describe.items() if name != "data"} | gone
     loaded = classifier.loaded

@@ -1,6 +1,6 @@
-"""From an image file to the model's input: the same evaluation path for training, prediction, export and serving.
+"""Turns an image into the model's input, in the same way for evaluation, prediction, export and serving.
 
-PIL and numpy only, no torch, so that an exported model predicts without it. Nothing here is random.
+It uses only PIL and numpy, so an exported model can predict without torch. Nothing here is random.
 """
 
 import math
@@ -21,8 +21,8 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BITS = (8, 10, 12, 14, 16)  # bits per value that cameras and scanners use in 16-bit files
-MAX_SIDE = 4096  # of a model's input, pixels; 32 images of this size take 6 GB
-MAX_ASPECT = 32  # beyond this only the middle of the long side is resized, or a 1 x 80,000,000 image fills memory
+MAX_SIDE = 4096  # largest width and height of a model's input, pixels; 32 images of this size take 6 GB
+MAX_ASPECT = 32  # of longer images only the middle is resized; a whole image of 1 x 80,000,000 would fill the memory
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -35,12 +35,12 @@ class Preprocessing:
     """How an image becomes the model's input; saved with the weights.
 
     Args:
-        img_size: Side of the square input, pixels.
+        img_size: Width and height of the input, pixels.
         in_chans: 3 (RGB) or 1 (grey).
         mean: Mean per channel, of values from 0 to 1.
         std: Standard deviation per channel, of values from 0 to 1.
         interpolation: Resizing filter: "bicubic", "bilinear" or "nearest".
-        crop_pct: Share of the resized image's side that the centre crop keeps, above 0, at most 1.
+        crop_pct: Side of the centre crop divided by the shorter side of the resized image, in (0, 1].
         bits: How many bits the values of 16-bit and 32-bit integer images use: 8, 10, 12, 14 or 16.
     """
 
@@ -91,7 +91,7 @@ def preprocess(image: Image.Image, p: Preprocessing) -> np.ndarray:
 
 
 def resize_and_crop(image: Image.Image, p: Preprocessing) -> Image.Image:
-    """Return the square of side `img_size` that the model sees."""
+    """Return the image resized and cropped to `img_size` x `img_size`, as the model gets it."""
     image = _limit_aspect(image)
     short = math.floor(p.img_size / p.crop_pct)
     width, height = image.size

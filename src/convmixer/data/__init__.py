@@ -1,1 +1,1 @@
-"""Image sets from disk, their transforms, and which image comes at which step."""
+"""Finds, reads, splits and augments images, and decides which image comes at which step."""

@@ -1,6 +1,7 @@
-"""What a data argument names: built-in data, a path, or a data set on the Hugging Face hub. Reads no data.
+"""Decides what a data argument names: built-in data, a path, a URL, or a data set on the Hugging Face hub.
 
-If a name could mean two things, one is chosen, and a note says which and how to name the other.
+No data are read here. If a name could mean two things, one is chosen, and a note says which one, and how to name the
+other.
 """
 
 import os
@@ -10,12 +11,11 @@ from pathlib import Path
 
 from convmixer.errors import RequestError
 
-HUB = "hf-hub:"  # in front of owner/name: the hub, even if there is such a path
+HUB = "hf-hub:"  # "hf-hub:owner/name" is a data set on the hub, even if a path owner/name exists
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 BUILT_IN = ("digits", *HUB_NAMES)
 TABLES = (".csv", ".tsv")
 SHARDS = (".parquet", ".tar")
-ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz")  # read only unpacked
 PROTOCOLS = ("http", "https", "s3", "gs")
 _SECRET = re.compile(
     r"[?&](x-(amz|goog)-signature|signature|sig|token|access_token|key|api_key|password)=", re.IGNORECASE
@@ -27,12 +27,12 @@ class Argument:
     """What a data argument names.
 
     Args:
-        spec: The argument so written that it means the same from every folder.
+        spec: The argument, written so that it means the same in every folder.
         path: The file or folder; None for data that must be fetched or come with a package.
         repository: "owner/name" on the hub, or None.
         inside: The folder inside the repository.
-        url: The shards on a server, or None.
-        notes: If it could mean two things, which was chosen and how to name the other.
+        url: URL of the shards on a server, or None.
+        notes: If the argument could mean two things: which was chosen, and how to name the other.
     """
 
     spec: str
@@ -49,8 +49,8 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
     Args:
         spec: "digits", "cifar10", "cifar100", a path, the URL of shards (see `remote.fetch_shards`), or "owner/name"
             or "owner/name/configuration" on the hub, with "hf-hub:" in front if it could also be a path.
-        recorded: The argument was read from weights or a record, not typed: then a name without "hf-hub:" in front is
-            a path, and the hub is never asked for it.
+        recorded: The argument was read from weights or a record, not typed by the user. Then a name without "hf-hub:"
+            is a path, and is not looked up on the hub.
 
     Raises:
         RequestError: It names nothing.
@@ -64,7 +64,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
     path = Path(spec).expanduser()
     if _exists(path):
         other = _is_hub_name(spec) and not path.suffix
-        note = f"{spec}: the one on this disk is taken; for the data set on the hub write {HUB}{spec}"
+        note = f"{spec}: the path on this disk is used; for the data set on the hub write {HUB}{spec}"
         return Argument(os.path.abspath(path), path, notes=(note,) if other else ())
     if recorded:
         hub = f" (if it is a data set on the hub: {HUB}{spec})" if _is_hub_name(spec) else ""
@@ -79,7 +79,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
             f"no data {spec!r}: the folder {spec.split('/')[0]} is here, but it holds nothing of that name "
             f"(for the data set on the hub write {HUB}{spec})"
         )
-    note = f"{spec}: no such path here, so the data set of that name on the hub is taken; for a path write ./{spec}"
+    note = f"{spec}: no such path here, so the data set of that name on the hub is used; for a path write ./{spec}"
     return _on_hub(spec, (note,))
 
 
@@ -93,7 +93,7 @@ def _built_in(name: str) -> Argument:
     found = next((place for place in places(name) if place.is_dir()), None) if name in HUB_NAMES else None
     notes = [f"{name}: read from {found}"] if found else []
     if _exists(Path(name)):
-        notes.append(f"{name}: the data set of that name is taken; for the one in this folder write ./{name}")
+        notes.append(f"{name}: the built-in data set is used; for the folder of that name write ./{name}")
     return Argument(name, found, HUB_NAMES.get(name), notes=tuple(notes))
 
 
@@ -110,8 +110,8 @@ def _at_url(url: str) -> Argument:
         raise RequestError(f"{url}: data are read from {', '.join(PROTOCOLS)} or this disk, not from {protocol}")
     if "@" in rest.split("/")[0] or _SECRET.search(url):
         raise RequestError(
-            f"this {protocol}:// URL holds a password or a signature, which the run and its weights would keep: use "
-            "~/.netrc, or s3:// or gs:// with your credentials"
+            f"this {protocol}:// URL holds a password or a signature, which the run and its weights would store: put "
+            "the password into ~/.netrc, or use s3:// or gs:// with their usual credentials"
         )
     return Argument(url, url=url)
 

@@ -22,7 +22,7 @@ def look_up(images: Tensor, tables: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Return PIL's blend, factor (B,): 0 gives `degenerate`, 1 the images, more than 1 goes beyond them."""
+    """Return degenerate + factor * (images - degenerate), as PIL's blend; factor (B,) may be above 1."""
     base = degenerate.float()
     mixed = base + factor.float()[:, None, None, None] * (images.float() - base)
     return mixed.clamp(0, 255).to(torch.uint8)
@@ -52,7 +52,7 @@ def contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """The degenerate is PIL's SMOOTH, which does not change the border."""
+    """Blend with PIL's SMOOTH of the images, which does not change the border."""
     H, W = images.shape[2:]
     smooth = images.clone()
     if min(H, W) > 2:
@@ -148,14 +148,14 @@ def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return the pixels (B, C, ...) at columns x and rows y, (B, ...), moved inside."""
+    """Return the pixels (B, C, ...) at columns x and rows y, (B, ...), clamped to the image."""
     B, C, H, W = images.shape
     at = y.clamp(0, H - 1) * W + x.clamp(0, W - 1)
     return images.flatten(2).gather(2, at.flatten(1)[:, None].expand(B, C, -1)).view(B, C, *at.shape[1:])
 
 
 def _nearest(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
-    """In 16.16 fixed point, as PIL does."""
+    """Sample the nearest pixel; positions are in 16.16 fixed point, as in PIL."""
     H, W = images.shape[2:]
     a = matrix.double()
     start = torch.stack((a[:, 2] + a[:, 0] * 0.5 + a[:, 1] * 0.5, a[:, 5] + a[:, 3] * 0.5 + a[:, 4] * 0.5), 1)
@@ -187,7 +187,7 @@ def _smooth(images: Tensor, matrix: Tensor, sampling: Tensor, fill: Tensor) -> T
 
 
 def _taps(d: Tensor, cubic: Tensor) -> Tensor:
-    """(B, H, W) distances -> weights of four neighbours, (B, 4, H, W); PIL's affine bicubic has a = -1."""
+    """Return the weights of four neighbours, (B, 4, H, W), for distances (B, H, W); bicubic has a = -1."""
     linear = torch.stack((torch.zeros_like(d), 1 - d, d, torch.zeros_like(d)), 1)
     square, cube = d * d, d * d * d
     spline = torch.stack((-d + 2 * square - cube, 1 - 2 * square + cube, d + square - cube, -square + cube), 1)
@@ -237,7 +237,7 @@ def _filters(first: Tensor, length: Tensor, side: int, sampling: Tensor) -> Tens
 
 
 def shifted(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Return images (B, C, H, W) cut `down` and `right` pixels away, (B,), mirrored at the border."""
+    """Return images (B, C, H, W), each shifted by `down` and `right` pixels, (B,), and mirrored at the border."""
     H, W = images.shape[2:]
     x, y = _grid(images)
     across, along = x + right[:, None, None], y + down[:, None, None]

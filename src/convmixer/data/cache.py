@@ -1,6 +1,6 @@
-"""Keeps decoded images, in memory or in a file, for all worker processes together.
+"""Keeps decoded images, in memory or in a file that all worker processes share.
 
-What is kept is checked each time it is read: an image that is half written, or damaged on disk, is decoded again.
+Every image is checked when it is read: one that is half written, or damaged on disk, is decoded again.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ _ENTRY = np.dtype([("crc", np.uint32), ("width", np.uint32), ("height", np.uint3
 
 
 class Slots:
-    """Room for one image per number, shared with forked processes, or by a file with any process.
+    """One slot per image number. Forked processes share the slots; with a file, all processes do.
 
     Args:
-        sizes: int64 (N,), the bytes of the largest image that each slot holds; 0: none.
-        file: Where the room is; None: in memory.
+        sizes: int64 (N,), size of each slot in bytes; 0: no image fits.
+        file: The file that holds the slots; None: they are in memory.
 
     Raises:
         OSError: There is no room.
@@ -68,7 +68,7 @@ class Slots:
 
 
 def slots_bytes(sizes: np.ndarray, channels: int) -> int:
-    """Return the room for images of these (width, height), int (N, 2), bytes."""
+    """Return the size of each slot in bytes for images of these (width, height), int (N, 2)."""
     return len(sizes) * _ENTRY.itemsize + int(sizes.prod(axis=1, dtype=np.int64).sum()) * channels
 
 
@@ -77,7 +77,7 @@ def _digest(pixels: np.ndarray, width: int, height: int) -> int:
 
 
 def _open(file: Path, size: int) -> mmap.mmap:
-    """Map a file of that size, made of zeros if it is not there or of another size."""
+    """Map a file of `size` bytes; if it is missing or of another size, create it with zeros."""
     if not file.is_file() or file.stat().st_size != size:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(file)
@@ -106,13 +106,13 @@ class Cached:
     Args:
         source: The images.
         in_chans: 1 or 3.
-        sizes: int (N, 2), (width, height) of each image as it is kept, in this or the other order; 0: it is not kept.
-        fit: Applied to each decoded image, whether or not it is kept; None: nothing.
-        file: Keep them in this file; None: in memory.
-        stored: Keep anything at all.
+        sizes: int (N, 2), (width, height) of each image as it is kept, or (height, width); 0: the image is not kept.
+        fit: Function that is applied to each decoded image, whether or not the image is kept; None: no function.
+        file: File to keep the images in; None: memory.
+        stored: False: keep no image.
 
     Raises:
-        OSError: There is no room for them.
+        OSError: There is no room for the images.
     """
 
     def __init__(
@@ -186,12 +186,12 @@ def least_side(img_size: int, scale: tuple[float, float], ratio: tuple[float, fl
 
 
 def cache_file(parts: Sequence[object]) -> Path:
-    """Return the file for images that are what `parts` say: the state of the data, and how they were made."""
+    """Return the file for decoded images; `parts` are the state of the data and how the images were made."""
     return cached_file("images", "\n".join(map(str, parts)).encode(errors="surrogateescape"), SUFFIX)
 
 
 def make_room(file: Path, size: int, share: float) -> bool:
-    """Return whether a file takes at most that share of the free disk, after older files of its kind are deleted."""
+    """Return whether a file fits into a share of the free disk; older files of the same kind are deleted for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and file.stat().st_size == size:
         return True

@@ -22,7 +22,7 @@ class Rows:
         names: Names of the columns; "column 1", ... if it has no header.
         lines: Line number of each row.
         cells: The rows, each with as many cells as there are names.
-        has_header: Whether the names are the file's.
+        has_header: Whether the names are from the file.
     """
 
     path: Path
@@ -41,11 +41,11 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
 
     Args:
         path: A .csv or .tsv file.
-        known: Names that only a header holds, in lower case.
-        is_data: Whether a cell can only be data, because it is the path of an image.
+        known: Names in lower case that are found only in a header.
+        is_data: Cell -> whether it can only be data, because it is the path of an image.
 
     Raises:
-        RequestError: It is not text, or a row has more cells than the first.
+        RequestError: The file is not text, or a row has more cells than the first.
     """
     text = _decode(path)
     known = set(known)
@@ -56,7 +56,6 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
     width = len(first)
     tidy = [normal(cell) for cell in first]
     has_header = not any(is_data(cell) for cell in first) and (len(rows) > 1 or bool(known & set(tidy)))
-    has_header = has_header and (bool(known & set(tidy)) or not _is_repeated(first, rows[1:]))
     for line, cells in rows:
         if len(cells) > width and any(cells[width:]):
             raise RequestError(f"{path} line {line}: {len(cells)} cells, the first line has {width}")
@@ -65,15 +64,6 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
     names = [cell if has_header and cell else f"column {i + 1}" for i, cell in enumerate(first)]
     body = rows[1:] if has_header else rows
     return Rows(path, names, [line for line, _ in body], [cells for _, cells in body], has_header)
-
-
-def _is_repeated(first: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> bool:
-    """Return whether a text of the first row is also below it: then that row is data and not a header.
-
-    Numbers do not count if there are three columns or more: 0 and 1 may be names of columns of 0 and 1.
-    """
-    texts = {n: cell for n, cell in enumerate(first) if cell and (len(first) == 2 or not cell.isdigit())}
-    return any(cells[n : n + 1] == [cell] for n, cell in texts.items() for _, cells in rows)
 
 
 def normal(name: str) -> str:
@@ -111,7 +101,7 @@ def _split(text: str, path: Path, known: set[str]) -> list[tuple[int, list[str]]
 
 
 def _delimiter(text: str, known: set[str]) -> str:
-    """Return the delimiter: it gives every row equally many cells; of several, the one whose header is known."""
+    """Return the delimiter that gives all rows the same number of cells; if several do, one with a known header."""
     regular = {}
     for delimiter in DELIMITERS:
         rows = _probe(text, delimiter)

@@ -1,15 +1,14 @@
-"""Data sets with their splits: what a run trains on, selects on, is tested on. All randomness comes from seeds.
+"""Data sets with their splits train, val and test. All randomness comes from seeds.
 
-Unreadable images are found in two steps. `load_data` reads the header of every image: a file that is empty, too large
-or not an image, or an image with two labels, is named in `bad_files`, left out, and counted against
-`max_bad_fraction`. Damage behind a good header shows only on decoding: then training takes the next readable image,
-evaluation leaves the image out, and both mark it in `ImageSet.failed`, over all worker processes, against the same
-limit.
+Unusable images are found in two steps. First, `load_data` reads the header of every image. Files that are empty, too
+large or not an image, and images with two labels, are named in `bad_files` and left out. Second, damage after the
+header shows when an image is decoded: then training takes the next readable image, evaluation leaves the image out,
+and both list it in `ImageSet.failed`, for all worker processes. Images of both steps count against
+`max_bad_fraction`.
 """
 
 import math
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +18,7 @@ from convmixer.data.cache import Cached
 from convmixer.data.find import find
 from convmixer.data.found import Found
 from convmixer.data.images import ImageSet, named, new_marks, too_many
-from convmixer.data.labels import doubtful_names
+from convmixer.data.labels import names_that_differ_in_case
 from convmixer.data.options import Options
 from convmixer.data.scan import Scan, copies, scan
 from convmixer.data.sources import Arrays, Encoded, Source
@@ -37,7 +36,7 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import BITS, IMAGENET_MEAN, IMAGENET_STD
 from convmixer.text import terminal
 
-DEFAULT_SIDE = 224  # pixels, unless all images are square, of one size and smaller
+DEFAULT_SIDE = 224  # pixels; if all images are square, of one size and smaller, their own size is used
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this size, over all splits
 CACHE_SIDE = 128  # largest side of images kept in memory, pixels
 STATISTICS_IMAGES = 2000  # images to compute the mean and standard deviation of grey data on
@@ -54,20 +53,20 @@ class DataSplits:
     """A data set, ready to train on.
 
     Args:
-        name: What to call it.
-        train, val, test: The splits; None if there is none.
+        name: Name of the data set.
+        train, val, test: The splits; None if there is no such split.
         classes: Class names by label.
-        img_size: Side to train at, pixels.
+        img_size: Width and height to train at, pixels.
         in_chans: 1 or 3.
-        mean, std: Per channel, of values from 0 to 1.
+        mean, std: Mean and standard deviation per channel, of values from 0 to 1.
         checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
         spec: The data argument, written so that it means the same in every folder.
         options: What the user said about columns, folders and groups.
         bits: How many bits the values of 16-bit images use.
-        found: Its images and labels, before they are split.
-        checked: What the check of the images found.
+        found: The images and labels before they are split.
+        checked: Results of the check of all images.
     """
 
     name: str
@@ -104,20 +103,23 @@ def load_data(
 ) -> DataSplits:
     """Return the data behind a data argument, split into train, val and test.
 
-    Missing splits are made from train, stratified by class, and `notes` says so: val from `seed`, test always the
-    same. With `val_fraction` 0 there is no val split, and data with train and val but no test split use their val as
-    test. With `test_fraction` 0 no test split is made. Identical images are in one split.
+    Missing splits are made from train, stratified by class, and `notes` says so. `seed` chooses the val split; the
+    test split is the same for every seed. With `val_fraction` 0 no val split is made, and if the data have a val but
+    no test split, their val split becomes the test split. With `test_fraction` 0 no test split is made. Identical
+    images are always in the same split.
 
     Args:
         spec: See `argument.read_argument`.
         val_fraction: Share of train, 0 to 1, held out if there is no val split.
         seed: Seed of the val split.
-        max_bad_fraction: Share of unusable images above which this, or later reading, fails.
-        img_size: Side to train at, pixels; None: that of the data if square, alike and at most 224, else 224.
-        recorded: `spec` was read from weights or a record, not typed: it never asks the hub for a path.
-        hold_out: Make missing splits from train. Without it the splits are those that the data come with.
+        max_bad_fraction: Largest share of unusable images, 0 to 1. If there are more, this function or later reading
+            raises RequestError.
+        img_size: Width and height to train at, pixels. None: the size of the images if all are square, of one size
+            and at most 224 pixels, else 224.
+        recorded: `spec` was read from weights or a record, not typed by the user; see `argument.read_argument`.
+        hold_out: Make missing splits from train. If False, only the splits of the data are used.
         options: What the user said about columns, folders and groups; None: nothing.
-        bits: How many bits the values of 16-bit images use; None: as many as those of this data set.
+        bits: How many bits the values of 16-bit images use; None: found out from the images.
         test_fraction: Share of train, 0 to 1, held out if there is no test split.
 
     Raises:
@@ -128,7 +130,7 @@ def load_data(
     options = (options or Options()).absolute()
     found = find(spec, recorded, options)
     checked = _check(found, options)
-    notes = [*found.notes, *found.unused.notes(), *doubtful_names(found.classes), *checked.notes]
+    notes = [*found.notes, *found.unused.notes(), *names_that_differ_in_case(found.classes), *checked.notes]
     total = sum(len(scan.headers) for scan in checked.scans.values())
     headers = [h for scan in checked.scans.values() for h in scan.headers if not isinstance(h, str)]
     if not headers or len(checked.bad) > max_bad_fraction * total:
@@ -149,7 +151,6 @@ def load_data(
     if train and train.weights is not None:
         train.weights = _mean_one(train.weights, options.weight_column, notes)
     mean, std = _statistics(found, in_chans, train or test or val, notes)
-    notes += _without_images(train, found.classes)
     if len(found.classes) < 2:
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
     return DataSplits(
@@ -173,22 +174,15 @@ def load_data(
     )
 
 
-def _without_images(train: ImageSet | None, classes: Sequence[str]) -> list[str]:
-    if train is None or not len(none := np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)):
-        return []
-    some = ", ".join(repr(classes[i]) for i in none[:5])
-    return [f"{len(none)} of {len(classes)} classes have no image in train: {some}{', ...' * (len(none) > 5)}"]
-
-
 @dataclass(frozen=True)
 class Checked:
-    """What the check of the images found, before any is decoded.
+    """Results of the check of all images, before any is decoded.
 
     Args:
         scans: Split -> headers and digests.
-        usable: Split -> bool (N,): readable, with one label, and no copy of an image kept in another split.
-        rejected: Split -> bool (N,): unreadable, or with two labels.
-        together: Split -> int64 (N,): a group number; images of one group stay in one split.
+        usable: Split -> bool (N,): the image is readable, has one label, and is not a copy of one in another split.
+        rejected: Split -> bool (N,): the image is unreadable or has two labels.
+        together: Split -> int64 (N,): group numbers; images of one group stay in one split.
         bad: "name: reason" of each image that cannot be read or has two labels.
         copies: How many images are copies of others.
         notes: What the user should know.
@@ -233,7 +227,7 @@ def _check(found: Found, options: Options) -> Checked:
 def _without_consequences(conflicts: Conflicts) -> Conflicts:
     nothing = {split: np.zeros_like(mask) for split, mask in conflicts.elsewhere.items()}
     count = int(sum(map(np.count_nonzero, conflicts.elsewhere.values())))
-    notes = [f"{count} images are in two splits, and stay, since the data are a known benchmark"] if count else []
+    notes = [f"{count} images are in two splits and stay there: the data are a known benchmark"] if count else []
     return replace(conflicts, contradicting=nothing, elsewhere=nothing, notes=notes)
 
 
@@ -287,7 +281,7 @@ def _bits(found: Found, checked: Checked, notes: list[str]) -> int:
 
 
 def _side(sizes: set[tuple[int, int]], notes: list[str]) -> int:
-    """Return the side to train at: that of the images if they are square, of one size and not large."""
+    """Return the width and height to train at: the images' own if they are square, of one size and not large."""
     width, height = next(iter(sizes))
     if len(sizes) == 1 and width == height <= DEFAULT_SIDE:
         return width
@@ -309,7 +303,7 @@ def _complete(
     if train is None:
         return None, val, test
     if test is None and val is not None and val_fraction == 0 < test_fraction:
-        notes.append(f"val ({len(val)} images) serves as test: there is no test split and val_fraction is 0")
+        notes.append(f"val ({len(val)} images) is used as test: there is no test split and val_fraction is 0")
         val, test = None, val
     if test is None and test_fraction > 0:
         train, test = _hold_out(train, together["train"], test_fraction, TEST_SEED, "test")
@@ -322,12 +316,12 @@ def _complete(
 
 
 def _mean_one(weights: np.ndarray, column: str | None, notes: list[str]) -> np.ndarray:
-    """Return weights scaled to a mean of 1, so that they do not change the size of the loss."""
+    """Return weights divided by their mean, so that the mean loss keeps its size."""
     if not (mean := float(weights.mean(dtype=np.float64))):
         raise RequestError(f"column {column!r}: the weights of all training images are 0")
     notes.append(
-        f"training images count as column {column!r} says, from {weights.min() / mean:.3g} to "
-        f"{weights.max() / mean:.3g} times their mean"
+        f"training images have the weights of column {column!r} in the loss, from {weights.min() / mean:.3g} to "
+        f"{weights.max() / mean:.3g} times the mean"
     )
     scaled: np.ndarray = (weights / mean).astype(np.float32)
     return scaled
@@ -338,10 +332,7 @@ def _hold_out(
 ) -> tuple[ImageSet, ImageSet]:
     held = stratified(train.labels, fraction, seed, together[train.indices])
     if not held.any() or held.all():
-        raise RequestError(
-            f"{len(train)} training images of {len(set(train.labels.tolist()))} classes are too few to hold out a "
-            f"{split} split, since each class keeps one: provide a {split} split"
-        )
+        raise RequestError(f"{len(train)} training images are too few to hold out a {split} split; provide one")
     return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
 
 
@@ -357,7 +348,9 @@ def _cached(source: Source, in_chans: int, sizes: set[tuple[int, int]], limit: i
 def _statistics(
     found: Found, in_chans: int, images: ImageSet | None, notes: list[str]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel: the known ones, ImageNet's for colour, computed for grey."""
+    """Return mean and standard deviation per channel: for grey images computed on train, for colour those of the
+    known data set, or else ImageNet's.
+    """
     if in_chans == 3:
         return STATISTICS.get(found.name, (IMAGENET_MEAN, IMAGENET_STD))
     if images is None or not len(images):

@@ -1,8 +1,8 @@
 """Fetches files from HTTP, S3 and Google Cloud Storage into the cache folder, through fsspec.
 
-A file appears there whole or not at all, and an interrupted download continues where it stopped. Time and size are
-bounded: if a server fails or stalls it is tried again after growing pauses, a limited number of times; nothing is
-read beyond the announced size, and a download that does not fit on the disk is not started.
+A file appears there complete or not at all, and an interrupted download continues where it stopped. Time and size are
+limited. If a server fails or stalls, the download is tried again a limited number of times, after growing pauses. No
+more bytes are read than the server announced. A download that does not fit on the disk is not started.
 """
 
 import errno
@@ -26,16 +26,16 @@ from convmixer.progress import track
 from convmixer.text import terminal
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a second, third, ... try
-RENEWED_BY = 1 << 20  # bytes: after a try that brings as many, the pauses start again with the shortest
+RENEWED_BY = 1 << 20  # bytes; after a try that brings at least as many, the pauses start again with the shortest
 CONNECT_SECONDS = 10.0
-STALL_SECONDS = 30.0  # without SLOWEST bytes a second on average, a try is given up
+STALL_SECONDS = 30.0  # a try ends if it brings fewer than SLOWEST bytes per second over this time
 SLOWEST = 10_000
 CHUNK = 1 << 20
 AT_ONCE = 8  # files
-SPARE_BYTES = 1 << 30  # of the disk, kept free
+SPARE_BYTES = 1 << 30  # bytes of the disk that are left free
 LOCAL_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 PASSING = (408, 425, 429)  # 4xx statuses after which another try may succeed
-CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # after their errors another try may succeed
+CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # packages after whose errors to try again
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 T = TypeVar("T")
@@ -46,9 +46,9 @@ class RemoteFile:
     """A file on a server, as the server described it.
 
     Args:
-        url: Where it is.
-        size: Bytes.
-        mark: What the server says changes with the contents: ETag, else date; "" if it gives neither.
+        url: Its URL.
+        size: Its size in bytes.
+        mark: The server's mark of the version: ETag, else date; "" if the server gives neither.
     """
 
     url: str
@@ -57,7 +57,7 @@ class RemoteFile:
 
     @property
     def place(self) -> Path:
-        """Where its copy is kept: a changed file gets a new copy, because a run may still read the old one."""
+        """The path of its local copy. A changed file gets a new path, because a run may still read the old copy."""
         return _place(self.url, short(f"{self.size} {self.mark}"))
 
 
@@ -65,8 +65,8 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
     """Return local copies of files, fetched if they are missing or have changed, and notes for the user.
 
     Args:
-        urls: Where they are.
-        most_bytes: Largest size allowed; None: only the disk limits it.
+        urls: The URLs of the files.
+        most_bytes: Largest allowed size of a file; None: only the disk limits it.
 
     Raises:
         RequestError: A file cannot be fetched, is too large, or changes while it is fetched.
@@ -83,7 +83,7 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
 
 
 def copies_of(urls: Iterable[str]) -> list[Path]:
-    """Return the local copies fetched or used last, without using the network.
+    """Return for each URL the local copy that was fetched or used last, without using the network.
 
     Raises:
         RequestError: One of them has no copy.
@@ -93,16 +93,14 @@ def copies_of(urls: Iterable[str]) -> list[Path]:
         copy = _newest(url)
         if copy is None:
             raise RequestError(
-                f"there is no copy of {url} here, and a recorded URL is never opened unasked: name the data"
+                f"there is no local copy of {url}, and a recorded URL is never opened unasked: give it as DATA"
             )
         found.append(copy)
     return found
 
 
 def _side_by_side(work: Callable[[Any], T], items: Sequence[Any], stop: threading.Event) -> list[T]:
-    """Run work that waits for the network in threads and return the results in order; the first error stops all of
-    it.
-    """
+    """Run work on each item in threads, and return the results in order; the first error stops all threads."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             return list(track(pool.map(work, items), "fetching", len(items), shown_from=2))
@@ -142,19 +140,20 @@ def _look(url: str, stop: threading.Event) -> tuple[RemoteFile | Path, str | Non
         copy = _newest(url)
         if copy is None:
             raise RequestError(str(error)) from error
-        return copy, f"{error}: the copy of {time.strftime('%F %R', time.gmtime(copy.stat().st_mtime))} UTC is used"
+        fetched = time.strftime("%F %R", time.gmtime(copy.stat().st_mtime))
+        return copy, f"{error}: the local copy of {fetched} UTC is used"
     if url.startswith("https:") and not str(info.get("url", url)).startswith("https:"):
         raise RequestError(f"{url} redirects to an unencrypted address, {info['url']}: not followed")
     size = info.get("size")
     if not isinstance(size, int) or size < 0:
         raise RequestError(f"the server does not say how large {url} is: not fetched")
     mark = _mark(info)
-    note = None if mark else f"the server gives neither ETag nor date of {url}: a change is noticed only by the size"
+    note = None if mark else f"the server gives neither ETag nor date of {url}: only a change of its size is noticed"
     return RemoteFile(url, size, mark), note
 
 
 def _mark(facts: Any) -> str:
-    """Return what distinguishes versions of a file, from fsspec's description or the HTTP headers."""
+    """Return the server's mark of the file's version, from fsspec's description or the HTTP headers."""
     for key in ("ETag", "etag", "generation", "LastModified", "Last-Modified", "mtime", "last_modified"):
         if facts.get(key):
             return str(facts[key])
@@ -183,7 +182,7 @@ def file_system(url: str) -> Any:
 
 
 def _fetch(file: RemoteFile, stop: threading.Event) -> Path:
-    """Return the copy of a file; if several processes of this machine ask for it, one fetches it."""
+    """Return the local copy of a file; if several processes of this machine ask for it, only one fetches it."""
     place = file.place
     place.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(place.with_name("lock")):
@@ -195,7 +194,7 @@ def _fetch(file: RemoteFile, stop: threading.Event) -> Path:
                 _persist(file.url, lambda: _receive(file, part, stop), stop, lambda: _size(part))
             except _Unreachable as error:
                 raise RequestError(
-                    f"{error}; what has arrived is kept, and the next start continues from there"
+                    f"{error}; the bytes that arrived are kept, and the next start continues from there"
                 ) from error
             part.replace(place)
             sync_folder(place.parent)
@@ -204,7 +203,7 @@ def _fetch(file: RemoteFile, stop: threading.Event) -> Path:
 
 
 def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
-    """Fetch the missing rest of a part; raises the error that stopped it."""
+    """Fetch the rest of a file of which `part` has the beginning; an error that stops it is raised."""
     with part.open("ab") as copy:
         if _size(part) > file.size:
             copy.truncate(0)
@@ -240,7 +239,7 @@ def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
     if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
         stream.close()
         raise RequestError(
-            f"{file.url} is sent compressed although that was not asked for: its size cannot be checked"
+            f"the server compresses {file.url} although it was asked not to: its size cannot be checked"
         )
     skipped = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     if answer.status != 200 and not skipped:
@@ -250,7 +249,7 @@ def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
 
 
 def _copy(stream: Any, copy: Any, left: int, stop: threading.Event) -> None:
-    """Copy at most that many bytes, and give up if they come too slowly."""
+    """Copy at most `left` bytes from one stream to another, and give up if they come too slowly."""
     began, received = time.monotonic(), 0
     while left > 0 and not stop.is_set():
         chunk = stream.read(min(CHUNK, left))
@@ -274,10 +273,10 @@ class _Unreachable(Exception):
 
 
 def _persist(url: str, work: Callable[[], T], stop: threading.Event, progress: Callable[[], int] = lambda: 0) -> T:
-    """Return what `work` returns, trying again after growing pauses.
+    """Return the result of `work`; if it fails, try again after growing pauses.
 
     Raises:
-        RequestError: It failed in a way that another try would not change.
+        RequestError: `work` failed in a way that another try would not change.
         _Unreachable: All tries failed.
     """
     tries, before = 0, progress()
@@ -294,7 +293,7 @@ def _persist(url: str, work: Callable[[], T], stop: threading.Event, progress: C
             tries, before = 0, progress()
         if tries == len(PAUSES) or stop.is_set():
             raise _Unreachable(f"{url} cannot be read after {tries + 1} tries: {problem}")
-        print(f"{terminal(url)}: {terminal(problem)}; again in {PAUSES[tries]:g} s", file=sys.stderr)
+        print(f"{terminal(url)}: {terminal(problem)}; trying again in {PAUSES[tries]:g} s", file=sys.stderr)
         stop.wait(PAUSES[tries])
         tries += 1
 
@@ -307,7 +306,7 @@ def _final(error: BaseException, url: str) -> str | None:
     if isinstance(error, OSError) and error.errno in LOCAL_PROBLEMS:
         return f"{error.strerror} ({error.filename or cache_folder('shards')})"
     if isinstance(error, FileNotFoundError) and (error.__cause__ is None or not url.startswith("http")):
-        return "it is not there"
+        return "there is no such file"
     if isinstance(error, PermissionError) or "credential" in type(error).__name__.lower():
         return f"access is denied ({_in_words(error)})"
     return None
@@ -340,7 +339,10 @@ def short(text: str) -> str:
 
 
 def _place(url: str, version: str) -> Path:
-    """Return where a version's copy is kept; it keeps its name and folder, because they may name the split."""
+    """Return the path of the local copy of a version.
+
+    Name and folder stay the same, because they may name the split.
+    """
     parts = [re.sub(r"[^\w.-]", "_", part)[-100:] for part in re.split(r"[?#]", url)[0].split("/")[3:]]
     tail = [part for part in parts if part.strip(".")][-2:] or ["file"]
     return cache_folder("shards", short(url), version, *tail)

@@ -1,4 +1,4 @@
-"""What a data argument means: finds the images, labels, splits and class names behind it. Decodes no image."""
+"""Finds the images, labels, splits and class names that a data argument stands for. Decodes no image."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convmixer.data.argument import ARCHIVES, HUB, SHARDS, TABLES, read_argument
+from convmixer.data.argument import HUB, SHARDS, TABLES, read_argument
 from convmixer.data.folder import count_class_folders, find_folder
 from convmixer.data.found import Found
 from convmixer.data.hub import download
@@ -27,11 +27,10 @@ NOT_READ = "next to the shards that are read"
 
 
 def find(spec: str, recorded: bool = False, options: Options | None = None) -> Found:
-    """Return the images and labels behind a data argument.
+    """Return the images and labels that a data argument stands for.
 
     Args:
-        spec: See `argument.read_argument`.
-        recorded: See there.
+        spec, recorded: See `argument.read_argument`.
         options: What the user said about columns, folders and groups.
 
     Raises:
@@ -50,14 +49,19 @@ def find(spec: str, recorded: bool = False, options: Options | None = None) -> F
 
 
 def find_path(path: Path, options: Options, name: str | None = None, own_disk: bool = True) -> Found:
-    """Return the images and labels in a file or folder, by what it holds; for `own_disk` see `find_parquet`."""
+    """Return the images and labels in a file or folder of any supported kind.
+
+    Args:
+        path: The file or folder.
+        options: What the user said about columns, folders and groups.
+        name: Name of the data; None: that of the path.
+        own_disk: See `find_parquet`.
+    """
     name = name or path.resolve().name
     kind = path.suffix.lower()
     if kind in TABLES and path.is_file():
         return find_table(path, name, options)
     if path.is_file():
-        if path.name.lower().endswith(ARCHIVES):
-            raise RequestError(f"{path} is a compressed archive: unpack it, and give the folder")
         if kind not in SHARDS:
             raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")
         return _read_shards(path, kind, [path], name, options, own_disk)

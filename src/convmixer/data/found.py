@@ -1,4 +1,4 @@
-"""What every kind of data set is read into: images and labels as found, not yet split or checked."""
+"""`Found`: the images and labels of a data set of any kind, before they are checked and missing splits are made."""
 
 import hashlib
 import os
@@ -17,18 +17,18 @@ HASHED_BYTES = 2 << 30  # above this the checksum covers names and sizes instead
 
 @dataclass(frozen=True)
 class Found:
-    """Images and labels as found.
+    """Images and labels as they were found.
 
     Args:
-        name: What to call the data.
-        splits: "train", "val" or "test" -> images and int64 labels; data without splits are all "train".
+        name: Name of the data.
+        splits: "train", "val" or "test" -> images and int64 labels; if the data have no splits, all are "train".
         classes: Class names by label.
-        checksum: "sha256:..." of the contents or "listing-sha256:..." of names and sizes.
-        in_chans: Channels, if known without looking.
-        notes: What the user should know.
-        unused: What is not used, by reason.
+        checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
+        in_chans: Channels, if they are known without opening an image.
+        notes: Notes for the user.
+        unused: Files and other parts that are not used, by reason.
         spec: The data argument, written so that it means the same in every folder.
-        groups: Split -> the name of each image's group, whose images stay in one split; empty: no groups.
+        groups: Split -> name of each image's group; images of one group stay in one split. Empty: no groups.
         weights: Split -> float32 (N,), weight of each image in the loss; empty: all equal.
     """
 
@@ -45,7 +45,7 @@ class Found:
 
 
 def files_checksum(files: Sequence[Path]) -> str:
-    """Return a hash of the files' contents, or of their names and sizes if together they are very large."""
+    """Return a hash of the files' contents, or of their names and sizes if they have over 2 GiB together."""
     if sum(file.stat().st_size for file in files) > HASHED_BYTES:
         return listing_checksum([f"{file.name} {file.stat().st_size}" for file in files])
     digest = hashlib.sha256()
@@ -64,14 +64,14 @@ def loss_weights(column: str, values: Sequence[object]) -> np.ndarray:
     """Return a column of weights as float32 (N,).
 
     Raises:
-        RequestError: One is not a finite number of at least 0, or all are 0.
+        RequestError: A value is not a finite number of at least 0, or all are 0.
     """
     try:
         weights = np.array([float(value) for value in values], np.float32)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         weights = np.full(1, np.nan, np.float32)
     if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise RequestError(f"column {column!r} must hold finite numbers of at least 0, not all 0, as weights")
+        raise RequestError(f"the weights in column {column!r} must be finite numbers of at least 0, and not all 0")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: fetched whole, once, into the hub's cache folder."""
+"""Downloads data sets from the Hugging Face hub, complete and once, into the hub's cache folder."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from convmixer.errors import RequestError
 
 
 def download(argument: Argument) -> Path:
-    """Return the local copy of the parquet files of a data set on the hub, fetched if it is not there.
+    """Return the folder with the parquet files of a data set on the hub, after downloading them if necessary.
 
     Raises:
         RequestError: It cannot be downloaded; the message says where to put the files instead.

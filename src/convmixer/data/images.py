@@ -20,14 +20,14 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
 
     Args:
         source: The images.
-        labels: int64 (N,), a class index per image of the set.
+        labels: int64 (N,), the class index of each image of the set.
         classes: Class names.
-        indices: Which images of the source, (N,); None: all.
+        indices: Indices of the set's images in the source, (N,); None: all images of the source.
         in_chans: 1 for mode L, 3 for mode RGB.
-        max_bad: Images that may be marked before reading raises RequestError.
-        marks: uint8, 1 for each image that cannot be read, in memory shared with worker processes and with the other
-            sets of the data; None: new marks for this source only.
-        first: Where in `marks` the source's images begin.
+        max_bad: How many images may be marked as unreadable before reading raises RequestError.
+        marks: uint8, 1 for each image that cannot be read. The memory is shared with worker processes and with the
+            other splits of the data. None: new marks for this source only.
+        first: Position in `marks` of the source's first image.
         bits: How many bits the values of 16-bit images use.
         weights: float32 (N,), weight of each image in the loss; None: all equal.
     """
@@ -55,10 +55,10 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image and its label; if it cannot be decoded, the next one that can, and its label.
+        """Return an image and its label. If the image cannot be decoded, return the next one that can be decoded.
 
         Raises:
-            RequestError: More than `max_bad` images are marked, or none of this set can be decoded.
+            RequestError: More than `max_bad` images are marked, or no image of this set can be decoded.
         """
         image, position = self.next_readable(index)
         return image, int(self.labels[position])
@@ -76,7 +76,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         raise RequestError("no image of the set can be decoded")
 
     def read(self, index: int) -> tuple[Image.Image, int] | None:
-        """Return an image and its label; if it cannot be decoded, None, and the image is marked in `failed`."""
+        """Return an image and its label. If the image cannot be decoded, list it in `failed` and return None."""
         try:
             image = self.source.image(int(self.indices[index]), self.in_chans, self.bits)
         except (ImageError, OSError) as error:
@@ -100,7 +100,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return [self.name(int(i)) for i in np.flatnonzero(self.marks.numpy()[self.first + self.indices])]
 
     def readable(self, first: int = 0, step: int = 1) -> np.ndarray:
-        """Return those of the positions first, first + step, ... whose images could be decoded so far."""
+        """Return the positions first, first + step, ... without those of images that could not be decoded so far."""
         places = np.arange(first, len(self), step)
         kept: np.ndarray = places[self.marks.numpy()[self.first + self.indices[places]] == 0]
         return kept
@@ -111,7 +111,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return found and found[0]
 
     def name(self, index: int) -> str:
-        """Return what to call an image."""
+        """Return the name of an image, for messages."""
         return self.source.name(int(self.indices[index]))
 
     def subset(self, positions: np.ndarray) -> "ImageSet":
@@ -122,25 +122,25 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         return part
 
     def with_source(self, source: Source) -> "ImageSet":
-        """Return the set with its images from another source of the same numbers."""
+        """Return the same set with its images read from another source, in which they have the same indices."""
         other = copy.copy(self)
         other.source = source
         return other
 
 
 def named(name: str, problem: object) -> str:
-    """Return a problem with its image's name in front, unless the text names it already."""
+    """Return the text of a problem that begins with the image's name, unless the text has the name already."""
     return str(problem) if name in str(problem) else f"{name}: {problem}"
 
 
 def new_marks(bad: Sequence[bool] | np.ndarray) -> torch.Tensor:
-    """Return a mark per image, in memory that worker processes share."""
+    """Return one mark per image, 1 if it is bad, in memory that worker processes share."""
     return torch.from_numpy(np.asarray(bad, np.uint8)).clone().share_memory_()
 
 
 def too_many(count: int, total: int, names: Sequence[str]) -> RequestError:
-    """Return the error that `count` images of the data are bad, with some of the known names."""
+    """Return the error that `count` of `total` images are bad, with the first of their names."""
     return RequestError(
         f"{count} of {total} images cannot be used, more than max_bad_fraction allows: "
-        f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise it"
+        f"{'; '.join(names[:5])}{' ...' if count > len(names[:5]) else ''}; remove them, or raise max_bad_fraction"
     )

@@ -12,8 +12,8 @@ from convmixer.preprocess import load_image
 Batch = np.ndarray | Sequence[Any]
 CHANNELS = (1, 3, 4)  # grey, colour, colour and transparency
 EXPECTED = "expected (N, H, W) grey or (N, H, W, 3) colour"
-CHANNELS_FIRST = "the images have their channels first: (N, C, H, W) is taken as (N, H, W, C)"
-FLOATS = "floats from 0 to 1 are taken as 8-bit values"
+CHANNELS_FIRST = "the images have their channels first: (N, C, H, W) is converted to (N, H, W, C)"
+FLOATS = "floats from 0 to 1 are rounded to 8-bit values"
 
 
 def is_file(image: Any) -> bool:
@@ -29,10 +29,10 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
             tensor of these; or a sequence of PIL images, files, and arrays or tensors of single images.
 
     Returns:
-        Per image an array (H, W) or (H, W, C) of uint8 or uint16, a PIL image, or a path; and the lines.
+        The images, each an array (H, W) or (H, W, C) of uint8 or uint16, a PIL image, or a path; and the lines.
 
     Raises:
-        ValueError: X is none of these; the message names the shape expected.
+        ValueError: X is something else; the message names the expected shape.
     """
     if is_file(X) or isinstance(X, Image.Image):
         raise ValueError("X is a single image: pass a list of images, [image]")
@@ -59,7 +59,7 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
 
 
 def opened(image: Any, in_chans: int = 3, bits: int = 16) -> Image.Image:
-    """Return one of the images of `as_images` decoded.
+    """Return one of the images of `as_images` as a PIL image, decoded.
 
     Raises:
         ImageError, OSError: It is a file that cannot be read.
@@ -118,7 +118,7 @@ def _one(image: Any, number: int, lines: dict[str, None]) -> Any:
 
 
 def _values(values: np.ndarray, what: str, grey: bool, lines: dict[str, None]) -> np.ndarray:
-    """Return values as uint8, or uint16 as they are."""
+    """Return values as uint8; values of type uint16 stay as they are."""
     if 0 in values.shape:
         raise ValueError(f"{what} of shape {values.shape} has no pixels: {EXPECTED}")
     if values.dtype == np.uint8 or (values.dtype == np.uint16 and grey):

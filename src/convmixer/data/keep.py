@@ -1,7 +1,8 @@
 """Decides whether the photos of a run are kept decoded, and where: `--cache`.
 
-Training images are kept as large as their smallest random crop needs, validation images as the model sees them. So
-validation is the same to the bit; training images above that size are resized twice, which is said.
+Validation images are kept as the model gets them, so results of validation are the same, bit for bit. Training images
+are shrunk before they are kept, but only so far that the smallest random crop still has the input resolution. Larger
+images are therefore resized twice, and a note says so.
 """
 
 import functools
@@ -25,7 +26,7 @@ from convmixer.preprocess import Preprocessing, resize_and_crop
 
 MEMORY_SHARE = {"auto": 0.25, "memory": 0.8}  # of the free memory
 DISK_SHARE = {"auto": 0.1, "disk": 0.5}  # of the free disk
-DOMINATES = 0.4  # share of decoding in loading an image, from which keeping is worth it
+DOMINATES = 0.4  # "auto" keeps images if decoding takes more than this share of loading them
 PROBED = 8  # images
 
 
@@ -34,9 +35,9 @@ class Kept:
     """The images of a run that are kept decoded.
 
     Args:
-        where: "memory", "disk" or "off": what the setting comes to.
-        sets: "train" and "val" -> their images as they are kept; empty if nothing is.
-        notes: What the user should know.
+        where: "memory", "disk" or "off": where the images are kept.
+        sets: "train" and "val" -> the images that are kept; empty if no images are kept.
+        notes: Notes for the user.
     """
 
     where: str
@@ -45,9 +46,9 @@ class Kept:
 
 
 def keep_decoded(config: Config, data: DataSplits, p: Preprocessing) -> Kept:
-    """Return the images of a run kept as the setting `cache` says.
+    """Return the images of a run, kept as the setting `cache` says.
 
-    If the place that the setting names has no room, images are made in the same way but not kept, and a note says so.
+    If the setting names a place that has no room, images are shrunk in the same way but not kept, and a note says so.
     """
     train, how = data.train, config.cache
     if how == "off" or train is None or not isinstance(train.source, Encoded):
@@ -60,7 +61,7 @@ def keep_decoded(config: Config, data: DataSplits, p: Preprocessing) -> Kept:
     where = next((place for place in wanted if _fits(place, how, plans)), None)
     if where is None and how == "auto":
         return Kept(
-            "off", {}, [f"{_amount(size)} of decoded images do not fit in memory: each epoch decodes them anew"]
+            "off", {}, [f"{_amount(size)} of decoded images do not fit in memory: each epoch decodes them again"]
         )
     try:
         sets = {name: plan.kept(where) for name, plan in plans.items()}
@@ -105,7 +106,7 @@ def _fits(place: str, how: str, plans: "dict[str, _Plan]") -> bool:
 def _words(how: str, where: str | None, size: int, plan: "_Plan") -> str:
     kept = f"{_amount(size)} of decoded images are kept {'on disk' if where == 'disk' else 'in memory'}"
     if where is None:
-        kept = f"there is no room for {_amount(size)} of decoded images ({how}): each epoch decodes them anew"
+        kept = f"there is no room for {_amount(size)} of decoded images ({how}): each epoch decodes them again"
     reduced = int((plan.shorter[plan.images.indices] > plan.side).sum())
     if not reduced:
         return f"{kept}; pixels are the same as without --cache"
@@ -117,7 +118,7 @@ def _amount(size: int) -> str:
 
 
 def _listed(source: Files) -> str:
-    """Return a hash of names, sizes and times of files: a table's are not below it."""
+    """Return a hash of the names, sizes and times of a source's files; files of a table are not below its path."""
     return status_hash(source.root, [source.name(index) for index in range(len(source))])
 
 
@@ -127,10 +128,10 @@ class _Plan:
     Args:
         data: The data.
         name: "train" or "val".
-        fit: Makes of a decoded image what is kept.
-        made: That in words, for the name of the file.
-        side: Shorter side, pixels, to which `fit` shrinks.
-        square: Side of what is kept if `fit` makes squares instead.
+        fit: Turns a decoded image into the image that is kept.
+        made: What `fit` does, in words, for the name of the file.
+        side: Shorter side to which `fit` shrinks images, pixels.
+        square: Side of the squares that `fit` makes, pixels; None: it makes no squares.
     """
 
     def __init__(
@@ -152,21 +153,21 @@ class _Plan:
         return np.array(kept, np.int64)
 
     def used(self) -> np.ndarray:
-        """Return those sizes for the images of this set alone, 0 for the others."""
+        """Return the sizes of the images that this run uses, and 0 for the others of the split."""
         sizes, used = self.sizes(), np.zeros((len(self.stored), 2), np.int64)
         used[self.images.indices] = sizes[self.images.indices]
         return used
 
     def size(self) -> int:
-        """Return the bytes of the images of this set."""
+        """Return the size in bytes of the images that this run uses."""
         return int(self.used().prod(axis=1).sum()) * self.data.in_chans
 
     def file_bytes(self) -> int:
-        """Return the size of the file, which holds all images of the split: other seeds hold out others."""
+        """Return the size of the file in bytes. It has room for all images of the split: another seed uses others."""
         return slots_bytes(self.sizes(), self.data.in_chans)
 
     def file(self) -> Path:
-        """Return the file for these images in the state that the data are in now."""
+        """Return the path of the file for the data in their current state."""
         source = self.images.source
         state = _listed(source) if isinstance(source, Files) else listing(read_argument(self.data.spec).path)
         return cache_file(
@@ -174,7 +175,7 @@ class _Plan:
         )
 
     def kept(self, where: str | None) -> ImageSet:
-        """Return the images kept in that place, or made alike and not kept.
+        """Return the images, kept in memory, on disk, or (`where` None) shrunk in the same way but not kept.
 
         Raises:
             OSError: There is no room.

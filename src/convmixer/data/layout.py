@@ -1,7 +1,6 @@
-"""Which folders of an image folder are splits and which are classes: decided only by names and structure.
+"""Decides which folders of an image folder are splits and which are classes, by their names and structure.
 
-A folder is a split if a word of its name says so (`training_set`). If a folder could be either, an error names it;
-nothing is guessed.
+A folder is a split if a word of its name says so (`training_set`). If a folder could be either, an error names it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,20 +12,6 @@ from convmixer.errors import RequestError
 Folder = tuple[str, ...]  # the parts of a path relative to the data's root
 
 GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # a folder that names no class
-NAMELESS = {
-    "images",
-    "image",
-    "img",
-    "imgs",
-    "data",
-    "jpg",
-    "jpeg",
-    "png",
-    "jpegimages",
-    "annotations",
-    "masks",
-    "labels",
-}
 NO_CLASS = "not in a class folder"
 NO_CLASS_FOLDERS = "a split without class folders"
 NO_SPLIT = "next to the splits, but not named train, val or test"
@@ -37,19 +22,19 @@ class Tree:
     """Folders that hold images, at any depth.
 
     Args:
-        images: Number of images directly in it.
-        below: Its folders that hold images, by name.
+        images: Number of images directly in the folder.
+        below: Folders in it that hold images, by name.
     """
 
     images: int = 0
     below: dict[str, "Tree"] = field(default_factory=dict)
 
     def total(self) -> int:
-        """Return the number of images in it, at any depth."""
+        """Return the number of images in the folder, at any depth."""
         return self.images + sum(tree.total() for tree in self.below.values())
 
     def is_wrapper(self) -> bool:
-        """Return whether it holds only one folder, which holds only folders."""
+        """Return whether the folder holds nothing but one folder, which holds only folders."""
         only = next(iter(self.below.values()), None)
         return len(self.below) == 1 and not self.images and bool(only and only.below) and not (only and only.images)
 
@@ -59,10 +44,11 @@ class Layout:
     """Where the class folders are.
 
     Args:
-        splits: "train", "val" or "test" -> the folder that holds its class folders; the only key is "" if `inside`.
-        inside: Split folders are in the class folders, not around them.
+        splits: "train", "val" or "test" -> the folder that holds the class folders of that split. If `inside`, the
+            only key is "".
+        inside: The split folders are in the class folders, not around them.
         skipped: Folders that are not used, and why.
-        notes: How it was read, if not obvious.
+        notes: How the folder was read, if that is not obvious.
     """
 
     splits: dict[str, Folder]
@@ -71,7 +57,7 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
     def place(self, folder: Folder) -> tuple[str, Folder] | str:
-        """Return the split of a folder's images and its path in that split, or why they are not used."""
+        """Return the split of a folder's images and the folder's path in that split, or why they are not used."""
         for skipped, reason in self.skipped.items():
             if folder[: len(skipped)] == skipped:
                 return reason
@@ -86,7 +72,7 @@ def arrange(folders: Mapping[Folder, int]) -> Layout:
     """Return the layout of folders that hold images.
 
     Args:
-        folders: Path of each folder that directly holds images, and how many.
+        folders: Path of each folder that directly holds images -> number of these images.
 
     Raises:
         RequestError: There are no class folders, or folders could be splits or classes; the message names them.
@@ -151,7 +137,7 @@ def _split_folders(tree: Tree) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _ask_about_one_split(tree: Tree, splits: Mapping[str, str]) -> None:
-    """Refuse if the only split holds fewer images than the folders next to it: it may be a class."""
+    """Raise RequestError if the only split folder has fewer images than the folders next to it: it may be a class."""
     others = [name for name in tree.below if name not in splits.values()]
     if len(splits) > 1 or len(others) < 2:
         return
@@ -164,7 +150,7 @@ def _ask_about_one_split(tree: Tree, splits: Mapping[str, str]) -> None:
 
 
 def _inner(tree: Tree, splits: Mapping[str, str], name: str) -> Folder:
-    """Return the wrapper folders between a split and its class folders, as in seg_train/seg_train/CLASS."""
+    """Return the wrapper folders between a split and its class folders: seg_train in seg_train/seg_train/CLASS."""
     node = tree.below[name]
     path: Folder = ()
     all_wrapped = all(tree.below[other].is_wrapper() for other in splits.values())

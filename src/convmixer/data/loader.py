@@ -1,4 +1,4 @@
-"""Loaders: batches of transformed images, endless for training (chosen by the global step), and for evaluation."""
+"""Loaders of transformed images: endless batches for training, and all images once for evaluation."""
 
 import copy
 import os
@@ -27,9 +27,9 @@ Batches = KeyedBatchSampler | Sequence[Sequence[Any]]
 
 
 class Loader:
-    """Batches of a data set, made where that keeps up with their user, see `pace`. It says what it decides.
+    """Batches of a data set, made in worker processes or in this process; `pace` chooses, and the loader says so.
 
-    A RequestError of a worker is raised unchanged.
+    If a worker raises RequestError, the loader raises it unchanged.
 
     Args:
         dataset: The images.
@@ -57,7 +57,10 @@ class Loader:
 
     @property
     def waited_seconds(self) -> float:
-        """Time spent waiting for batches since this was last set, which also says that the user did other things."""
+        """Seconds spent waiting for batches since this was last set.
+
+        Setting it also says that the time since the last batch was not spent on training.
+        """
         return self._waited
 
     @waited_seconds.setter
@@ -94,7 +97,7 @@ class Loader:
                 del old
 
     def _open(self, done: int) -> Iterator[Any]:
-        """Return the batches from one on, made at the place that is chosen now."""
+        """Return the batches from number `done` on, made at the place that is chosen now."""
         place = self.pace.place
         if done or not self._kept or self._kept[0] != place:
             loader = DataLoader(self.dataset, batch_sampler=self._after(done), collate_fn=_collate, **_workers(place))
@@ -109,8 +112,8 @@ class Loader:
     def close(self) -> None:
         """End the worker processes now.
 
-        They hold copies of all open files of the process they came from, such as pipes to other programs, and would
-        otherwise live until nothing refers to the loader any more.
+        Otherwise they live as long as the loader, and keep copies of all files that were open in this process when
+        they started, such as pipes to other programs.
         """
         if hasattr(self._source, "_shutdown_workers"):  # PyTorch offers no public way
             self._source._shutdown_workers()
@@ -153,8 +156,8 @@ def train_loader(
         start_step: Global step of the first batch; set `loader.batch_sampler.start_step` before iterating again.
         steps_per_epoch: Steps in an epoch; None: as many as the images fill.
         workers: Worker processes; 0: none; "auto": as many as help.
-        rank, world: Index of this process, and the number of processes; together they read the same batches as a
-            single process.
+        rank, world: Index of this process, and the number of processes. Together, the processes read the same batches
+            as a single process.
         alternate_flip: Mirror each image in every other epoch, see `sampler.is_flipped`.
         odds: See `sampler.KeyedBatchSampler`.
         kind: The class of the loader.
@@ -232,10 +235,10 @@ def _workers(place: Place) -> dict[str, Any]:
 def _start_worker(worker: int, yields: bool) -> None:
     """Set up a worker process.
 
-    It leaves the process group: a signal to the group (Ctrl-C, `timeout`) must reach only the training process, which
-    needs its workers to end cleanly. If it `yields` it gets the lowest priority. It opens new output streams: at the
-    fork, a thread of the training process (such as the one that draws the progress) may hold the lock of the old
-    ones, and the copy of that lock is never released.
+    The worker leaves the process group, so that a signal to the group (Ctrl-C, `timeout`) reaches only the training
+    process, which ends its workers itself. If it `yields`, it gets the lowest priority. It opens new output streams:
+    at the fork, a thread of the training process, such as the one that draws the progress bar, may hold the lock of
+    the old streams, and the worker's copy of that lock would never be released.
     """
     sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, errors="replace", closefd=False) for file in (1, 2))
     if os.name == "posix":

@@ -1,6 +1,6 @@
 """Finds the images that a text column names: paths, names or ids, with or without folder and extension.
 
-Which folder is meant is found by looking at the disk. If two folders would do, an error asks for --image-root.
+The folder is found by looking for the files on the disk. If two folders have them, an error asks for --image-root.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from pathlib import Path
 from convmixer.data.found import file_size
 from convmixer.data.labels import split_of
 from convmixer.data.walk import Walk, is_image, walk
-from convmixer.errors import RequestError, shown
+from convmixer.errors import RequestError
 
 PROBED = 50  # values of a column that are looked up to find its images
 
@@ -23,8 +23,8 @@ class Location:
 
     Args:
         base: The folder that paths are relative to.
-        folder: A folder below it that is put in front, or "".
-        dropped: Parts at the start of a text that are left out, e.g. those of another machine.
+        folder: A folder below `base` that is put in front of each text, or "".
+        dropped: Number of folders at the start of a text that are left out, e.g. those of another machine.
         stems: Path without extension -> path, if the texts have no extension.
     """
 
@@ -44,7 +44,7 @@ class Location:
     def note(self, text: str) -> str | None:
         """Return how the texts are read, with an example, unless each text is already the path."""
         path = self.path(text)
-        return None if path == text else f"{shown(text)!r} and the like are read as {path}"
+        return None if path == text else f"{text!r} and the like are read as {path}"
 
 
 class Locator:
@@ -52,7 +52,7 @@ class Locator:
 
     Args:
         base: The folder.
-        table: Name of the table, whose split (train.csv) may tell two folders apart.
+        table: Name of the table. If it names a split (train.csv), a folder of that split is preferred.
     """
 
     def __init__(self, base: Path, table: str) -> None:
@@ -101,9 +101,7 @@ class Locator:
             ways = [way for way in ways if split_of(way[0].rpartition("/")[2])[0] == self.split] or ways
         if len(ways) > 1:
             folders = ", ".join(sorted(str(self.base / way[0]) for way in ways)[:5])
-            raise RequestError(
-                f"images called {shown(text)!r} are in several folders: choose --image-root from {folders}"
-            )
+            raise RequestError(f"images called {text!r} are in several folders: choose --image-root from {folders}")
         return ways[0]
 
     def _index(self) -> None:

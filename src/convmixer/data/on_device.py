@@ -1,7 +1,8 @@
-"""Training batches that are augmented on the device: from images kept there, or after decoding and crop elsewhere.
+"""Training batches that are augmented on the device, from images that are kept there or cropped elsewhere.
 
-Small images of one size lie on the device as uint8. Of larger ones the loading processes decode and crop each, and
-send it as uint8; the rest is done on the device. `mix` and `erase` follow in the step, as for every loader.
+Small images of one size are kept on the device as uint8. Larger images are decoded and cropped by the loading
+processes, sent as uint8, and augmented on the device. As with every loader, the training step then applies `mix` and
+`erase`.
 """
 
 import copy

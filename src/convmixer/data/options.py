@@ -13,13 +13,14 @@ class Options:
     """What the user said about the data; None: found automatically, or an error if that would be a guess.
 
     Args:
-        path_column: Column of a table or parquet file that holds the images or their paths; of WebDataset shards the
-            extension of the images, e.g. "jpg".
-        label_column: Column of the labels; of WebDataset shards an extension ("txt") or a key of the .json members.
-        split_column: Column that says the split, or COLUMN=VALUE: rows with that value are the val split.
+        path_column: In a table or parquet file, the column that holds the images or their paths. In WebDataset
+            shards, the extension of the images, e.g. "jpg".
+        label_column: In a table or parquet file, the column of the labels. In WebDataset shards, an extension ("txt")
+            or a key of the .json members.
+        split_column: Column that names the split, or COLUMN=VALUE: rows with that value are the val split.
         image_root: Folder that the paths of a table are relative to.
-        group: Column, or regular expression on an image's path, that gives an image's group (a patient, a video):
-            images of one group stay in one split.
+        group: Column with each image's group (a patient, a video), or a regular expression that finds the group in an
+            image's path. Images of one group stay in one split.
         weight_column: Column with each training image's weight in the loss; only the ratios matter.
     """
 
@@ -46,7 +47,12 @@ class Options:
         return replace(self, image_root=root)
 
     def check_used(self, kind: str, *used: str) -> None:
-        """Raise RequestError if an option is given that this kind of data (described in words) cannot use."""
+        """Raise RequestError if an option is given that this kind of data cannot use.
+
+        Args:
+            kind: The kind of data, in words, for the message.
+            used: Names of the options that this kind of data uses.
+        """
         if unused := next((name for name in self.given() if name not in used), None):
             raise RequestError(f"{flag(unused)} {self.given()[unused]}: {kind} cannot use it: leave it out")
 

@@ -1,7 +1,7 @@
 """Chooses where batches are made: in worker processes of low or normal priority, or in the training process.
 
-The choice is made by trying, while training goes on: what keeps up depends on the images, the model and on whatever
-else the machine does. Batches are the same wherever they are made.
+Places are tried while training goes on, because the right one depends on the images, the model and the other programs
+on the machine. Batches are the same wherever they are made.
 """
 
 import os
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 TRIAL_SECONDS = 3.0  # a place is judged after this time and a few batches
 LONGEST_TRIAL_SECONDS = 10.0  # or after this time, with however few batches
 WATCH_SECONDS = 20.0  # how long a speed is measured to see whether it has changed since
-STARVED = 0.5  # a speed below this share of the best ends a trial early
+STARVED = 0.5  # a trial ends early if its speed is below this share of the best speed
 WAITING = {"fixed": 0.2, "auto": 0.1}  # share of the time that training may wait before another place is tried
-GAIN = 1.05  # more workers must be so much faster to be worth a further trial
-CHANGED = 1.67  # a speed this much higher or lower than when the place was chosen: it is chosen anew
+GAIN = 1.05  # more workers are tried only if the last increase made loading faster by this factor
+CHANGED = 1.67  # the place is chosen again if the speed is higher or lower by this factor than when it was chosen
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Place:
 
     Args:
         workers: Worker processes; 0: in the training process.
-        yields: They leave the cores to the training: if one of its threads is interrupted, all of them wait.
+        yields: The workers have the lowest priority. A worker that interrupts one training thread stalls all of them.
     """
 
     workers: int
@@ -40,8 +40,8 @@ def places(workers: int | str, on_gpu: bool) -> list[Place]:
     """Return the places to try, in order.
 
     Args:
-        workers: Worker processes that were asked for, or "auto".
-        on_gpu: Training computes on a GPU, so that workers do not compete with it.
+        workers: The number of worker processes that the user chose, or "auto".
+        on_gpu: Training computes on a GPU, so workers do not compete with it for CPU cores.
     """
     if workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,12 +59,12 @@ class Pace:
 
     Args:
         places: The places to try, the first one at once.
-        batch_size: Images in a batch, for the line that is said.
-        climbs: Stop as soon as more workers do not help.
+        batch_size: Images in a batch, for the line that is printed.
+        climbs: Stop trying as soon as more workers do not help.
 
     Attributes:
         place: Where the next batches are to be made.
-        line: What was decided last, in words, until it is taken.
+        line: The last decision, in words; "" after `take_line` returned it.
     """
 
     def __init__(self, places: Sequence[Place], batch_size: int, climbs: bool = False) -> None:
@@ -81,7 +81,7 @@ class Pace:
 
         Args:
             waited: Seconds that training waited for the batch.
-            seconds: The same and the time that training then took.
+            seconds: `waited` plus the seconds that training then took.
         """
         self._batches += 1
         if self._batches <= 0 or len(self.places) == 1:  # the first batch is slow: workers start

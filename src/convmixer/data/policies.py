@@ -1,8 +1,8 @@
 """RandAugment and colour jitter for whole batches: chooses the operations of each image by its own random numbers.
 
-A layer is one operation for each image. What is drawn for a batch are numbers in one array, so that a GPU gets them
-in one copy. Operations and their strengths are those of torchvision's RandAugment and of timm's "increasing" set, so
-that images follow the same distribution as on the CPU; the random numbers differ.
+A layer applies one operation to each image. All random choices of a batch are numbers in one array, so a GPU gets
+them in one copy. Operations and strengths are those of torchvision's RandAugment and of timm's "increasing" set, so
+images follow the same distribution as on the CPU; the random numbers differ.
 """
 
 import math
@@ -65,7 +65,10 @@ class Draws:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014 (SplitMix64)."""
+    """Return a hash of each number, by SplitMix64.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -77,10 +80,11 @@ class Layer:
     """One operation for each image.
 
     Args:
-        names: (B,), the operation.
-        values: (B,), its strength: a factor, degrees, a share, pixels, bits or a level, see `numbers`.
-        sampling: (B,), of geometric operations.
-        kind: What may occur in it.
+        names: (B,), name of the operation for each image.
+        values: (B,), strength of the operation. Its unit depends on the operation: a factor, degrees, a share,
+            pixels, bits or a grey level.
+        sampling: (B,), interpolation of geometric operations.
+        kind: The operations and interpolations that may occur in the layer.
     """
 
     names: np.ndarray
@@ -89,7 +93,11 @@ class Layer:
     kind: "Kind"
 
     def numbers(self, side: int) -> np.ndarray:
-        """Return the layer as `Kind.apply` takes it, float64 (B, `LAYER_COLUMNS`), for square images of a side."""
+        """Return the layer as numbers for `Kind.apply`, float64 (B, `LAYER_COLUMNS`).
+
+        Args:
+            side: Width and height of the images, pixels.
+        """
         operations = np.zeros(len(self.names))
         matrices = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(self.names), 1))
         for name in self.kind.operations:
@@ -102,11 +110,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kind:
-    """What may occur in a layer: the same for every batch, so that a batch is a fixed sequence of operations.
+    """The operations that may occur in a layer; they are the same for every batch, so a GPU can replay one graph.
 
     Args:
-        operations: Names.
-        filters: Of `batch_ops`, for geometric operations.
+        operations: Names of the operations.
+        filters: Interpolations of geometric operations, as in `batch_ops`.
     """
 
     operations: tuple[str, ...]
@@ -117,17 +125,17 @@ class Kind:
 
         Args:
             images: The images.
-            numbers: See `Layer.numbers`, on the same device.
-            fill: (C,) uint8, the value outside the image.
-            drawn: `numbers` on the host, to compute each operation only for the images that chose it; None: compute
-                every operation for all images, so that the device does the same for every batch.
+            numbers: The result of `Layer.numbers`, on the same device.
+            fill: (C,) uint8, the value of pixels outside the image.
+            drawn: A copy of `numbers` on the CPU, to compute each operation only for the images that need it. None:
+                compute every operation for all images, so that the device does the same for every batch.
         """
         out = images
         for names, change in _CHANGES:
             found = [NUMBERS[name] for name in names if name in self.operations]
             if not found:
                 continue
-            first, last = min(found), max(found)  # their numbers follow each other
+            first, last = min(found), max(found)  # their numbers are consecutive
             if drawn is None:
                 chosen = (numbers[:, 0] >= first) & (numbers[:, 0] <= last)
                 out = torch.where(chosen[:, None, None, None], change(images, numbers, fill, self), out)
@@ -167,13 +175,19 @@ _CHANGES: list[tuple[tuple[str, ...], Callable[[Tensor, Tensor, Tensor, Kind], T
 
 
 def sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return a copy of an array on a device; a GPU gets it without a wait."""
+    """Return a copy of an array on a device; the CPU does not wait until a GPU has it."""
     there = torch.from_numpy(values)
     return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there.to(device)
 
 
 def matrices_of(name: str, values: np.ndarray, side: int) -> np.ndarray:
-    """Return PIL's matrices float64 (B, 6): shear by a share, translate by pixels, rotate by degrees."""
+    """Return the matrices of a geometric operation for PIL's affine transform, float64 (B, 6).
+
+    Args:
+        name: The operation.
+        values: (B,): a share for shear, pixels for translation, degrees for rotation.
+        side: Width and height of the images, pixels.
+    """
     matrices = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(values), 1))
     if name == "Rotate":  # about the centre, as Image.rotate
         angle, center = -np.radians(values % 360), side / 2
@@ -187,7 +201,7 @@ def matrices_of(name: str, values: np.ndarray, side: int) -> np.ndarray:
 
 
 def kinds_of(policy: str, interpolation: str) -> list[Kind]:
-    """Return what may occur in each layer of a policy that `supported` knows."""
+    """Return the kind of each layer of a policy for which `supported` is true."""
     if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
         return [Kind(TORCHVISION)] * int(match[1])
     match = _timm_match(policy)
@@ -198,7 +212,7 @@ def kinds_of(policy: str, interpolation: str) -> list[Kind]:
 
 
 def layers_of(policy: str, interpolation: str, side: int, draws: Draws) -> list[Layer]:
-    """Return the layers of a policy that `supported` knows."""
+    """Return the layers of a policy for which `supported` is true."""
     kinds = kinds_of(policy, interpolation)
     if match := re.fullmatch(r"torchvision-randaugment-(\d+)-(\d+)", policy):
         return [_torchvision(int(match[2]), side, draws, kind) for kind in kinds]

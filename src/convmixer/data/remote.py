@@ -1,4 +1,4 @@
-"""What a URL means as data: one shard, several by {000..009} or a pattern, or a list of them in a .txt file."""
+"""Finds the shards that a URL names: a single one, a range {000..009}, a pattern, or a list in a .txt file."""
 
 import itertools
 import re
@@ -20,10 +20,10 @@ def fetch_shards(url: str, recorded: bool) -> tuple[list[Path], str, list[str]]:
 
     Args:
         url: As in `argument.read_argument`.
-        recorded: It was read from a file, not typed: only local copies are used, never the network.
+        recorded: The URL was read from a file, not typed by the user: only local copies are used, not the network.
 
     Raises:
-        RequestError: It names no shards, or they cannot be fetched.
+        RequestError: The URL names no shards, or they cannot be fetched.
     """
     notes: list[str] = []
     urls = expand(url)
@@ -41,7 +41,7 @@ def expand(url: str) -> list[str]:
     """Return the URLs that ranges like {000..009} stand for.
 
     Raises:
-        RequestError: There are too many.
+        RequestError: There are too many, or a range ends before it begins.
     """
     pieces = RANGE.split(url)  # text, first, last, text, first, last, text
     choices = [[pieces[0]]]
@@ -62,11 +62,11 @@ def read_list(path: Path, base: str) -> list[str]:
     """Return the URLs in a list of shards: one per line, a name relative to the list or a URL on its server.
 
     Args:
-        path: The local copy.
+        path: The local copy of the list.
         base: The URL of the list.
 
     Raises:
-        RequestError: It is not such a list, or it leads to another server.
+        RequestError: The file is not such a list, or it names a URL on another server.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -81,15 +81,17 @@ def read_list(path: Path, base: str) -> list[str]:
 
 
 def _beside(base: str, name: str) -> str:
-    """Return the URL that a line of a list names; another server is refused, because the user did not choose it."""
+    """Return the URL that a line of a list names. Another server is refused, because the user did not choose it."""
     origin = urlsplit(base)
-    # urljoin knows only http
+    # urljoin works only with http
     joined = name if "://" in name else urljoin(base.replace(origin.scheme, "http", 1), name)
     found = urlsplit(joined)
     if "://" not in name:
         found = found._replace(scheme=origin.scheme)
     if (found.scheme, found.netloc) != (origin.scheme, origin.netloc):
-        raise RequestError(f"{base} names {name[:200]!r} on another server: not followed; name its shards yourself")
+        raise RequestError(
+            f"{base} names {name[:200]!r} on another server, which is not opened: give that URL as DATA"
+        )
     return found.geturl()
 
 
@@ -97,7 +99,9 @@ def _matching(url: str) -> list[str]:
     """Return the files in a store that a pattern names."""
     protocol = url.partition("://")[0]
     if protocol in ("http", "https"):
-        raise RequestError(f"{url}: a web server has no list of files; write {{000..009}}, or name a list, .txt")
+        raise RequestError(
+            f"{url}: a web server does not list its files; write a range {{000..009}}, or give the URL of a .txt list"
+        )
     try:
         found = sorted(f"{protocol}://{name}" for name in file_system(url).glob(url))
     except RequestError:
@@ -112,7 +116,7 @@ def _matching(url: str) -> list[str]:
 
 def _matched_before(url: str) -> list[str]:
     if not _names(url).exists():
-        raise RequestError(f"there are no copies of {url} here: name the data")
+        raise RequestError(f"there are no local copies of {url}: give it as DATA to fetch it again")
     return _names(url).read_text(encoding="utf-8").splitlines()
 
 

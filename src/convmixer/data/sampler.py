@@ -1,6 +1,6 @@
-"""Choose the images and random numbers of each step, by pure functions of seed, epoch and position.
+"""Chooses the images and random numbers of each step, with pure functions of seed, epoch and position.
 
-Therefore resuming is exact for any number of workers and processes, and no generator state has to be saved.
+So a resumed run continues exactly, for any number of workers and processes, and no generator state is saved.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-_FLIPS = -(2**40)  # used instead of an epoch: images use 0 and above, steps of training small negative numbers
+_FLIPS = -(2**40)  # in place of an epoch; images use epochs from 0, training steps small negative numbers
 
 Key = tuple[int, int]  # (epoch, index of the image)
 
@@ -21,9 +21,8 @@ Key = tuple[int, int]  # (epoch, index of the image)
 class KeyedBatchSampler(Sampler[list[Key]]):
     """Endless batches of (epoch, index); each depends only on its global step.
 
-    An epoch is `steps_per_epoch` steps over a fresh permutation of the images; images that do
-    not fill a last step are left out of that epoch. At each step the processes take consecutive parts of one global
-    batch.
+    An epoch is `steps_per_epoch` steps over a new permutation of the images. Images that do not fill a last step are
+    left out of that epoch. At each step, the processes take consecutive parts of one global batch.
 
     Args:
         size: Images in the set.
@@ -32,7 +31,8 @@ class KeyedBatchSampler(Sampler[list[Key]]):
         start_step: Global step to begin at; a later change applies to the next iteration.
         steps_per_epoch: Steps in an epoch.
         rank, world: Index of this process, and the number of processes.
-        odds: How likely each image is drawn, (N,), with repetition; None: every image once an epoch.
+        odds: (N,), how often each image is drawn relative to the others; images may repeat. None: every image once
+            per epoch.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ def draw(size: int, seed: int, epoch: int, odds: np.ndarray | None) -> np.ndarra
 
 
 def class_odds(labels: np.ndarray) -> np.ndarray:
-    """Return odds with which every class is drawn equally often, float64 (N,), from labels (N,)."""
+    """Return the odds, float64 (N,), with which all classes are drawn equally often; labels are (N,)."""
     counts = np.bincount(labels)
     odds: np.ndarray = 1 / (counts[labels] * np.count_nonzero(counts))
     return odds / odds.sum()
@@ -91,7 +91,8 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 
 
 def is_flipped(seed: int, epoch: int, index: int) -> bool:
-    """Return whether alternating flips mirror an image in an epoch: at random in the first, then in every second one.
+    """Return whether alternating flips mirror an image in an epoch: at random in the first, then in every second
+    epoch.
 
     Source: arXiv 2404.00498, Sec. 3.6.
     """

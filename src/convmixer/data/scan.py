@@ -1,7 +1,7 @@
-"""Reads from every image before training its header, and a digest that identifies copies. No pixels.
+"""Reads the header of every image before training, and a digest that identifies copies, but no pixels.
 
-Both are kept in the cache folder, so that a second start asks for the size and time of each file or shard, and reads
-only what has changed since.
+If there are many files, headers and digests are kept in the cache folder. Then a second start asks only for the size
+and time of each file or shard, and reads the files that have changed.
 """
 
 import contextlib
@@ -10,30 +10,29 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
-from convmixer.data.sources import Arrays, Column, Files, Shards, Source, digest
+from convmixer.data.sources import Arrays, Files, Shards, Source
 from convmixer.data.status import file_status, settled
 from convmixer.files import atomic_file, cached_file
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
-OnDisk = Files | Shards | Column
-CACHED_FROM = 1000  # files; fewer are read in no time
+CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
 PART = 256
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of the images of a source.
+    """Headers and digests of the images of a source.
 
     Args:
-        headers: The header of each image, or why it cannot be read.
-        digests: uint64 (N,): of the contents, or of size and first 8 KiB if the file is longer; 0 if unreadable.
-        kept: What the cache holds of them; None: they are not cached.
+        headers: The header of each image, or the reason why it cannot be read.
+        digests: uint64 (N,): digest of the contents, or of the size and the first 8 KiB if the file is longer; 0 if
+            the image cannot be read.
+        kept: Their place in the cache; None: they are not cached.
     """
 
     headers: list[Header | str]
@@ -50,7 +49,7 @@ def scan(source: Source) -> Scan:
     if isinstance(source, Arrays):
         digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
         return Scan([source.header(0)] * len(source) if len(source) else [], digests)
-    kept = _Kept.load(source) if _has_files(source) and len(source) >= CACHED_FROM else None
+    kept = _Kept.load(source) if isinstance(source, (Files, Shards)) and len(source) >= CACHED_FROM else None
     headers: list[Header | str] = [""] * len(source)
     digests = np.zeros(len(source), np.uint64)
     if kept:
@@ -77,10 +76,6 @@ def scan(source: Source) -> Scan:
     return Scan(headers, digests, kept)
 
 
-def _has_files(source: Source) -> TypeGuard[OnDisk]:
-    return isinstance(source, (Files, Shards)) or (isinstance(source, Column) and bool(source.files))
-
-
 class _Kept:
     """The headers and digests of images in the cache, each valid while its file keeps its size and time.
 
@@ -89,7 +84,7 @@ class _Kept:
         table: Arrays of an earlier scan by name; None: there was none.
     """
 
-    def __init__(self, source: OnDisk, table: dict[str, np.ndarray] | None) -> None:
+    def __init__(self, source: Files | Shards, table: dict[str, np.ndarray] | None) -> None:
         self.source, self.status, self.changed = source, _status(source), False
         count = len(source)
         self.table = table or {name: np.full(count, -1 if name == "mode" else 0, kind) for name, kind in _COLUMNS}
@@ -98,8 +93,8 @@ class _Kept:
         self.table["whole"][~self.valid] = 0
 
     @classmethod
-    def load(cls, source: OnDisk) -> "_Kept":
-        """Return what is kept; nothing if the cache is damaged or of other files."""
+    def load(cls, source: Files | Shards) -> "_Kept":
+        """Return the cached headers and digests; none if the cache is damaged or belongs to other files."""
         try:
             with _cache_file(source).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 table = {name: file[name].astype(kind) for name, kind in _COLUMNS} | {"modes": file["modes"]}
@@ -109,7 +104,7 @@ class _Kept:
         return cls(source, table if whole else None)
 
     def found(self) -> tuple[list[Header | str], np.ndarray]:
-        """Return headers and digests; what is not valid is a placeholder."""
+        """Return headers and digests; those that are no longer valid are placeholders."""
         t = self.table
         modes = [str(mode) for mode in t.get("modes", ())] or [""]
         sizes = zip(t["width"].tolist(), t["height"].tolist(), strict=True)
@@ -117,7 +112,7 @@ class _Kept:
         return headers, t["digest"].copy()
 
     def keep(self, headers: list[Header | str], digests: np.ndarray) -> None:
-        """Keep a scan for the next time, but for images that cannot be read or changed just now."""
+        """Keep a scan for the next start, except for images that cannot be read or changed just now."""
         modes = sorted({header[0] for header in headers if not isinstance(header, str)})
         numbers = {mode: number for number, mode in enumerate(modes)}
         flat = [(-1, 0, 0) if isinstance(h, str) else (numbers[h[0]], *h[1]) for h in headers]
@@ -130,7 +125,7 @@ class _Kept:
         self.changed = True
 
     def save(self) -> None:
-        """Write the cache if it has changed; one that cannot be written is done without."""
+        """Write the cache if it has changed; if it cannot be written, nothing is cached."""
         if not self.changed:
             return
         with contextlib.suppress(OSError), atomic_file(_cache_file(self.source)) as file:
@@ -156,11 +151,8 @@ _COLUMNS = (
 )
 
 
-def _status(source: OnDisk) -> np.ndarray:
-    """Return size and time of the file that each image is in, int64 (N, 2); rows of parquet share those of all."""
-    if isinstance(source, Column):
-        status = file_status(Path(), [os.path.abspath(file) for file in source.files])
-        return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(source), 1))
+def _status(source: Files | Shards) -> np.ndarray:
+    """Return size and time of the file that each image is in, int64 (N, 2)."""
     if isinstance(source, Shards):
         return file_status(Path(), [os.path.abspath(tar) for tar in source.tars])[source.places[:, 0]]
     if source.status is not None:
@@ -168,26 +160,20 @@ def _status(source: OnDisk) -> np.ndarray:
     return file_status(source.root, [source.name(index) for index in range(len(source))])
 
 
-def _cache_file(source: OnDisk) -> Path:
+def _cache_file(source: Files | Shards) -> Path:
     if isinstance(source, Files):
         what = os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()
-    elif isinstance(source, Shards):
-        what = _names(source.tars) + source.places.tobytes()
     else:
-        what = _names(source.files) + f"\0{source.chosen}\0{len(source)}".encode(errors="surrogateescape")
+        what = b"\0".join(os.fsencode(os.path.abspath(tar)) for tar in source.tars) + source.places.tobytes()
     return cached_file("headers", what, ".npz")
 
 
-def _names(files: Sequence[Path]) -> bytes:
-    return b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)
-
-
 def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:
-    """Return for each source a number per image that equal images share, int64 (N,); -1 if unreadable.
+    """Return for each source a number per image, int64 (N,), the same for equal images; -1 if unreadable.
 
     Args:
         sources: The images.
-        scans: What is known of them; longer files of equal digest are read whole here.
+        scans: Their scans. Long files with the same digest are read completely here.
     """
     joined = np.concatenate([part.digests for part in scans]) if scans else np.empty(0, np.uint64)
     start = np.cumsum([0, *(len(part.digests) for part in scans)])
@@ -208,5 +194,5 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
 def _digest_whole(source: Files, kept: _Kept | None, index: int) -> int:
     try:
         return kept.digest_whole(index) if kept else source.digest(index, whole=True)
-    except OSError:  # gone since; reading it will say so
+    except OSError:  # deleted meanwhile; reading the image will report it
         return 0

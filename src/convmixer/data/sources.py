@@ -1,6 +1,6 @@
 """The sources of an image set's bytes: arrays, files, parquet columns, tar shards. All have random access by index.
 
-A source knows nothing about labels or splits, and decodes only on request. `find.py` finds the sources, `splits.py`
+A source has no labels and no splits, and decodes an image only on request. `find.py` finds the sources, `splits.py`
 makes the splits.
 """
 
@@ -28,19 +28,21 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return what to call an image in a message."""
+        """Return the name of an image for messages."""
         ...
 
     def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Return mode and (width, height) without decoding; ImageError if that fails."""
+        """Return mode and (width, height) without decoding the image; raise ImageError if that fails."""
         ...
 
     def image(self, index: int, in_chans: int, bits: int = 16) -> Image.Image:
-        """Return the decoded image as RGB or L, `bits` as in Preprocessing; ImageError if that fails."""
+        """Return the decoded image as RGB or L; raise ImageError if that fails. For `bits` see `Preprocessing`."""
         ...
 
     def digest(self, index: int, whole: bool = False) -> int:
-        """Return a 64-bit digest, not 0, of the stored image, or of its size and first 8 KiB if that is less."""
+        """Return a 64-bit digest that is not 0: of the whole stored image if it is short or `whole`, else of its size
+        and its first 8 KiB.
+        """
         ...
 
 
@@ -85,7 +87,7 @@ def _blake(data: bytes = b"") -> Any:
 
 
 class Encoded:
-    """Methods that all sources of encoded images share."""
+    """Base class of the sources of encoded images."""
 
     def brightest(self, index: int) -> int:
         """Return the largest value of an image of 16-bit or 32-bit integers; 0 for other images."""
@@ -120,7 +122,7 @@ class Files(Encoded):
     Args:
         root: The folder that paths are relative to.
         paths: Paths as bytes, (N,): an array, because worker processes would copy a list of a million strings.
-        status: Their sizes and times when they were found, see `file_status`; None: not asked for yet.
+        status: Sizes and times of the files when they were found, see `file_status`; None: not known yet.
     """
 
     root: Path
@@ -144,14 +146,10 @@ class Column(Encoded):
     Args:
         label: Start of the images' names, e.g. "train".
         images: Binary values, or structs with a field "bytes".
-        files: The parquet files that the rows are from; empty: not known.
-        chosen: Which column and which rows of the files they are, in any words that tell them from others.
     """
 
     label: str
     images: pa.ChunkedArray
-    files: Sequence[Path] = ()
-    chosen: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -195,6 +193,6 @@ class Shards(Encoded):
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Return part of a file; opened again each time, which costs microseconds and is safe in any process."""
+    """Return part of a file. It is opened each time, which takes microseconds and is safe in any process."""
     with path.open("rb") as file:
         return os.pread(file.fileno(), size, offset)

@@ -1,4 +1,4 @@
-"""Assigns every image to one split with one label, and makes missing splits from train.
+"""Gives every image one split and one label, and makes missing splits from train.
 
 All randomness comes from the seed. Identical images, and images of one group, always stay in the same split.
 """
@@ -10,24 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convmixer.data.labels import is_label
 from convmixer.data.options import Options
-from convmixer.errors import RequestError, shown
+from convmixer.errors import RequestError
 
 TEST_FRACTION = 0.2  # of train, if the data have no test split
-TEST_SEED = 0  # the same test images whatever the run's seed, so that runs can be compared
+TEST_SEED = 0  # every run has the same test images, so that runs with different seeds can be compared
 KEPT_IN = ("test", "val", "train")  # of several copies, only those in the first of these stay
 
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Images that cannot all stay.
+    """Images that are left out because of their copies.
 
     Args:
-        contradicting: Split -> bool (N,): an identical image has a different label.
-        elsewhere: Split -> bool (N,): a copy of it stays in another split.
+        contradicting: Split -> bool (N,): the image has a copy with a different label.
+        elsewhere: Split -> bool (N,): a copy of the image stays in another split.
         copies: How many images are copies of others.
-        notes: What was found, in words.
+        notes: Notes for the user.
     """
 
     contradicting: dict[str, np.ndarray]
@@ -42,9 +41,9 @@ def find_conflicts(
     """Return which images have copies with a different label or in a different split.
 
     Args:
-        copies: Split -> a number per image that equal images share, int64 (N,); -1: not known.
+        copies: Split -> a number per image, int64 (N,), the same for equal images; -1: not known.
         labels: Split -> int64 (N,).
-        name: Returns what to call an image, from split and index.
+        name: Split and index of an image -> its name.
     """
     order = [split for split in KEPT_IN if split in copies]
     numbers = np.concatenate([copies[split] for split in order])
@@ -94,7 +93,7 @@ def _spread(groups: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 def group_names(
     options: Options, columns: Mapping[str, Sequence[str]], names: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Return split -> the group name of every image, "" for an image in no group; {} if `--group` is not given.
+    """Return split -> name of each image's group, "" if the image is in no group; {} if `--group` is not given.
 
     Args:
         options: Its `group` is a column or a regular expression.
@@ -107,7 +106,7 @@ def group_names(
     if options.group is None:
         return {}
     if columns:
-        return {split: [cell if is_label(cell) else "" for cell in cells] for split, cells in columns.items()}
+        return {split: list(cells) for split, cells in columns.items()}
     try:
         pattern = re.compile(options.group)
     except re.error as error:
@@ -133,7 +132,7 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Return notes on the groups.
 
     Raises:
-        RequestError: All images are in one group, or a group is in two of the splits that the data come with.
+        RequestError: A group is in two of the splits that the data come with.
     """
     if not groups:
         return []
@@ -145,16 +144,12 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
                     f"group {name!r} is in {other} and in {split}: the data's own splits separate images of one group"
                 )
     single = sum(name == "" for names in groups.values() for name in names)
-    if len(seen) == 1 and not single:
-        raise RequestError(
-            f"--group puts all images into one group, {shown(next(iter(seen)))!r}: give one that differs"
-        )
     note = f"{len(seen)} groups, each in one split"
     return [note + (f"; {single} images belong to none" if single else "")]
 
 
 def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """Return a number that images share if copies or groups connect them, directly or through other images."""
+    """Return a number per image, the same for images that copies or groups connect, also through other images."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -176,14 +171,14 @@ def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Return which images to hold out: the same share of every class, as nearly as whole groups allow.
+    """Return which images to hold out: the same share of every class, as far as groups that stay together allow.
 
     Args:
         labels: int64 (N,).
         fraction: Share of the images, 0 to 1, rounded up; train keeps at least one group of every class.
         seed: Chooses the groups.
-        groups: int64 (N,), group number of each image; images with one number stay together. None: every image is its
-            own group.
+        groups: int64 (N,), group number of each image; images with the same number stay together. None: each image is
+            a group.
 
     Returns:
         bool, (N,): True for held out.
@@ -207,9 +202,9 @@ def stratified(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarra
 
 
 def _fill(candidates: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
-    """Return the candidates, in their order, that together hold about `wanted` images.
+    """Return those candidates that together have about `wanted` images.
 
-    They are taken in turn, skipping a group that would overshoot by more than half its size.
+    They are taken in order; a group that would exceed `wanted` by more than half its own size is skipped.
     """
     if (sizes == 1).all():
         return candidates[:wanted]

@@ -1,6 +1,6 @@
-"""Size and time of many files, by one `stat` each: several at once, since a network takes a while for each.
+"""Size and time of many files, by one `stat` each, several at once because a network file system is slow.
 
-What was learned of a file stays valid while both stay the same.
+If both are as before, a file counts as unchanged.
 """
 
 import os
@@ -14,15 +14,15 @@ import numpy as np
 
 AT_ONCE = 8
 PART = 1024
-# ns; a file changed again so soon after may keep its time, since some file systems count in steps of 2 s
+# ns; some file systems store times in steps of 2 s, so a file that changes twice in that time may keep its time
 SETTLED = 2 * 10**9
 
 
 def file_status(root: Path, names: Sequence[str]) -> np.ndarray:
-    """Return size and time of files, int64 (N, 2): bytes, -1 if it is not there or not an ordinary file; ns.
+    """Return size in bytes and time in nanoseconds of files, int64 (N, 2); size -1: missing, or not an ordinary file.
 
-    The time is that of the last change of contents or of name, owner and so on, whichever is later: a file put in the
-    place of another may bring an old time of contents along.
+    The time is the later of modification time (mtime) and status-change time (ctime): a file that is moved to the
+    place of another one keeps its old mtime.
 
     Args:
         root: The folder that the names are relative to.
@@ -38,7 +38,7 @@ def file_status(root: Path, names: Sequence[str]) -> np.ndarray:
 
 
 def settled(times: np.ndarray) -> np.ndarray:
-    """Return which of the times are so old that a change from now on would give another one, bool (N,)."""
+    """Return which of the times are so old that a change of the file from now on would change them, bool (N,)."""
     return np.asarray(times < time.time_ns() - SETTLED)
 
 

@@ -39,14 +39,14 @@ def describe(
     Args:
         spec: The data argument.
         options: What the user said about columns, folders and groups.
-        out: The picture to write, .png; None: `<name>-classes.png` here.
+        out: The picture to write, .png; None: `<name>-classes.png` in the current folder.
         val_fraction, seed, test_fraction: How missing splits are made, as in training.
 
     Returns:
-        See `summarise`, and "picture".
+        The result of `summarise`, and "picture".
 
     Raises:
-        RequestError: No such data, or no image can be used.
+        RequestError: There are no such data, or no image can be used.
     """
     from convmixer.results.contact_sheet import SIDE, contact_sheet
 
@@ -76,9 +76,9 @@ def summarise(data: DataSplits) -> dict[str, Any]:
 
     Returns:
         "name", "spec"; "train", "val", "test" (images); "classes" (a list of "name" and images per split);
-        "imbalance" (images of the largest class of train over those of the smallest); "sizes" (smallest, median and
-        largest side, and how many different sizes); "modes" (PIL's mode to images); "copies"; "unreadable";
-        "ignored" (a list of "reason", "count", "examples"); "notes".
+        "imbalance" (images in the largest class of train divided by those in the smallest); "sizes" (smallest, median
+        and largest side, and the number of different sizes); "modes" (PIL's mode -> number of images); "copies";
+        "unreadable"; "ignored" (a list of "reason", "count", "examples"); "notes".
     """
     assert data.found is not None
     assert data.checked is not None

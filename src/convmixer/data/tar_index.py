@@ -1,7 +1,7 @@
-"""The members of a tar file: where each lies, and the texts of the shortest ones, which may be labels.
+"""Index of a tar file: the position of each member, and the texts of short members, which may be labels.
 
-Finding them reads the header of every member, all over the file, so the index is kept in the cache folder while the
-file keeps its size and time.
+Making it reads the header of every member, all over the file. So the index is kept in the cache folder, and is valid
+as long as the file keeps its size and time.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
 from convmixer.files import atomic_file, cached_file
 
-CACHED_FROM = 1 << 20  # bytes; a smaller file is read in no time
+CACHED_FROM = 1 << 20  # bytes; the index of a smaller file is not kept, because it is made in no time
 TEXT_BYTES = 256
 VERSION = 1
 
@@ -27,9 +27,9 @@ class Member(NamedTuple):
     """A file in a tar file.
 
     Args:
-        offset, size: Of its contents in the file, bytes.
+        offset, size: Position and size of its contents in the tar file, bytes.
         name: Its name.
-        text: Its contents, if they are short and not an image.
+        text: Its contents, if they are short and not an image; else None.
     """
 
     offset: int
@@ -42,7 +42,7 @@ def index_tar(path: Path) -> dict[str, dict[str, Member]]:
     """Return the samples of a WebDataset shard in order: key -> {extension: member}.
 
     Raises:
-        RequestError: Not a tar file, compressed (no random access), or cut short.
+        RequestError: The file is not a tar file, is compressed (no random access), or is cut short.
     """
     samples: dict[str, dict[str, Member]] = {}
     for member in _members(path):
@@ -64,7 +64,7 @@ def _members(path: Path) -> list[Member]:
         return _load(cache, status)
     members = list(_read(path))
     if settled(status[:, 1]).all():
-        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+        with contextlib.suppress(OSError):  # if the cache cannot be written, nothing is cached
             _save(cache, status, members)
     return members
 

@@ -59,7 +59,7 @@ def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
 
 
 def prepared_transform(p: Preprocessing) -> Transform:
-    """Return what is left of the evaluation transform for images that are resized and cropped already."""
+    """Return the rest of the evaluation transform, for images that are resized and cropped already."""
     return functools.partial(_normalise, p=p)
 
 
@@ -70,8 +70,8 @@ def _normalise(image: Image.Image, p: Preprocessing) -> Tensor:
 def train_transform(config: Config, p: Preprocessing) -> Transform:
     """Return the random training transform: PIL image (L or RGB as `p.in_chans` says) to float32 (C, H, W).
 
-    Order: random resized crop, padded crop, flips, automatic augmentation, colour jitter, normalisation; then, on the
-    batch, `mix` and `erase`. This is the order of timm and of locuslab/convmixer-cifar10.
+    The order is that of timm and of locuslab/convmixer-cifar10: random resized crop, padded crop, flips, automatic
+    augmentation, colour jitter, normalisation. The training step then applies `mix` and `erase` to the batch.
 
     Args:
         config: The augmentation settings.
@@ -143,9 +143,9 @@ def auto_augment(policy: str, interpolation: str, p: Preprocessing) -> Callable[
     """Return an automatic augmentation policy.
 
     Args:
-        policy: A timm policy ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "v0", "3a", ...), filled with the
-            mean colour as timm does, or "torchvision-randaugment-N-M": torchvision's RandAugment of N operations at
-            magnitude M, filled with black.
+        policy: A timm policy ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "v0", "3a", ...), or
+            "torchvision-randaugment-N-M": torchvision's RandAugment of N operations at magnitude M. Pixels outside
+            the image get the mean colour with timm's policies, and black with torchvision's.
         interpolation: Filter of geometric operations of a timm policy; "random": bilinear or bicubic.
         p: Size and mean.
 
@@ -199,13 +199,12 @@ def mix(
         images: (B, C, H, W); not changed.
         labels: int64 (B,).
         num_classes: Width of the targets.
-        config: `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob`, `smoothing`.
+        config: Its settings `mixup`, `cutmix`, `mixup_prob`, `mixup_switch_prob` and `smoothing` are used.
         generator: The only source of randomness; one number is drawn from it.
         weights: float32 (B,), weight of each image in the loss; None: 1.
 
     Returns:
-        Images like the input, and targets float32 (B, num_classes) whose rows sum to 1, or to the weights if there
-        are any.
+        Images like the input, and targets float32 (B, num_classes), whose rows sum to the weights.
 
     Source: timm's Mixup in batch mode, with its label smoothing; the same random numbers give the same result.
     """
@@ -234,13 +233,13 @@ def _mix_images(images: Tensor, config: Config) -> tuple[Tensor, float]:
 
 
 def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return a batch after random erasing, drawn for each image; as in timm, it follows mixing.
+    """Return a batch after random erasing of each image; as in timm, it comes after `mix`.
 
     Args:
-        images: Normalised, (B, C, H, W); changed in place: `mix` has copied most batches already.
-        config: `random_erasing`, `erasing_mode`.
-        generator: Decides the boxes; one number is drawn from it. Torch's global generator of the device fills the
-            boxes.
+        images: Normalised images (B, C, H, W); they are changed in place.
+        config: Its settings `random_erasing` and `erasing_mode` are used.
+        generator: One number is drawn from it and chooses the boxes. The boxes are filled from torch's global
+            generator of the device.
 
     Returns:
         The same images.

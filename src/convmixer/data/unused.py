@@ -12,8 +12,8 @@ class Unused:
     """Files, folders, columns and members of a data set that are not used, by reason.
 
     Attributes:
-        counts: Reason -> how many.
-        names: Reason -> their names, the first 1,000.
+        counts: Reason -> number of parts.
+        names: Reason -> names of the first 1,000 parts.
     """
 
     def __init__(self) -> None:

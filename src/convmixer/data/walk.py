@@ -1,7 +1,7 @@
 """Finds the files below a folder, the same ones for every command.
 
-Links are followed, each real folder is read once, and hidden files and convmixer's own output are passed over.
-Standard library only: `predict` uses it without torch.
+Links are followed, each real folder is read once, and hidden files and convmixer's own output are skipped.
+It does not import torch, because `predict` uses it without torch.
 """
 
 import errno
@@ -16,7 +16,6 @@ from convmixer.preprocess import SUFFIXES
 from convmixer.run_folder import is_own_output
 
 MAX_DEPTH = 32  # folders; deeper ones are counted, not read
-SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 HIDDEN = "hidden"
 OWN_OUTPUT = "written by convmixer"
 READ_ALREADY = "a link to a folder that is already read"
@@ -34,7 +33,7 @@ class Walk:
         files: Paths relative to it, with "/" between the parts. In each folder the files come first, sorted by
             name, then the folders.
         empty: The folders without usable files, relative to the root.
-        unused: What was passed over, and why.
+        unused: What was skipped, and why.
     """
 
     root: Path
@@ -51,7 +50,7 @@ def is_image(name: str) -> bool:
 def walk(root: Path) -> Walk:
     """Return the files below a folder, at most 32 folders deep.
 
-    A broken link counts as a file, so that it is named as unreadable if it should be an image.
+    A broken link counts as a file, so that it is reported as unreadable if its name ends like an image's.
 
     Raises:
         RequestError: A folder cannot be read.
@@ -71,7 +70,7 @@ class _Walker:
         self.links: deque[str] = deque()
 
     def read(self, folder: str) -> None:
-        """Read real folders before links: a link may lead to one of them, whose files belong to the real folder."""
+        """Read real folders before links, so that a folder that is reachable both ways is listed by its real path."""
         self._read_real(folder)
         if not self.links:
             return
@@ -101,7 +100,7 @@ class _Walker:
         before = len(self.files) + len(self.links)
         for entry in self._entries(folder):
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith(".") or entry.name in SYSTEM:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
                 self.unused.add(HIDDEN, path)
             elif not _is_folder(entry):
                 self._take(entry, path)

@@ -1,4 +1,7 @@
-"""Notices changes of a data set while a run trains on it: by names, sizes and times, then by its checksum."""
+"""Notices that a data set changes while a run trains on it.
+
+Names, sizes and times of the files are compared first; only if one differs is the checksum computed again.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ class Watch:
     Args:
         spec: The data argument, see `argument.read_argument`.
         checksum: Checksum of the data when they were read.
-        options: How they were read.
+        options: The options with which the data were read.
     """
 
     def __init__(self, spec: str, checksum: str, options: Options) -> None:
@@ -27,7 +30,7 @@ class Watch:
         self._listing = listing(self.path)
 
     def changed(self) -> str | None:
-        """Return what has changed since the last call, in words, or None."""
+        """Return what has changed since the last call, in words; None: nothing."""
         found = listing(self.path)
         if found == self._listing:
             return None
@@ -35,15 +38,15 @@ class Watch:
         try:
             checksum = find(self.spec, options=self.options).checksum
         except RequestError as error:
-            return f"they cannot be read any more ({error})"
+            return f"its files can no longer be read ({error})"
         if checksum == self.checksum:  # only the times changed
             return None
         self.checksum = checksum
-        return "their checksum has changed"
+        return "its checksum has changed"
 
 
 def listing(path: Path | None) -> str | None:
-    """Return a hash of names, sizes and times of the files below a path, or None without a path."""
+    """Return a hash of the names, sizes and times of the files below a path; None if `path` is None."""
     if path is None:
         return None
     try:

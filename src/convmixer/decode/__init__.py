@@ -1,1 +1,1 @@
-"""Decodes untrusted image files, with bounds on time and memory."""
+"""Decodes untrusted image files, with limits on time and memory."""

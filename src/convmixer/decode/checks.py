@@ -1,7 +1,7 @@
-"""Estimates from a file's structure what decoding it costs, before PIL reads it.
+"""Estimates from a file's structure how long decoding it may take, before PIL reads it.
 
-PIL and its libraries bound the pixels of an image, but not the work for each: a progressive JPEG may repeat a scan
-thousands of times, EXIF tags may all point to the same megabyte, every strip of a TIFF may be the same large one.
+PIL and its libraries limit the number of pixels, but not the work per pixel. A progressive JPEG may repeat a scan
+thousands of times, all EXIF tags may point to the same megabyte, and all strips of a TIFF may be the same large one.
 """
 
 import re
@@ -13,10 +13,10 @@ from PIL import Image
 
 from convmixer.decode.errors import Apart, ImageError
 
-MAX_SCANS = 200  # of a JPEG; encoders write 1 to 20
-MAX_SCAN_PIXELS = 4_000_000_000  # scans x pixels of a JPEG; an empty scan costs 0.5 ns a pixel
-SCAN_BYTES = 10  # the shortest scan
-METADATA_BYTES = 65_536  # EXIF of a JPEG, or what precedes the pixels of a PNG; PIL copies EXIF once for each tag
+MAX_SCANS = 200  # scans of a JPEG; encoders write 1 to 20
+MAX_SCAN_PIXELS = 4_000_000_000  # scans times pixels of a JPEG; an empty scan takes 0.5 ns per pixel
+SCAN_BYTES = 10  # length of the shortest scan
+METADATA_BYTES = 65_536  # EXIF of a JPEG, or all that is before the pixels of a PNG; PIL copies EXIF once per tag
 GIF_BYTES = 1 << 20
 UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, during which the clock cannot be checked
 JPEG = ("JPEG", "MPO")
@@ -34,19 +34,22 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, restar
 
 
 def needs_clock(data: bytes) -> bool:
-    """Return whether a clock must run while a file is read; not if it is small, or a JPEG, see `check_scans`."""
+    """Return whether a clock must run while a file is read.
+
+    Small files do not need it, nor do JPEG files, whose work `check_scans` limits.
+    """
     return len(data) > METADATA_BYTES and not data.startswith(_JPEG_START)
 
 
 def check_file(file: BinaryIO, small: bool = False) -> None:
-    """Check a file before PIL opens it; the position stays at its start.
+    """Check a file before PIL opens it; afterwards its position is at the start again.
 
     Args:
         file: The file, at its start.
         small: Whether it has at most METADATA_BYTES.
 
     Raises:
-        Apart: It should be decoded in a process that can be killed.
+        Apart: The file should be decoded in a process that can be killed.
     """
     start = file.read(16)
     if small and start.startswith((_JPEG_START, _PNG_START)):
@@ -70,7 +73,7 @@ def check_opened(image: Image.Image) -> None:
     """Check an image that PIL has opened (not a JPEG) before its pixels are decoded.
 
     Raises:
-        Apart: It should be decoded in a process that can be killed.
+        Apart: The image should be decoded in a process that can be killed.
     """
     if image.format == "PNG":  # decoded in pieces
         return
@@ -83,7 +86,7 @@ def check_metadata(image: Image.Image) -> None:
     """Check an image's EXIF before PIL reads it.
 
     Raises:
-        Apart: It is large; PIL may copy all of it once for each of thousands of tags.
+        Apart: The EXIF is large: PIL may copy all of it once for each of thousands of tags.
     """
     info = image.info
     if len(info.get("exif") or ()) > METADATA_BYTES or len(info.get("Raw profile type exif") or ()) > METADATA_BYTES:
@@ -91,7 +94,7 @@ def check_metadata(image: Image.Image) -> None:
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Check that a JPEG does not make the decoder go over its pixels too many times.
+    """Check that a JPEG does not have too many scans, each of which goes over all pixels.
 
     Raises:
         ImageError: It has too many scans for its size.
@@ -102,11 +105,11 @@ def check_scans(data: bytes, pixels: int) -> None:
     values = np.frombuffer(data, np.uint8)
     markers = np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))  # bytes.count takes ten times as long
     if markers > most and _scans(data, most) > most:
-        raise ImageError(f"more than {most} scans: no encoder writes so many, and each takes time to decode")
+        raise ImageError(f"it has more than {most} scans, so decoding would take long: save it again as plain JPEG")
 
 
 def _scans(data: bytes, most: int) -> int:
-    """Return the scans of the first image in a JPEG file, at most one more than `most`."""
+    """Return the number of scans of the first image in a JPEG file; counting stops above `most`."""
     place, scans = 2, 0
     while scans <= most and (found := _MARKER.search(data, place)):
         marker, place = found[0][1], found.end()
@@ -119,7 +122,7 @@ def _scans(data: bytes, most: int) -> int:
 
 
 def _jpeg_exif_bytes(file: BinaryIO) -> int:
-    """Return the size of all EXIF in front of a JPEG's pixels."""
+    """Return the size of all EXIF before a JPEG's pixels, in bytes."""
     total, place = 0, 2
     while True:
         file.seek(place)
@@ -136,7 +139,7 @@ def _jpeg_exif_bytes(file: BinaryIO) -> int:
 
 
 def _png_metadata_bytes(file: BinaryIO) -> int:
-    """Return the size of what precedes a PNG's pixels, with 64 bytes more for each chunk."""
+    """Return the size of everything before a PNG's pixels in bytes, plus 64 for each chunk."""
     total, place = 0, 8
     while total <= METADATA_BYTES:
         file.seek(place)
@@ -150,7 +153,7 @@ def _png_metadata_bytes(file: BinaryIO) -> int:
 
 
 def _is_plain_tiff(file: BinaryIO, start: bytes) -> bool:
-    """Return whether a TIFF is one image of strips, compressed by a common codec, with small tags of known kinds."""
+    """Return whether a TIFF holds one image in strips, compressed by a common codec, and only small, known tags."""
     order = "<" if start[:2] == b"II" else ">"
     file.seek(struct.unpack(f"{order}I", start[4:8])[0])
     count = file.read(2)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 
 class ImageError(ValueError):
-    """The image cannot be read; the message says why, and names the file if there is one."""
+    """An image cannot be read; the message says why, and names the file if there is one."""
 
 
 class Apart(Exception):
-    """This image may take too long or too much memory: decode it in a process that can be killed."""
+    """An image may take too long or too much memory: it must be decoded in a process that can be killed."""
 
 
 def named(source: Path | bytes, problem: object) -> ImageError:
-    """Return the error to raise for a source: the reason, after the file's name if there is one."""
+    """Return the error to raise for a source: the file's name, if there is one, and the reason."""
     reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
     return ImageError(str(reason) if isinstance(source, bytes) else f"{source}: {reason}")

@@ -1,7 +1,7 @@
 """Decodes an image file to upright 8-bit pixels, in this process.
 
-A clock is checked between the blocks that PIL reads; `checks` finds the files for which that does not work, and
-`worker` decodes them.
+A clock is checked each time PIL reads a block of the file. `checks` finds the files for which that is not enough, and
+`worker` decodes these in another process.
 """
 
 import functools
@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from convmixer.decode import checks
 from convmixer.decode.errors import Apart, ImageError
 
-MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused, not decoded
-SECONDS = 10.0  # CPU time to decode one image
-HERE_SECONDS = 2.0  # of these in this process, before another one starts again
+MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused
+SECONDS = 10.0  # CPU time allowed to decode one image
+HERE_SECONDS = 2.0  # CPU time in this process, after which the image is decoded from the start in another process
 # The formats that PIL may try, without those that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -37,11 +37,11 @@ def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool
         source: A file, or the bytes of one.
         in_chans: 3 or 1.
         bits: See `to_mode`.
-        trusted: Decode it here in any case, because another process limits the time of this one.
+        trusted: Decode the image here in any case, because another process limits the time of this one.
 
     Raises:
-        Apart: Decode it elsewhere; only if not trusted.
-        Exception: It cannot be read; damaged files raise nearly anything from inside a decoder.
+        Apart: The image should be decoded in another process; only raised if `trusted` is False.
+        Exception: The image cannot be read; damaged files raise nearly any error from inside a decoder.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     file = _Bytes(data, trusted) if checks.needs_clock(data) else io.BytesIO(data)
@@ -98,9 +98,10 @@ def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
 
 
 class _Clock:
-    """Stops reading a file after some CPU time of this thread: `SECONDS`, or `HERE_SECONDS` and then Apart.
+    """A file that stops being read when this thread has used its CPU time.
 
-    CPU time, not wall time: whether an image can be read must not depend on the load of the machine.
+    If trusted, it raises ImageError after `SECONDS`, else Apart after `HERE_SECONDS`. CPU time counts, not wall time,
+    because whether an image can be read must not depend on the load of the machine.
 
     Args:
         content: The file.
@@ -137,7 +138,10 @@ def too_slow() -> str:
 
 @functools.cache
 def formats(apart: bool) -> list[str]:
-    """Return PIL's names of the formats that are read; HEIC only with `apart`, in a process that can be killed."""
+    """Return PIL's names of the formats that are read.
+
+    HEIC is read only in a process that can be killed (`apart`).
+    """
     Image.init()  # registers what this build of PIL can read
     if not apart:
         return [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
@@ -170,12 +174,13 @@ def to_mode(image: Image.Image, in_chans: int, bits: int = 16) -> Image.Image:
     """Return a decoded image as mode RGB (in_chans 3) or L (in_chans 1), 8 bits per channel.
 
     Args:
-        image: Of any mode.
+        image: A decoded image of any mode.
         in_chans: 3 or 1.
         bits: How many bits the values of 16-bit and 32-bit integers use, 8 to 16; the upper 8 of them are kept.
 
     Raises:
-        ImageError: More than one value in 100 is above what the bits can hold, or the values cannot be scaled.
+        ImageError: More than 1% of the values are above the largest that `bits` can hold, or the values cannot be
+            scaled.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_upper_byte(np.asarray(image).astype(np.uint16), bits))
@@ -190,20 +195,20 @@ def to_mode(image: Image.Image, in_chans: int, bits: int = 16) -> Image.Image:
 
 
 def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
-    """Return the upper 8 of the bits that integers use."""
+    """Return the upper 8 bits of integers that use `bits` bits."""
     if bits < 16 and 100 * np.count_nonzero(values >= 1 << bits) > values.size:
         raise ImageError(f"its values go up to {values.max()}, above the {(1 << bits) - 1} of the {bits}-bit images")
     return (values.clip(0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Return an image of 32-bit integers (0 to 65535) or floats (0 to 1) in 8 bits; what is outside is clipped.
+    """Return an image of 32-bit integers (0 to 65535) or floats (0 to 1) in 8 bits; values outside are clipped.
 
-    The range depends on the kind of image, not on the single image: a pixel must not depend on the brightest one.
+    The range is the same for all images, because a pixel must not depend on the brightest pixel of its image.
     """
     out = np.empty((image.height, image.width), np.uint8)
     too_large = brightest = 0
-    rows = max(1, 2**20 // image.width)  # at a time: several copies of the whole image would take gigabytes
+    rows = max(1, 2**20 // image.width)  # converted at a time; copies of the whole image would take gigabytes
     for top in range(0, image.height, rows):
         values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if values.dtype.kind == "f":

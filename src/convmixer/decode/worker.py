@@ -1,7 +1,8 @@
-"""Decoding in a process that can be killed: started when first needed, kept for the next image.
+"""Decodes images in a process that can be killed. It is started when it is first needed, and kept for the next image.
 
-The parent writes one line of JSON and the file's bytes, if it has no path; the child answers with one line of JSON
-and the pixels. The kernel ends the child if it exceeds its CPU time or memory, the parent after `WALL_SECONDS`.
+The parent sends one line of JSON, followed by the file's bytes if it has no path; the child answers with one line of
+JSON and the pixels. The kernel ends the child if it exceeds its CPU time or memory; the parent ends it after
+`WALL_SECONDS`.
 """
 
 import atexit
@@ -22,23 +23,23 @@ from convmixer.decode.errors import ImageError
 from convmixer.processes import child_environment
 
 WALL_SECONDS = 60.0  # long, because the machine may be busy; pixels.SECONDS limits the CPU time
-MEMORY_BYTES = 3 << 30  # more than the idle child has; the largest image allowed takes half of it
+MEMORY_BYTES = 3 << 30  # memory beyond that of the idle child; the largest allowed image takes half of it
 _ROOT = str(Path(__file__).parents[2])
 _START = "from convmixer.decode.worker import main; main()"
 
 
 def image_apart(source: Path | bytes, in_chans: int, bits: int = 16) -> Image.Image:
-    """Return what `pixels.decode` returns, decoded in another process.
+    """Return the result of `pixels.decode`, run in another process.
 
     Raises:
-        ImageError: It cannot be read, or takes too much time or memory.
+        ImageError: The image cannot be read, or takes too much time or memory.
     """
     answer, data = _ask(source, {"in_chans": in_chans, "bits": bits})
     return Image.frombytes(answer["mode"], tuple(answer["size"]), data)
 
 
 def header_apart(source: Path | bytes) -> pixels.Header:
-    """Return what `pixels.header` returns, read in another process.
+    """Return the result of `pixels.header`, run in another process.
 
     Raises:
         ImageError: See `image_apart`.
@@ -48,7 +49,7 @@ def header_apart(source: Path | bytes) -> pixels.Header:
 
 
 def peak_apart(source: Path | bytes) -> int:
-    """Return what `pixels.peak` returns, decoded in another process.
+    """Return the result of `pixels.peak`, run in another process.
 
     Raises:
         ImageError: See `image_apart`.
@@ -71,7 +72,7 @@ class Worker:
         )
 
     def ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Return the answer, and the pixels that follow it.
+        """Send a request, and return the answer and the pixels.
 
         Raises:
             OSError: The process died or was killed.
@@ -104,7 +105,7 @@ class Worker:
 
 _idle: list[Worker] = []
 _busy: list[Worker] = []
-_forked: list[list[Worker]] = []  # workers of the parent process, which this one must neither use nor end
+_forked: list[list[Worker]] = []  # after a fork: the parent's workers, which this process must neither use nor end
 
 
 def _after_fork() -> None:
@@ -152,7 +153,7 @@ def _why_ended(status: int) -> str:
 
 
 def stop_workers() -> None:
-    """Kill the decoding processes that this process started; images being decoded then fail."""
+    """Kill the decoding processes that this process started; images that are being decoded fail."""
     for worker in list(_busy):
         worker.process.kill()  # the thread that waits for it cleans up
     while _idle:
@@ -199,7 +200,7 @@ def _answer(file: Path | bytes, request: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def limit_memory(more: int) -> None:
-    """Limit the address space to its present size and this many bytes more, if the system can."""
+    """Limit the address space to its present size plus `more` bytes, if the system supports that."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):

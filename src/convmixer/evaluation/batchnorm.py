@@ -29,11 +29,12 @@ BN_IMAGES, BN_BATCH = 256, 64  # enough to see bad statistics, few enough to cos
 def batchnorm_disagreement(model: nn.Module, batches: Batches) -> dict[str, Any]:
     """Return a model's accuracy with its stored BatchNorm statistics and with those of each batch.
 
-    If the stored ones are good, the two differ little. They are called bad if the batch's own statistics classify
-    more images correctly, by 2 points and by 3 standard deviations of the paired difference.
+    If the stored statistics are good, the two accuracies differ little. The stored ones are called bad if the batch's
+    own statistics classify more images correctly, by more than 2 points and by more than 3 standard errors of the
+    mean paired difference.
 
     Args:
-        model: A module with BatchNorm2d; nothing of it is changed.
+        model: A module with BatchNorm2d; it is not modified.
         batches: Images in random order, so that each batch has many classes, and labels.
 
     Returns:
@@ -75,8 +76,8 @@ def check_batchnorm(
     Args:
         loaded: The model.
         images: What the model is measured on.
-        index: The model's output for each class of the images.
-        weights: Name for the warning.
+        index: Index of the model's output (logit) that belongs to each class of the data.
+        weights: Name of the weights, for the warning.
     """
     order = np.random.default_rng(0).permutation(len(images))[:BN_IMAGES]
     loader = eval_loader(images.subset(order), eval_transform(loaded.preprocessing), BN_BATCH)
@@ -98,7 +99,7 @@ def recalibrate(
 ) -> dict[str, Any]:
     """Recompute the BatchNorm statistics on training images, without augmentation, and save the weights.
 
-    Every statistic becomes the plain mean over all batches.
+    Each mean and variance becomes the plain average of the values of all batches.
 
     Args:
         weights: See `models.weights.load_model`.
@@ -108,8 +109,8 @@ def recalibrate(
         options: What the user said about the columns, folders and groups of `data`.
 
     Returns:
-        "weights", "images", and "top1_before", "top1_after" (percent) on up to `limit` images of the val split, or
-        of train if there is no val split; "split" says which.
+        "weights", "images", and "top1_before", "top1_after" (percent) on up to `limit` images of one split: val, else
+        train, else test. "split" names it.
 
     Raises:
         RequestError: Bad arguments, or the model has no BatchNorm.
@@ -135,7 +136,7 @@ def recalibrate(
 
 
 def recompute_batchnorm(model: nn.Module, images: ImageSet, p: Preprocessing, limit: int) -> int:
-    """Replace a model's BatchNorm statistics by those of a random sample of images; return how many were used."""
+    """Replace a model's BatchNorm statistics with those of a random sample of images; return how many were used."""
     batch = min(64, limit, len(images))
     count = min(limit, len(images)) // batch * batch  # equal batches: their statistics are averaged with equal weight
     order = np.random.default_rng(0).permutation(len(images))[:count]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from convmixer.exported.source import Source
 
 FACTS = ("classes", "preprocessing", "about")
-# Operators that compute tensors from tensors in one step: none that loops, branches, calls a function, draws random
-# numbers, or gives an output whose size depends on the values of its input.
+# Operators that neither loop, branch, call a function nor draw random numbers. Some (Expand, Tile, Range, Resize) can
+# still make huge outputs from small inputs, so models also run in a process with limits on memory and time.
 _OPERATORS = """
     Abs Add And ArgMax ArgMin Attention AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant
     ConstantOfShape Conv ConvInteger ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Dropout
@@ -117,7 +117,7 @@ def _to_fp16(model: Any) -> Any:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     converted = OnnxModel(convert_float_to_float16(model, keep_io_types=True))
-    converted.topological_sort(is_deterministic=True)  # the casts come after the nodes that use them
+    converted.topological_sort(is_deterministic=True)  # the converter puts its casts after the nodes that use them
     return converted.model
 
 
@@ -156,8 +156,9 @@ def _to_int8(model: Any, calibration: Sequence[np.ndarray]) -> Any:
 def _pointwise(model: Any) -> list[str] | None:
     """Return the names of the 1x1 convolutions if there are depthwise ones, else None (all).
 
-    They have nearly all of the multiplications and weights. A depthwise kernel and the stem mix few values, so their
-    rounding does not average out: quantising them too costs a ConvMixer several times the accuracy (docs/log.md).
+    The 1x1 convolutions have nearly all of the multiplications and weights. A depthwise kernel and the stem sum few
+    values, so their rounding errors do not average out. If they are quantised too, a ConvMixer loses several times as
+    much accuracy (docs/log.md).
     """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     kernels = {node.name: shapes[node.input[1]] for node in model.graph.node if node.op_type == "Conv"}
@@ -166,12 +167,12 @@ def _pointwise(model: Any) -> list[str] | None:
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs an ONNX file and its metadata; see `read_bytes`."""
+    """Return a function that runs an ONNX file on a batch, and the file's metadata; see `read_bytes`."""
     return read_bytes(path.read_bytes(), path, threads)
 
 
 def read_bytes(content: bytes, path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs an ONNX model, and its metadata.
+    """Return a function that runs an ONNX model on a batch, and the model's metadata.
 
     Args:
         content: The model.

@@ -1,8 +1,10 @@
-"""All blocks of a ConvMixer as one differentiable op: the order of the kernels, and the arithmetic on (C,) vectors.
+"""All blocks of a ConvMixer as one differentiable op.
 
-A tensor v is stored before activation and norm, next to the norm's scale and shift; the value it stands for is
-norm(act(v)). For the backward pass the forward pass keeps two of them per block; without gradients each is freed
-after use. The statistics are kept too, as float64 (norms, 2, C): mean and biased variance.
+This file calls the kernels in order, and does the arithmetic on (C,) vectors: the norms' scales, statistics and
+gradients. Between two kernels only the output of a convolution, v, is in memory, with the scale and shift of the norm
+behind it; the kernel that reads v computes norm(act(v)). The backward pass needs two such tensors per block, the
+outputs of the depthwise and of the pointwise convolution; without gradients each is freed after use. It also needs
+the statistics of each norm, float64 (norms, 2, C): mean and variance.
 """
 
 import math
@@ -35,7 +37,8 @@ def features(
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
 
     Returns:
-        The features, and the statistics that were used, float64 (norms, 2, C), biased variance.
+        The features, and the statistics that were used, float64 (norms, 2, C): mean, and variance. The variance is
+        biased if `training`; else it is the running one, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
@@ -48,15 +51,16 @@ def features(
 
 
 def wide(channels: int) -> int:
-    """Return `channels` rounded up to a multiple of 8, the vector of AVX2.
+    """Return `channels` rounded up to a multiple of 8, the length of an fp32 vector of AVX2.
 
-    On AVX2, unaligned rows make a step a sixth slower. Other processors were not measured.
+    On AVX2 a training step takes a sixth longer if the rows are not aligned to vectors. Other processors were not
+    measured.
     """
     return channels + -channels % 8
 
 
 def _wider(parameters: list[Tensor], running: list[Tensor], more: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Pad all blocks with channels of zeros, which stay zero and add nothing to the others."""
+    """Pad all parameters with zeros for `more` channels, which stay zero and add nothing to the other channels."""
     vector, depthwise, pointwise = (0, more), (0,) * 7 + (more,), (0, 0, 0, 0, 0, more, 0, more)
     block = [depthwise, vector, vector, vector, pointwise, vector, vector, vector]
     sides = [vector, vector, *block * (len(parameters) // PER_BLOCK)]
@@ -65,13 +69,25 @@ def _wider(parameters: list[Tensor], running: list[Tensor], more: int) -> tuple[
 
 
 def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """(C,), (C,), float64 (2, C) -> fp32 (2, C): the norm as a scale and a shift."""
+    """Return the scale and the shift that a norm applies, fp32 (2, C).
+
+    Args:
+        weight, bias: (C,).
+        statistics: Mean and variance, float64 (2, C).
+        eps: BatchNorm's.
+    """
     scale = weight * torch.rsqrt(statistics[1] + eps)
     return torch.stack((scale, bias - statistics[0] * scale)).float()
 
 
 def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Tensor:
-    """Batch sums, float64 (2, C) -> mean and biased variance; if None, the running statistics."""
+    """Return mean and variance, float64 (2, C).
+
+    Args:
+        sums: Sums of the values and of their squares over the batch, float64 (2, C); None: use `running`.
+        count: Number of values in each sum.
+        running: Running mean and variance, (C,) each.
+    """
     if sums is None:
         return torch.stack(running).double()
     mean, square = sums / count
@@ -81,7 +97,7 @@ def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Ten
 def norm_gradients(
     weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients a, b, c (3, C) that `NormBackward` uses, and the gradients of weight and bias.
+    """Return the coefficients a, b, c of the norm's backward pass, fp32 (3, C), and the gradients of weight and bias.
 
     Args:
         weight: (C,).

@@ -29,7 +29,7 @@ from convmixer.serve.limits import Limits
 from convmixer.serve.schema import Evidence, Prediction, Predictions
 
 DECODING_PIXELS = 100_000_000  # of all images being decoded at once; a pixel takes up to 12 bytes meanwhile
-LONG_ONES = 16  # images that may take long to decode and wait in one queue; further ones are refused
+MAX_SLOW_IMAGES = 16  # images whose decoding may take long, in their one queue; further ones are refused
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 
 
@@ -64,12 +64,13 @@ class Service:
         """Return the answer to one request.
 
         Args:
-            request: Its body holds the images, and may hold the arguments that are None here.
-            topk: Classes per image; None: 5, or as the form says.
-            explain: Whether to add the evidence; None: no, or as the form says.
+            request: Its body is one image, or a form with images. A form may also have the fields topk and explain,
+                which are used if the arguments of the same name are None.
+            topk: Classes per image. If neither this nor the form says, 5.
+            explain: Whether to add the evidence. If neither this nor the form says, no.
 
         Raises:
-            Refusal: It is not served; the refusal says why.
+            Refusal: The request is not served; the refusal says why.
         """
         try:
             async with asyncio.timeout(None) as limit:
@@ -93,7 +94,7 @@ class Service:
         return Predictions(predictions=predictions, milliseconds=round(1000 * (time.perf_counter() - start), 3))
 
     async def stop(self) -> None:
-        """Finish what is being computed, and end what is being decoded."""
+        """Wait for the batch being computed, and stop all decoding."""
         await self.batcher.stop()
         stop_workers()
         for pool in (self.decoders, self.long_decoder):
@@ -108,16 +109,16 @@ class Service:
         return done  # type: ignore[return-value]
 
     async def _decode_one(self, file: bytes, number: int) -> Image.Image:
-        """Return what the network sees of an image.
+        """Return the resized and cropped image that the network gets.
 
-        Images that may take long are decoded one after the other, in a queue of their own.
+        Images whose decoding may take long have their own queue, and are decoded one after the other.
         """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self.decoders, self._square, file, number, False)
         except Apart:
             pass
-        if self.long_ones >= LONG_ONES:
+        if self.long_ones >= MAX_SLOW_IMAGES:
             raise busy()
         self.long_ones += 1
         try:
@@ -126,7 +127,7 @@ class Service:
             self.long_ones -= 1
 
     def _square(self, file: bytes, number: int, apart: bool) -> Image.Image:
-        """Return what the network sees of an image; for `apart` see `load_image`."""
+        """Return the resized and cropped image that the network gets; for `apart` see `load_image`."""
         p = self.classifier.preprocessing
         try:
             _, (width, height) = read_header(file, apart)
@@ -143,7 +144,7 @@ class Service:
 
     @contextmanager
     def _room_for(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room to decode an image of this size: small files can hold large images."""
+        """Wait until an image of this size can be decoded without too many pixels in memory at once."""
         with self.decoded:
             self.decoded.wait_for(
                 lambda: not self.decoding_pixels or self.decoding_pixels + pixels <= DECODING_PIXELS

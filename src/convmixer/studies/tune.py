@@ -17,7 +17,8 @@ class Tune:
         settings: Setting -> range or choices, as in the space of `convmixer tune`.
         trials: Trials of each arm.
         epochs: Length of a trial; None: the recipe's.
-        val_fraction: Share of the training images that a trial holds out to be judged on. Seeds train on all.
+        val_fraction: Share of the training images that a trial holds out and is judged on. The runs after the trials,
+            one per seed, train on all training images.
     """
 
     settings: Space
@@ -28,7 +29,8 @@ class Tune:
     def proposals(self) -> list[dict[str, Any]]:
         """Return the settings of each trial, the same for every arm: the recipe unchanged, then quasi-random ones.
 
-        Every arm tries the same values, so none is helped by a sampler that learned more from its trials.
+        Every arm tries the same values. A sampler that learns from trials would favour the arms whose trials teach it
+        more.
         """
         import optuna
 
@@ -59,7 +61,9 @@ def parse_tune(values: dict[str, Any]) -> Tune:
     if type(trials) is not int or trials < 2:
         raise RequestError(f"tune: trials must be a whole number of at least 2, not {trials!r}")
     if values.get("on", "validation") != "validation":
-        raise RequestError(f"tune: on must be validation, not {values['on']!r}: the test set is never chosen on")
+        raise RequestError(
+            f"tune: on must be validation, not {values['on']!r}: the test set is never used to choose settings"
+        )
     epochs, held_out = values.get("epochs"), values.get("val_fraction", 0.1)
     if epochs is not None and (type(epochs) is not int or epochs < 1):
         raise RequestError(f"tune: epochs must be a whole number of at least 1, not {epochs!r}")

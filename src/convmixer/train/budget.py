@@ -1,8 +1,9 @@
 """Keeps a time budget: which share of it is used at each step, and when training must end so that the rest fits.
 
-The learning rate follows the share. Each step's share is on disk before the step is taken, so a killed run repeats
-its steps with the same learning rates. The time after the last step (evaluation, weights, pictures) is estimated from
-its earlier durations, scaled by the machine's current speed, which a gauge measures from time to time.
+The learning rate is a function of the share. Each step's share is on disk before the step is taken, so a killed run
+repeats its steps with the same learning rates. After the last step the run still evaluates, writes weights and draws.
+The time for this is estimated from how long evaluation took earlier in the run, and from how much slower or faster
+the machine is now than at the start. A small fixed task, the gauge, measures that from time to time.
 """
 
 import statistics
@@ -22,7 +23,7 @@ from convmixer.train.plans import Plan
 from convmixer.train.scores import score
 from convmixer.train.setup import Job
 
-GAUGE_EVERY = 0.02  # share of the budget between two measurements of the machine's speed
+GAUGE_EVERY = 0.02  # share of the budget between two runs of the gauge
 GAUGE_IMAGES, GAUGE_SECONDS = 16, 0.05
 PROBED_IMAGES = 512
 SLACK = 1.1  # factor on the estimate of the time reserved for the end
@@ -42,12 +43,12 @@ class Budget:
     def __init__(self, seconds: float, elapsed: Callable[[], float], path: Path) -> None:
         self.seconds, self.elapsed, self.path = seconds, elapsed, path
         self.kept = 0.05 * seconds  # reserved for the end
-        self.speed = 1.0  # duration of a fixed task now, divided by its duration at the start
+        self.slowdown = 1.0  # how many times longer the gauge takes now than at the start
         self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
-        self.evaluated = 0.0  # images that the end evaluates, divided by those of the validation split
         self.writing = 5.0  # seconds for pictures and files at the end, at the speed of the start
         self.steps: list[tuple[float, float]] = []
-        self._anchor: tuple[float, float] | None = None  # seconds and share from which the shares continue evenly
+        # (seconds, share): from here the share grows linearly with time, and reaches 1 when the reserved time begins
+        self._anchor: tuple[float, float] | None = None
         self._gauge: Callable[[], float] | None = None
         self._gauged_at, self._first = 0.0, 0.0
         self._gauged = [1.0]
@@ -57,15 +58,15 @@ class Budget:
 
         Args:
             step: The number of finished steps.
-            new_from: The budget is new, and the run took so many seconds so far; None: repeat later steps with their
-                old shares.
+            new_from: Seconds that the run has taken so far, if `--resume` sets a new budget. None: the budget is
+                unchanged, and steps after `step` that the killed run had taken are repeated with their old shares.
         """
         content = self.path.read_bytes() if rank() == 0 and self.path.exists() else b""
         whole = len(content) // _ENTRY.size * _ENTRY.size
         steps = list(_ENTRY.iter_unpack(content[:whole]))
         if new_from is not None:
             steps = [(min(1.0, new_from / self.seconds), new_from)] * step
-        while len(steps) < step:  # a machine that lost power keeps the checkpoint, which was synchronised
+        while len(steps) < step:  # unlike the checkpoint this file is not fsynced: a power loss can cut off its end
             steps.append(steps[-1] if steps else (1e-3, 0.0))
         self.steps = from_first(steps)
         if rank() == 0:
@@ -74,14 +75,14 @@ class Budget:
         return max((seconds for _, seconds in self.steps), default=0.0)
 
     def share(self, step: int) -> float:
-        """Return the share of the time for training that is used at the end of a step, from above 0 to 1."""
+        """Return the fraction of the training time that is used when a step ends, in (0, 1]."""
         if step >= len(self.steps):
             self._add(from_first(self._now()))
         return abs(self.steps[step][0])
 
     def progress(self, plan: Plan, step: int) -> float:
-        """Return the progress of a stage at the end of a step, above 0 to 1: by time, or by its steps if that is
-        more.
+        """Return the progress of a stage when a step ends, in (0, 1]: the larger of the fractions of its time and of
+        its steps.
         """
         begins = abs(self.steps[plan.first - 1][0]) if plan.first else 0.0
         by_time = (self.share(step) - begins) / max(plan.until - begins, 1e-9)
@@ -97,7 +98,7 @@ class Budget:
         return plan.until < 1 and abs(self.steps[done - 1][0]) >= plan.until
 
     def is_over(self, done: int) -> bool:
-        """Return whether training ends after that many steps, because the next one would not fit."""
+        """Return whether training ends after `done` steps, because less than half a step's time is left."""
         if done >= len(self.steps):
             if not from_first(self._left() < 0.5 * self.step_seconds()):
                 return False
@@ -110,41 +111,29 @@ class Budget:
         return statistics.median(b - a for a, b in pairwise(last)) if len(last) > 1 else 0.0
 
     def epochs(self, steps_per_epoch: int, done: int) -> float:
-        """Return how many epochs fit into the whole budget, from the current time of steps and of ends of epochs."""
-        one = steps_per_epoch * self.step_seconds() + self.speed * self.end_of_epoch
+        """Return how many epochs fit into the whole budget, if steps and the ends of epochs go on as they are now."""
+        one = steps_per_epoch * self.step_seconds() + self.slowdown * self.end_of_epoch
         return done / steps_per_epoch + max(0.0, self._left()) / max(one, 1e-9)
 
     def keep(self) -> None:
-        """Estimate the time for the end again; the shares continue evenly from here."""
-        wanted = SLACK * self.speed * (self.end_of_epoch + self.evaluation + self.writing)
+        """Update the time reserved for the end. From now on the share grows linearly with time until it begins."""
+        wanted = SLACK * self.slowdown * (self.end_of_epoch + self.evaluation + self.writing)
         self.kept = min(wanted, 0.5 * self.seconds)
         if self.steps:
             self._anchor = (self.elapsed(), abs(self.steps[-1][0]))
 
-    def saw_end_of_epoch(self, seconds: float, validation: float) -> None:
-        """Learn from the end of an epoch.
-
-        Args:
-            seconds: How long it took.
-            validation: The part of it in which the whole model was evaluated on the validation split; 0: it was not.
-        """
-        self.end_of_epoch = seconds / self.speed
-        if validation and self.evaluated:
-            self.evaluation = self.evaluated * validation / self.speed
-        self.keep()
-
     def look(self) -> None:
-        """Measure the machine's speed if that is due."""
+        """Run the gauge if that is due."""
         if self._gauge is None or world_size() > 1:  # several processes would have to measure together
             return
         if self.elapsed() - self._gauged_at > GAUGE_EVERY * self.seconds:
             self._gauged.append(self._gauge() / self._first)
-            self.speed = statistics.median(self._gauged[-3:])  # the median ignores an interrupted measurement
+            self.slowdown = statistics.median(self._gauged[-3:])  # the median ignores an interrupted measurement
             self._gauged_at = self.elapsed()
             self.keep()
 
     def measure(self, module: TrainingModule, job: Job) -> None:
-        """Measure the time of evaluation, and the machine's speed, with which later ones are compared."""
+        """Measure how long evaluation takes, and how long the gauge takes: the baseline of later measurements."""
         images = _images_to_gauge(job)
 
         def gauge() -> float:
@@ -156,12 +145,10 @@ class Budget:
         per_image = seconds_per_image(module, job, 0.02 * self.seconds) if counts else 0.0
         val = len(job.data.val) if job.data.val else 0
         self.end_of_epoch, self.evaluation = 0.1 + val * per_image, sum(counts) * per_image
-        self.evaluated = sum(counts) / val if val else 0.0
         times = 1
         gauge()  # warms up
         times = max(1, round(GAUGE_SECONDS / gauge()))
-        self._first = statistics.median(gauge() for _ in range(5))  # a single one may be an exception
-        self._gauge, self._gauged_at = gauge, self.elapsed()
+        self._first, self._gauge, self._gauged_at = gauge(), gauge, self.elapsed()
         self.keep()
 
     def _now(self) -> float:
@@ -197,7 +184,10 @@ def _images_to_gauge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def seconds_per_image(module: TrainingModule, job: Job, most_seconds: float = 60.0) -> float:
-    """Return the seconds that evaluation takes for one image, measured on up to 512 or for a time."""
+    """Return the seconds that evaluation takes for one image, measured on images of the val or test split.
+
+    It loads images until 512 are loaded or half of `most_seconds` has passed, and then evaluates them.
+    """
     loader = job.eval_loader("val") or job.eval_loader("test")
     batches: list[Any] = []
     start = time.perf_counter()
@@ -207,6 +197,6 @@ def seconds_per_image(module: TrainingModule, job: Job, most_seconds: float = 60
         images = sum(len(labels) for _, labels in batches)
         if images >= PROBED_IMAGES or time.perf_counter() - start > most_seconds / 2:
             break
-    # once, for any number of batches: it sums over processes
+    # one call for all batches: it sums over processes, so every process must call it equally often
     _score(module, job, batches)
     return (time.perf_counter() - start) / max(sum(len(labels) for _, labels in batches), 1)

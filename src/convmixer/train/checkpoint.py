@@ -1,6 +1,7 @@
-"""Checkpoints that survive a kill at any moment and detect a single wrong bit; the previous one is kept.
+"""Checkpoints: a kill at any moment leaves an intact one, and a single wrong bit is detected.
 
-A file is what `torch.save` writes, followed by its digest. Files of older versions have none and are not checked.
+The newest two are kept. A file is what `torch.save` writes, followed by its digest. Files of older versions have no
+digest and are not checked.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the newest intact state, or None if none was ever written; a line names a damaged one.
+    """Return the newest intact state, or None if none was ever written. A damaged checkpoint is named in a line.
 
     Raises:
         RequestError: There are checkpoints but none is intact.
@@ -50,7 +51,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 print(f"damaged checkpoint {folder / broken[0]}; continuing from {path.name}, which is intact")
             return state
     if broken:
-        raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}); start a new run")
+        raise RequestError(f"no checkpoint in {folder} can be read ({'; '.join(broken)}): start a new run")
     return None
 
 
@@ -64,21 +65,21 @@ def _read(path: Path) -> dict[str, Any]:
     body, trailer = content[:-_TRAILER_BYTES], content[-_TRAILER_BYTES:]
     if trailer.startswith(_MARK):
         if hashlib.sha256(body).digest() != trailer[len(_MARK) :]:
-            raise ValueError("its digest does not match")
+            raise ValueError("its contents do not match its digest")
         content = body
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises many types
         raise ValueError(f"it is cut or damaged ({' '.join(str(error).split())[:80]})") from error
     if not isinstance(state, dict):
-        raise ValueError("it holds no state of a run")
+        raise ValueError("it does not hold the state of a run")
     return state
 
 
 class _Hashing:
-    """A writable file that hashes what is written. If the disk is full, it keeps the error until `check`.
+    """A writable file that hashes what is written. If the disk is full, `check` raises the error.
 
-    torch's own writer would report "unexpected pos" instead.
+    Raised earlier, the error would be replaced by torch's own, "unexpected pos".
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -99,6 +100,6 @@ class _Hashing:
         """Do nothing: the file is flushed at its end."""
 
     def check(self) -> None:
-        """Raise what went wrong."""
+        """Raise the first error of writing, if there was one."""
         if self._error is not None:
             raise self._error

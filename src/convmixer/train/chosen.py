@@ -13,9 +13,9 @@ def training_images(images: ImageSet, config: Config, notes: list[str]) -> Image
     """Return the training images that `fraction` chooses, with the weights that `balance` asks for.
 
     Args:
-        images: All of them.
-        config: `fraction`, `balance`, `seed`.
-        notes: What the user should know; what is done here is added.
+        images: All training images.
+        config: Its settings `fraction`, `balance` and `seed` are used.
+        notes: Notes for the user; what is done here is added to them.
     """
     if config.fraction < 1:
         kept = np.flatnonzero(~stratified(images.labels, 1 - config.fraction, config.seed))
@@ -28,7 +28,9 @@ def training_images(images: ImageSet, config: Config, notes: list[str]) -> Image
         weights = (len(images) / (len(present) * counts[images.labels])).astype(np.float32)
         images.weights = weights if images.weights is None else _mean_one(weights * images.weights)
         low, high = len(images) / len(present) / present.max(), len(images) / len(present) / present.min()
-        notes.append(f"an image of the largest class counts {low:.3g} in the loss, of the smallest {high:.3g}")
+        notes.append(
+            f"in the loss, an image of the largest class has weight {low:.3g}, one of the smallest {high:.3g}"
+        )
     elif config.balance == "sample":
         notes.append(
             f"every class is drawn equally often; the smallest has {present.min()} images, which repeat in an epoch"

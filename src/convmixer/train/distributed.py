@@ -1,6 +1,7 @@
 """What several processes need beyond Lightning's DDP: one process group, equal weights, BatchNorm over all images.
 
-`torchrun` starts the processes; with a single process, every function here does nothing.
+`torchrun` starts the processes. If there is a single process, the functions here communicate with nobody and change
+nothing.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ def _group(device: torch.device, meeting: Meeting) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_the_lost() -> Iterator[None]:
-    """Turn torch's connection errors, which name source files but no remedy, into one line."""
+    """Turn torch's connection errors into one line that names the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -87,18 +88,25 @@ def _naming_the_lost() -> Iterator[None]:
         if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _OF_A_CONNECTION.search(text)):
             raise
         raise PeerLost(
-            f"process {rank()} on {socket.gethostname()} lost another one ({text}); the last checkpoint is kept, "
-            "continue with --resume"
+            f"process {rank()} on {socket.gethostname()} lost the connection to another process ({text}); the last "
+            "checkpoint is kept, continue with --resume"
         ) from error
 
 
 def everywhere(work: Callable[[], T]) -> T:
-    """Do work whose duration differs greatly between processes; see `Meeting.everywhere`."""
+    """Do work whose duration may differ greatly between processes; see `Meeting.everywhere`."""
     return work() if _meeting is None else _meeting.everywhere(work)
 
 
 def check_equal(facts: dict[str, Any]) -> None:
-    """Raise RequestError if something that must be equal differs between processes, e.g. their data."""
+    """Check that facts, for instance about the data, are equal in all processes.
+
+    Args:
+        facts: Name of each fact -> its value in this process.
+
+    Raises:
+        RequestError: A fact differs between two processes.
+    """
     if world_size() == 1:
         return
     found: list[Any] = [None] * world_size()
@@ -114,19 +122,19 @@ def check_equal(facts: dict[str, Any]) -> None:
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over all processes, in place."""
+    """Replace a tensor by its sum over all processes, and return it."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set in any process, so that all act at the same step."""
+    """Return whether the flag is set in any process: the same answer in all, so that all act at the same step."""
     return bool(sum_over_processes(torch.tensor(int(flag), device=device))) if world_size() > 1 else flag
 
 
 def from_first(value: T) -> T:
-    """Return the first process's value in all of them."""
+    """Return the first process's value, in every process."""
     if world_size() == 1:
         return value
     box: list[object] = [value]
@@ -158,8 +166,8 @@ def copy_from_first(model: nn.Module) -> None:
 def average_statistics(model: nn.Module) -> None:
     """Give all processes the mean of their BatchNorm statistics.
 
-    Called after every step, so that all processes always hold the same model and any of them can write a checkpoint.
-    The running mean is then that of all images; the running variance is the mean of the processes' own.
+    It is called after every step, so all processes always hold the same model and any of them can write a checkpoint.
+    The running mean is then that of all images; the running variance is the mean of the processes' variances.
     """
     statistics = [b for b in model.buffers() if b.is_floating_point()]
     if world_size() == 1 or not statistics:
@@ -170,10 +178,11 @@ def average_statistics(model: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes on any device; torch's own refuses the CPU.
+    """BatchNorm over the images of all processes, on any device; torch's SyncBatchNorm refuses the CPU.
 
-    (B, C, H, W) -> (B, C, H, W). Mean and variance are two sums over processes, the second of centred values: slower
-    than one, but without its cancellation.
+    (B, C, H, W) -> (B, C, H, W). The values are summed over processes to get the mean, and then the squares of the
+    centred values to get the variance. One sum of values and squares would be faster, but would lose digits by
+    cancellation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -200,7 +209,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes; the gradient of a sum that all processes use is the sum of their gradients."""
+    """Sum over processes. All processes use the sum, so its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
@@ -212,7 +221,7 @@ class _Sum(torch.autograd.Function):
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with every BatchNorm2d taking its statistics over all processes; parameters stay the same."""
+    """Return the model with every BatchNorm2d replaced by one over all processes; the parameters stay the same."""
     if device.type == "cuda":
         synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return synced

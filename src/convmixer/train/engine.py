@@ -1,6 +1,7 @@
-"""Lightning's Trainer as we use it: one endless "epoch" between any two steps, and signals that end it cleanly.
+"""Lightning's Trainer as we use it: it takes steps until it is told to stop, and signals end it cleanly.
 
-We count epochs by the global step, so that starting in the middle of one needs nothing special.
+For Lightning all steps are one endless epoch. Our own epochs follow from the number of the step, so training can
+start in the middle of one.
 """
 
 import itertools
@@ -28,7 +29,7 @@ OnStep = Callable[[], bool]  # called after each step; True ends the run
 class _AfterStep(pl.Callback):
     """Calls a function after each step, and keeps our handler of SIGTERM.
 
-    Lightning would replace it by one that exits with status 0 and broadcasts from inside the handler.
+    Lightning would replace our handler by one that exits with status 0 and broadcasts from inside the handler.
     """
 
     def __init__(self, on_step: OnStep) -> None:
@@ -72,14 +73,14 @@ class _Stream:
 def fit(
     module: TrainingModule, loader: Iterable[Any], steps: int, on_step: OnStep, callbacks: Sequence[Any] = ()
 ) -> None:
-    """Take up to that many optimizer steps.
+    """Take up to `steps` optimizer steps.
 
     Args:
         module: What to train.
         loader: Batches from the module's next step on.
         steps: Optimizer steps, at least 1.
         on_step: Called after each step; True ends the run.
-        callbacks: Lightning\'s, called before that.
+        callbacks: Lightning's callbacks; they are called before `on_step`.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -111,14 +112,15 @@ def fit(
 def measure_speed(
     module: TrainingModule, loader: Iterable[Any], steps: int = 8, seconds: float = 10.0
 ) -> list[float]:
-    """Return the seconds of each of a few optimizer steps, after two warm-up steps; the module's state is then
-    restored.
+    """Return the duration in seconds of each of a few optimizer steps, after two warm-up steps.
+
+    Afterwards the module has its old state again.
 
     Args:
         module: What would be trained.
         loader: Batches.
-        steps: Steps to time.
-        seconds: Stop earlier after this time.
+        steps: Number of steps to time.
+        seconds: Time after which no further step is timed.
     """
     state = _copy(module.state())
     times = [time.perf_counter()]
@@ -141,9 +143,9 @@ def _copy(value: Any) -> Any:
 
 
 class StopSignals:
-    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step under way ends and is saved.
+    """Context in which SIGTERM and Ctrl-C only set `received`, so that the current step can end and be saved.
 
-    A second Ctrl-C interrupts at once. Outside the main thread signals are not handled.
+    A second Ctrl-C interrupts at once. In other threads than the main one, signals are not handled.
     """
 
     def __init__(self) -> None:

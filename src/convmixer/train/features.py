@@ -1,6 +1,7 @@
 """The frozen layers' features of the images: computed once and kept, so that a classifier trains in seconds.
 
-The key of features covers all that they depend on: images, frozen weights, preprocessing and augmentation.
+The name of a file of features covers everything that they depend on: images, frozen weights, preprocessing and
+augmentation.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ from convmixer.train.optim import is_muon
 from convmixer.train.setup import Job
 
 BATCH = 64
-CACHE_BYTES = 4 << 30  # of all features together; beyond it the oldest are deleted
-PREFIX = "1."  # of the classifier's parameters in `head_module`
+CACHE_BYTES = 4 << 30  # all features together; beyond this the least recently used are deleted
+PREFIX = "1."  # with which the names of the classifier's parameters begin in `head_module`
 
-Part = tuple[torch.Tensor, ...]  # features (N, ...), labels (N,) and, if the images have weights, those (N,)
+Part = tuple[torch.Tensor, ...]  # features (N, ...), labels (N,) and, if the images have weights, weights (N,)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Features:
     """The frozen layers' features of the images.
 
     Args:
-        train: Features of each view of the training images.
-        val: Features of the validation images; None if there are none.
-        said: Where they came from, in words.
+        train: Features of the training images, one part per view.
+        val: Features of the validation images; None if there is no validation split.
+        said: How many images there are and whether the features came from the cache, as a text for the user.
     """
 
     train: list[Part]
@@ -60,7 +61,7 @@ class Features:
     said: str
 
     def train_loader(self, job: Job, start_step: int) -> "FeatureLoader":
-        """Return endless batches from a step on, of the same images as `Job.train_loader`."""
+        """Return an endless loader that starts at a step and draws the same images as `Job.train_loader`."""
         sampler = KeyedBatchSampler(
             len(self.train[0][1]), job.batch_size, job.config.seed, start_step, job.steps_per_epoch, odds=job.odds
         )
@@ -72,7 +73,7 @@ class Features:
 
 
 class FeatureLoader:
-    """Batches of features; epoch e gets view e, or the first again after the last.
+    """Batches of features; epoch e gets view e modulo the number of views.
 
     Attributes:
         waited_seconds: As in `Loader`; always 0, because the features are in memory.
@@ -92,7 +93,7 @@ class FeatureLoader:
 def head_module(job: Job, epochs: float, progress: Callable[[int], float] | None = None) -> TrainingModule:
     """Return the module that trains the classifier on features; it shares the weights of the job's model.
 
-    It computes in fp32. Without mixing and erasing, which need images.
+    It computes in fp32, without mixup, CutMix and random erasing, which need images.
     """
     found, c = classifier_of(job.model), job.config
     assert found is not None
@@ -156,7 +157,13 @@ class _Cache:
         self.key = _key(job)
 
     def get(self, split: str, view: int | None, trunk: nn.Module) -> Part:
-        """Return features and labels of a split; `view` None: of the images without augmentation."""
+        """Return features and labels of a split.
+
+        Args:
+            split: "train" or "val".
+            view: Number of the augmented view; None: the images without augmentation.
+            trunk: The model without its classifier.
+        """
         images = getattr(self.job.data, split)
         path = self.folder / f"{self._name(split, images, view)}.safetensors"
         found = _read(path)
@@ -226,7 +233,7 @@ def _loader(job: Job, images: ImageSet, view: int | None) -> Loader:
 
 @torch.no_grad()
 def _same(job: Job, found: tuple[str, nn.Module], images: torch.Tensor) -> int:
-    """Return the number of features of an image, or 0 if the classifier of the features does not give the model's
+    """Return the number of features per image, or 0 if applying the classifier to them does not give the model's
     output.
     """
     whole = PlainInference(job.model, "fp32")(images)
@@ -241,7 +248,7 @@ def _same(job: Job, found: tuple[str, nn.Module], images: torch.Tensor) -> int:
 
 
 def _key(job: Job) -> str:
-    """Return a digest of everything that a job's features depend on."""
+    """Return a digest of what all features of a job depend on; `_Cache._name` adds what differs by split and view."""
     found = classifier_of(job.model)
     assert found is not None
     state = {k: v.detach().cpu() for k, v in job.model.state_dict().items() if not k.startswith(f"{found[0]}.")}
@@ -257,7 +264,7 @@ def _key(job: Job) -> str:
 
 
 def _fingerprint(job: Job) -> str:
-    """Return a digest of the data: names and sizes of all files, and the scanned part of each."""
+    """Return a digest of the data: its checksum, its bit depth, and the scan's digest of each image."""
     digest = hashlib.sha256(f"{job.data.checksum} {job.data.bits}".encode())
     if job.data.checked:
         for split, scan in sorted(job.data.checked.scans.items()):
@@ -275,7 +282,7 @@ def _read(path: Path) -> Part | None:
         found = safetensors.torch.load_file(path)
         os.utime(path)
         return tuple(found[str(number)] for number in range(len(found)))
-    except Exception:  # missing, truncated, or of another program
+    except Exception:  # missing, truncated, or written by another program
         return None
 
 

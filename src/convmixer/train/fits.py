@@ -1,4 +1,4 @@
-"""What would fit into a time budget that is short: a smaller model, a smaller image, fewer trained layers."""
+"""Finds what would fit if a time budget is too short: a smaller model, smaller images, or frozen layers."""
 
 import re
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ SMALLER = ((256, 8), (256, 4), (128, 8), (128, 4), (64, 8), (64, 4), (32, 4))  #
 
 
 def what_fits(job: Job, epochs: float, reading: float) -> str:
-    """Return what to say about a budget in which that many epochs fit: what it is, and what would let five fit.
+    """Return a line that says how few epochs fit into the time budget, and what would let five fit.
 
     Args:
         job: What is trained.
-        epochs: How many fit.
-        reading: Share of the time that the steps wait for images, 0 to 1.
+        epochs: How many epochs fit.
+        reading: Share of the time in which the steps wait for images, 0 to 1.
     """
     said = f"max_time {job.config.max_time} is short: about {epochs:.1f} epochs fit"
-    share = (epochs / FEWEST_EPOCHS - reading) / max(1 - reading, 1e-9)  # of what a step computes may remain
+    share = (epochs / FEWEST_EPOCHS - reading) / max(1 - reading, 1e-9)  # how much of a step's computing may remain
     if share <= 0:
         return f"{said}; {100 * reading:.0f}% of the time is spent waiting for images, see docs/data.md"
     found = [*_freezing(job), *smaller_model(job, share), *smaller_size(job, share)]
@@ -39,7 +39,12 @@ def _freezing(job: Job) -> Iterator[str]:
 
 
 def smaller_model(job: Job, share: float) -> Iterator[str]:
-    """Give the largest smaller ConvMixer with the same patches and kernels that costs at most a share."""
+    """Yield the flag of the largest ConvMixer that needs at most a share of the job's MACs, if there is one.
+
+    Args:
+        job: What is trained; patches and kernels keep their sizes.
+        share: 0 to 1.
+    """
     match = re.fullmatch(r"convmixer_(\d+)_(\d+)(_p\d+_k\d+)?", job.build[0])
     tail = (match and match[3]) or f"_p{max(1, round(job.preprocessing.img_size / 16))}_k5"
     most = share * _macs(job, job.build, job.preprocessing.img_size)
@@ -51,7 +56,14 @@ def smaller_model(job: Job, share: float) -> Iterator[str]:
 
 
 def smaller_size(job: Job, share: float) -> Iterator[str]:
-    """Give the largest smaller side that costs at most a share; an automatic model costs the same at every side."""
+    """Yield the flag of the largest image size that needs at most a share of the job's MACs, if there is one.
+
+    Nothing is yielded for an automatic model, which costs the same at every image size.
+
+    Args:
+        job: What is trained.
+        share: 0 to 1.
+    """
     side = job.preprocessing.img_size
     if job.build[0] == automatic_model(side):
         return
@@ -61,7 +73,7 @@ def smaller_size(job: Job, share: float) -> Iterator[str]:
             if 0 < _macs(job, job.build, smaller) <= most:
                 yield f"--img-size {smaller}"
                 return
-        except RequestError:  # it takes images of one size alone
+        except RequestError:  # the model takes images of one size only
             return
 
 

@@ -90,8 +90,9 @@ class RunFiles(RunFolder):
         return contents
 
     def read_results(self) -> dict[str, Any] | None:
-        """Return the results of a finished run, or None; a run with a damaged record, which a line names, is not
-        finished.
+        """Return the results of a finished run, or None if it is not finished.
+
+        If its record is damaged, a line says so, and the run does not count as finished.
         """
         if not self.record.exists():
             return None
@@ -113,11 +114,11 @@ class RunFiles(RunFolder):
             raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all metrics again, one row per epoch; the file is small, and this way never holds a row twice."""
+        """Write all metrics again, one row per epoch. The file is small, and this way no row is in it twice."""
         write_atomic(self.metrics, _table(COLUMNS, rows))
 
     def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all steps again, a row for every few steps."""
+        """Write the table of steps again, one row for every few steps."""
         write_atomic(self.steps, _table(STEP_COLUMNS, rows))
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
@@ -127,7 +128,7 @@ class RunFiles(RunFolder):
             file.write(json.dumps(line) + "\n")
 
     def rewind_log(self, step: int) -> None:
-        """Drop the events after a step, because that part runs again."""
+        """Remove the events after a step from the log, because these steps are taken again."""
         path = self.log_file
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
@@ -135,9 +136,12 @@ class RunFiles(RunFolder):
 
 
 def check_empty(path: Path) -> None:
-    """Raise RequestError if a new run cannot go there: it is a file, or a folder that holds something.
+    """Check that a new run can be written to a path.
 
-    Remains of a process that was killed before it wrote its first file do not count.
+    Files of a process that was killed before it wrote its first settings do not count.
+
+    Raises:
+        RequestError: The path is a file, or a folder that holds something.
     """
     taken = path.exists() and not path.is_dir()
     if taken or (path.exists() and any(child.name[0] != "." and child.name != LOCK for child in path.iterdir())):
@@ -146,7 +150,7 @@ def check_empty(path: Path) -> None:
 
 
 class Board:
-    """TensorBoard's event files with the metrics, opened with the first row. If they cannot be written, the run
+    """TensorBoard's event files with the metrics; they are made at the first row. If they cannot be written, the run
     continues.
 
     Args:
@@ -160,7 +164,7 @@ class Board:
         self._failed = False
 
     def rewind(self, step: int) -> None:
-        """Make TensorBoard ignore what was written after a step."""
+        """Make TensorBoard ignore the rows that were written after a step."""
         self._purge = step + 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
@@ -171,7 +175,7 @@ class Board:
             self._add_row(row)
         except (OSError, RuntimeError) as error:
             self._failed = True
-            print(f"TensorBoard's files in {self.path} can no longer be written ({error}); the run continues")
+            print(f"the TensorBoard files in {self.path} can no longer be written ({error}); the run continues")
 
     def _add_row(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
@@ -202,8 +206,9 @@ def describe(
 ) -> dict[str, Any]:
     """Return the contents of the settings file: everything needed to repeat, continue or judge the run.
 
-    `config` also has the values that `asked` left to the data and the machine; only those in `asked` count as
-    differences from the recipe.
+    `asked` holds the settings as the user gave them, some of them "auto". In `config` each "auto" is replaced by the
+    value that was chosen for the data and the machine. Only settings in `asked` are listed as differences from the
+    recipe.
     """
     changed = difference(recipe or Config(), asked)
     sizes = {split: len(images) if (images := getattr(data, split)) else 0 for split in ("train", "val", "test")}

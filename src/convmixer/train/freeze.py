@@ -1,4 +1,4 @@
-"""Freezes layers: all but the classifier, or the stem and the first blocks. For every timm model."""
+"""Freezes layers of any timm model: all but the classifier, or the stem and the first blocks."""
 
 from typing import cast
 
@@ -10,7 +10,7 @@ ALL = "all"
 
 
 def freeze(model: nn.Module, what: str | None) -> None:
-    """Switch off gradients of the frozen layers, in place.
+    """Switch off the gradients of the layers that are to be frozen, in place.
 
     Args:
         model: A model with timm's interface.
@@ -25,7 +25,7 @@ def freeze(model: nn.Module, what: str | None) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules that have parameters and train none of them."""
+    """Return the outermost modules that have parameters, all of them frozen."""
     own = list(model.parameters())
     if own and not any(p.requires_grad for p in own):
         return [model]
@@ -50,7 +50,7 @@ def _frozen_names(model: nn.Module, what: str | None) -> set[str]:
     layers, blocks = layers_of(model, "freeze N"), int(what)
     last = max(layers.values())  # the classifier's
     if blocks >= last:
-        raise RequestError(f"freeze {blocks}: the model has {last - 1} blocks; freeze {ALL} keeps them all")
+        raise RequestError(f"freeze {blocks}: the model has {last - 1} blocks; freeze {ALL} freezes them all")
     return {name for name in names if layers.get(name, last) <= blocks}
 
 

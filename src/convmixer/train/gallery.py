@@ -19,7 +19,7 @@ from convmixer.train.scores import Scores
 from convmixer.train.setup import Job
 
 SHOWN = 32
-MISTAKES_SECONDS = 5.0  # to read their images: a run with a time budget reserves 10 s for all its last files
+MISTAKES_SECONDS = 5.0  # limit for reading the images; a run with a time budget reserves 10 s for all final files
 
 
 def augmented(job: Job, path: Path) -> None:
@@ -38,7 +38,7 @@ def augmented(job: Job, path: Path) -> None:
 
 
 def samples(data: DataSplits, folder: Path, most: int = 10) -> None:
-    """Write a few test images as PNG files, one of each of the first classes, to try `predict` on."""
+    """Write one test image of each of the first `most` classes as a PNG file, to try `predict` on."""
     images = data.test or data.val or data.train
     assert images is not None
     for label, name in list(enumerate(data.classes))[:most]:
@@ -70,7 +70,7 @@ def results(
 
 
 def mistakes(data: DataSplits, split: str, found: Scores | None, path: Path) -> None:
-    """Write the page of mistakes on a split if its answers were kept; reading images takes a few seconds at most."""
+    """Write the page of mistakes on a split if `found` has the answers; images are read for a few seconds at most."""
     images = getattr(data, split)
     if found and found.answers is not None and len(found.answers):
         about = f"The chosen weights of this run on the {split} split of {data.name}."

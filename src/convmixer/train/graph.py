@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: a thousand kernel launches become one, so the GPU never waits for Python."""
+"""A training step as one CUDA graph: one launch instead of a thousand, so the GPU does not wait for Python."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ WARM_UP = 3  # steps in which kernels are compiled, algorithms chosen and the op
 
 
 class StepGraph:
-    """Takes steps; replays a graph once the shapes of the inputs have stayed the same for `WARM_UP` steps.
+    """Takes training steps, as a CUDA graph once the inputs' shapes have stayed the same for `WARM_UP` steps.
 
     Args:
-        step: Takes a step on the given tensors; it reads no other tensors that may be replaced later, and never waits
-            for the GPU.
+        step: Takes a step on the given tensors. It must not wait for the GPU, nor read other tensors that may be
+            replaced later.
     """
 
     def __init__(self, step: Callable[..., None]) -> None:

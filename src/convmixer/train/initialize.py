@@ -21,8 +21,8 @@ def initialize(model: nn.Module, config: Config, images: ImageSet, p: Preprocess
     """Set the weights that `stem_init` and `head_init` ask for, in place.
 
     Args:
-        model: New, or with a new classifier.
-        config: `stem_init`, `head_init`, `seed`.
+        model: A new model, or one with a new classifier.
+        config: Its settings `stem_init`, `head_init` and `seed` are used.
         images: The training images.
         p: Their preprocessing.
 
@@ -40,18 +40,19 @@ def initialize(model: nn.Module, config: Config, images: ImageSet, p: Preprocess
 
 @torch.no_grad()
 def whiten_stem(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Replace the first filters of a model's first convolution by ones whose responses to patches are white.
+    """Replace filters of a model's first convolution by ones whose responses to patches are uncorrelated (whitening).
 
-    They are the eigenvectors of the patches' second moments over the root of the eigenvalues, and their negatives,
-    because the activation that follows cuts off one side. A layer with fewer filters gets the strongest eigenvectors;
-    filters beyond twice the number of a patch's values keep their initial weights. All of them are trained.
+    The new filters are the eigenvectors of the matrix of second moments of the patches, divided by the roots of the
+    eigenvalues. Their negatives are filters too, because the activation that follows cuts off one side. With D values
+    in a patch there are 2D of them. If the layer has fewer filters, it gets those with the largest eigenvalues; if it
+    has more, the others keep their initial weights. All filters are trained afterwards.
 
     Args:
-        model: Its first convolution has no padding, as a patch embedding.
+        model: A model whose first convolution has no padding, such as a patch embedding.
         batches: Preprocessed images (B, C, H, W).
 
     Raises:
-        RequestError: The first convolution is of another kind.
+        RequestError: The first convolution has padding, or there is none.
 
     Source: arXiv 2404.00498, Sec. 3.1, where the filters are frozen; here they are not.
     """

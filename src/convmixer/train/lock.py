@@ -1,7 +1,8 @@
-"""One process at a time trains in a run folder. The lock of a dead process, on any machine, does not block.
+"""The lock of a run folder: one process at a time trains there, and the lock of a dead process does not block.
 
-The lock is a file with the machine and process id of its holder, which touches it every few seconds. On the same
-machine the holder is alive if its process is. On another machine it is alive as long as it touches the file.
+The lock is a file that names the machine and process id of its holder. The holder touches the file every few seconds.
+A holder on this machine counts as alive if its process exists. A holder on another machine counts as alive as long as
+it touches the file.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from convmixer.files import naming, temporary_name
 from convmixer.processes import is_alive, is_here, one_at_a_time, sign
 
 BEAT_SECONDS = 5.0
-DEAD_AFTER_SECONDS = 30.0  # six beats, because a machine may swap or a network file system be slow
+DEAD_AFTER_SECONDS = 30.0  # six beats: a machine may be swapping, or a network file system slow
 
 
 class RunLock:
@@ -72,7 +73,7 @@ class RunLock:
         return True
 
     def _wait_for_holder(self) -> None:
-        """Remove the lock of a dead holder; a holder on another machine gets time to show that it is alive.
+        """Remove the lock if its holder is dead. A holder on another machine gets time to show that it is alive.
 
         Raises:
             RequestError: The holder is alive.
@@ -90,7 +91,7 @@ class RunLock:
 
     def _watch(self, text: str, holder: dict[str, Any]) -> None:
         first, deadline = self._touched(), time.monotonic() + DEAD_AFTER_SECONDS
-        print(f"{self.path.parent}: waiting {DEAD_AFTER_SECONDS:.0f} s for a sign of life of {_name(holder)}")
+        print(f"{self.path.parent}: waiting {DEAD_AFTER_SECONDS:.0f} s to see whether {_name(holder)} is alive")
         while time.monotonic() < deadline:
             if self._read() != text:
                 return
@@ -99,7 +100,7 @@ class RunLock:
             time.sleep(min(0.2, DEAD_AFTER_SECONDS / 10))
 
     def _remove(self, text: str) -> None:
-        """Remove the lock if it is still the dead holder's; of several processes that try, one succeeds."""
+        """Remove the lock if it is still the dead holder's; if several processes try, only one succeeds."""
         aside = temporary_name(self.path)
         with contextlib.suppress(FileNotFoundError), one_at_a_time(self.path.parent):
             if self._read() == text:
@@ -132,10 +133,10 @@ class RunLock:
 
 
 def _link(draft: Path, path: Path) -> None:
-    """Give a file its name if no file has it; atomic on network file systems too.
+    """Give a draft its final name, unless a file has that name already; atomic on network file systems too.
 
     Raises:
-        FileExistsError: A file has the name.
+        FileExistsError: A file has the name already.
     """
     try:
         os.link(draft, path)

@@ -1,7 +1,8 @@
-"""How the processes of one start find each other, and how each notices that another is gone.
+"""How the processes of a run find each other, and how each notices that another one is gone.
 
-They talk through torchrun's store, which outlives restarts: it still holds what the processes of earlier attempts
-wrote. So the first process gives each attempt a unique name, and starts only with those that answered to it.
+The processes communicate through torchrun's store. If torchrun restarts them, that is a new attempt, but the store
+still holds what the processes of earlier attempts wrote. So the first process gives each attempt a unique name, and
+training starts with exactly the processes that confirmed this name.
 """
 
 import contextlib
@@ -39,14 +40,14 @@ class Meeting:
 
     Args:
         rank, world: Index of this process, and the number of processes.
-        seconds: How long to wait for a sign of life from another one.
+        seconds: How long to wait for a heartbeat of another process.
 
     Attributes:
-        store: Where they exchange addresses; without what earlier attempts wrote.
+        store: Where the processes exchange addresses. It does not show what earlier attempts wrote.
         restarted: Whether torchrun restarted any of these processes.
 
     Raises:
-        PeerLost: One did not come in time.
+        PeerLost: A process did not join in time.
     """
 
     def __init__(self, rank: int, world: int, seconds: float) -> None:
@@ -67,14 +68,14 @@ class Meeting:
         again, name = self._every.check(["attempt"]), secrets.token_hex(8)
         self._every.set("attempt", name)
         self._answer(name)
-        self._wait_for(lambda rank: self._every.check([f"{name}/{rank}"]), "did not come")
+        self._wait_for(lambda rank: self._every.check([f"{name}/{rank}"]), "did not join")
         answers = [json.loads(self._every.get(f"{name}/{rank}")) for rank in range(self.world)]
         restarted = again or any(restarted for _, restarted in answers)
         self._every.set(f"{name}/begin", json.dumps([[own for own, _ in answers], restarted]))
         return name, restarted
 
     def _follow(self) -> tuple[str, bool]:
-        """Answer to the newest attempt until it includes this process."""
+        """Confirm the name of the newest attempt, until an attempt includes this process."""
         deadline, answered = time.monotonic() + self.seconds, ""
         while time.monotonic() < deadline:
             name = self._every.get("attempt").decode() if self._every.check(["attempt"]) else ""
@@ -86,7 +87,7 @@ class Meeting:
                 if self.rank < len(there) and there[self.rank] == self._own:
                     return name, restarted
             time.sleep(POLL_SECONDS)
-        raise PeerLost(f"the first of {self.world} processes did not come within {self.seconds:g} s")
+        raise PeerLost(f"the first of {self.world} processes did not join within {self.seconds:g} s")
 
     def _answer(self, name: str) -> None:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -95,12 +96,13 @@ class Meeting:
     # Work whose duration differs between processes
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Do something in all processes and continue together; if one raises RequestError, all do.
+        """Do work in all processes, and return when all have done it. If one raises RequestError, all raise it.
 
-        It may take long in one, e.g. to fetch data: the others wait as long as it gives signs of life.
+        The work may take long in one process, for instance to fetch data: the others wait as long as it sends
+        heartbeats.
 
         Raises:
-            PeerLost: A process no longer gives signs of life.
+            PeerLost: A process no longer sends heartbeats.
         """
         self._works += 1
         with self._beating():
@@ -110,7 +112,7 @@ class Meeting:
                 self.store.set("refused", f"{error} (process {self.rank} on {socket.gethostname()})")
                 raise
             self.store.set(f"{self._works}/{self.rank}", "done")
-            self._wait_for(self._is_done, "gives no sign of life")
+            self._wait_for(self._is_done, "sent no heartbeat")
         return done
 
     def _is_done(self, rank: int) -> bool:
@@ -136,7 +138,7 @@ class Meeting:
             thread.join()
 
     def _wait_for(self, is_there: Callable[[int], bool], problem: str) -> None:
-        """Wait until a condition holds for every process, as long as each that it does not yet hold for is alive."""
+        """Wait until a condition holds for every process, but only while the missing processes send heartbeats."""
         seen: dict[int, tuple[int, float]] = {}
         missing = list(range(self.world))
         while missing := [rank for rank in missing if not is_there(rank)]:
@@ -150,7 +152,10 @@ class Meeting:
 
 
 def _choose_interface(address: str) -> None:
-    """Make gloo use the network that leads to the first machine; by default it uses the one of the own host name."""
+    """Make gloo use the network that leads to the first machine.
+
+    By default gloo uses the address of the machine's own host name, which is often one that others cannot reach.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -18,7 +18,14 @@ from convmixer.train.start import start_line
 
 
 def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mapping[str, Any]) -> None:
-    """Print everything decided before the first step; `contents` are those of the settings file."""
+    """Print everything that was decided before the first step.
+
+    Args:
+        console: Where to print.
+        job: What is trained.
+        folder: The run folder.
+        contents: Contents of the settings file.
+    """
     data, c = job.data, job.config
     console.print(f"run      {terminal(folder.path)}")
     console.print(f"recipe   {contents['recipe'] or 'none'}")
@@ -48,7 +55,7 @@ def say_settings(console: Console, job: Job, folder: RunFolder, contents: Mappin
 def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any]) -> None:
     """Print the results of the chosen weights."""
     console.print(f"chosen   {results['chosen']}")
-    for split, use in (("val", "used to choose the epoch"), ("test", "read once, now")):
+    for split, use in (("val", "used to choose the epoch"), ("test", "evaluated once, after training")):
         if results[f"{split}_n"]:
             top1, top5, n = (results[f"{split}_{key}"] for key in ("top1", "top5", "n"))
             console.print(f"{split:<8} top-1 {top1:.2f}%  top-5 {top5:.2f}%  of {n} images ({use})")
@@ -57,7 +64,13 @@ def say_results(console: Console, folder: RunFolder, results: Mapping[str, Any])
 
 
 def epoch_line(row: Mapping[str, Any], length: str, better: bool) -> str:
-    """Return what is printed after an epoch: a row of the metrics, where it is in the run, if it is the best."""
+    """Return the line that is printed after an epoch.
+
+    Args:
+        row: The epoch's row of metrics.
+        length: How far the run is, to print after the number of the epoch.
+        better: Whether the epoch is the best so far.
+    """
     text = f"epoch {row['epoch']:g}{length}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"
     if row["top1"] is not None:
         text += f"  val loss {row['val_loss']:.4f}  top-1 {row['top1']:.2f}%"
@@ -66,7 +79,7 @@ def epoch_line(row: Mapping[str, Any], length: str, better: bool) -> str:
 
 
 def slow_loading(share: float, job: Job) -> str:
-    """Return what is printed once if training waits for images for a large share of the time: what would help."""
+    """Return the advice that is printed once if training waits for images for a large share of the time."""
     c, helps = job.config, []
     if job.data.train and isinstance(job.data.train.source, Encoded) and not job.kept:
         helps.append("--cache memory or disk (images are decoded anew each epoch)")

@@ -1,9 +1,9 @@
 """One optimizer step: mixing, erasing, soft-target cross entropy, clipping, optimizer, moving average.
 
-A step is a pure function of the weights, the optimizer's state, the batch and the step number, which gives the
-learning rate and every random number. That is why a checkpoint holds no scheduler and no generator. A batch is
-computed in `grad_accum` parts inside the step, so their number does not change the count of steps. session.py has
-what happens between steps.
+A step is a pure function of the weights, the optimizer's state, the batch and the step number. The step number
+determines the learning rate and every random number, so a checkpoint holds no scheduler and no generator. With
+`grad_accum` the batch is computed in several parts, but that is still one step. session.py does what happens between
+steps.
 """
 
 import contextlib
@@ -42,8 +42,9 @@ class TrainingModule(pl.LightningModule):
         num_classes: Classes of the data.
         steps_per_epoch: Optimizer steps per epoch.
         epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
-        first_step: Number of the run's steps before this module's first.
-        progress: Returns how far the run is at the end of a step, 0 to 1; None: as its number says.
+        first_step: Number of steps of the run before this module's first step.
+        progress: Step number -> how far the schedule is at the end of the step, 0 to 1. None: in proportion to the
+            number of the step.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class TrainingModule(pl.LightningModule):
         self.in_step = False
 
     def forget_graph(self) -> None:
-        """Drop the graph, because tensors of the step are about to be replaced."""
+        """Drop the CUDA graph, because tensors of the step are about to be replaced."""
         if isinstance(self._update, StepGraph):
             self._update.forget()
 
@@ -123,7 +124,7 @@ class TrainingModule(pl.LightningModule):
         return autocast(self.config.precision, self.place)
 
     def state(self) -> dict[str, Any]:
-        """Return everything that the next steps depend on."""
+        """Return everything that the next steps depend on, for a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "average": self._average[0].module.state_dict() if self._average else None,
@@ -134,7 +135,7 @@ class TrainingModule(pl.LightningModule):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`, made on any device."""
+        """Go back to a state that `state` returned, on any device."""
         self.forget_graph()
         self.model.load_state_dict(state["model"])
         if self._average:
@@ -154,13 +155,14 @@ class TrainingModule(pl.LightningModule):
         return self.optimizer.param_groups
 
     def _sum_device(self) -> torch.device:
-        """Return the device that adds losses in float64: the model's, so that no step waits, unless it is MPS, which
-        has none.
+        """Return the device on which losses are added in float64.
+
+        It is the model's device, so that no step waits for a copy. MPS has no float64, so there it is the CPU.
         """
         return torch.device("cpu") if self.place.type == "mps" else self.place
 
     def _can_be_a_graph(self) -> bool:
-        """Return whether a step never waits for the GPU: DDP, the fp16 scaler and other optimizers do."""
+        """Return whether a step never waits for the GPU. With DDP, fp16's scaler or other optimizers it does wait."""
         one = world_size() == 1 and self.config.precision != "fp16" and self.config.optimizer == "adamw"
         return one and self.place.type == "cuda"
 
@@ -189,10 +191,11 @@ class TrainingModule(pl.LightningModule):
     def _seed(self) -> None:
         """Key every random number of this step (dropout, mixing, erasing) by seed, step and rank.
 
-        Done after the batch was fetched, because fetching draws from the same generators. `torch.manual_seed` would
-        cost 144 microseconds per step.
+        It is called after the batch was fetched, because fetching draws from the same generators. `torch.manual_seed`
+        would cost 144 microseconds per step.
         """
-        key = sample_seed(self.config.seed, -1 - rank(), self.steps_done)  # images have epochs of 0 and more
+        # the second argument is below 0, because images are keyed by their epoch, which is 0 or more
+        key = sample_seed(self.config.seed, -1 - rank(), self.steps_done)
         torch.default_generator.manual_seed(key)
         if self.place.type == "cuda":
             torch.cuda.manual_seed(key)

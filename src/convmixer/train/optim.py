@@ -17,11 +17,12 @@ ENDS = ("stem.", "head.", "patch_embed.", "pos_embed", "cls_token", "classifier.
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Return the parameters in groups with the same weight decay, learning-rate factor and update rule.
 
-    Biases, the scales and shifts of norms (also if stored as (1, 1, dim)) and what the model lists in timm's
-    `no_weight_decay()` (embeddings of positions) are not decayed, as in timm's fork that trained the paper's ImageNet
-    models. `decay_norm_and_bias` decays all, as the authors' CIFAR-10 script does. With `layer_decay`, a parameter
-    that is i layers below the last one learns at `lr * layer_decay ** i`; the group's "lr_scale" holds that factor.
-    With a Muon optimizer, vectors and the two ends of the network have "use_fallback": AdamW updates them.
+    No weight decay: biases, the scales and shifts of norms (also if stored as (1, 1, dim)), and the parameters that
+    the model lists in timm's `no_weight_decay()`, such as position embeddings. The timm fork that trained the paper's
+    ImageNet models does the same. With `decay_norm_and_bias` everything is decayed, as in the authors' CIFAR-10
+    script. With `layer_decay`, a parameter that is i layers below the last one learns at `lr * layer_decay ** i`; the
+    group's "lr_scale" holds that factor. With Muon, vectors, the stem and the classifier have "use_fallback": AdamW
+    updates them.
     """
     listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -69,10 +70,10 @@ def is_muon(config: Config) -> bool:
 
 
 def check_optimizer(config: Config) -> None:
-    """Check that the optimizer exists and needs only gradients.
+    """Check that the optimizer exists and needs only first derivatives.
 
     Raises:
-        RequestError: It does not; the nearest name is suggested.
+        RequestError: It is unknown (the nearest name is suggested), or needs more.
     """
     from timm.optim import get_optimizer_info, list_optimizers
 
@@ -87,8 +88,8 @@ def check_optimizer(config: Config) -> None:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return the optimizer over `parameter_groups`; its learning rate is set before every step.
 
-    AdamW is torch's fused form, one pass over all parameters. fp16 needs the plain one: gradients are unscaled and
-    clipped outside of it. Every other name is timm's.
+    AdamW is torch's fused one, which updates all parameters in one pass. fp16 needs the plain one, because gradients
+    are unscaled and clipped before it runs. All other optimizers are timm's.
 
     Raises:
         RequestError: The optimizer is not known.

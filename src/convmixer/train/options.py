@@ -1,6 +1,6 @@
-"""Settings that would fit into a time: the same for fewer epochs, a smaller model, a classifier on frozen layers.
+"""Finds settings that would fit into a given time: fewer epochs, a smaller model, or a classifier on frozen layers.
 
-Each is measured by a few real steps, in one fresh process, as `plan` measures what was asked for.
+Each is measured with a few real steps in a fresh process, in the same way as `plan` measures the user's settings.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from convmixer.train.fits import FEWEST_EPOCHS, smaller_model, smaller_size
 from convmixer.train.freeze import ALL
 from convmixer.train.setup import Job, prepare
 
-SURE = 0.9  # of the time: what is measured in seconds drifts over hours
-HEAD_STEP_SECONDS = 0.003  # of a classifier on features, an upper bound
+SURE = 0.9  # share of the time to plan for: a speed that was measured in seconds drifts over hours
+HEAD_STEP_SECONDS = 0.003  # a training step of a classifier on features, an upper bound
 MOST = 3
 
 
@@ -33,11 +33,11 @@ class Option:
     """Settings that fit into a time.
 
     Args:
-        what: In words.
-        flags: What to add to the command.
+        what: What differs from the user's settings, in words.
+        flags: The flags to add to the command.
         epochs: Passes over the training images.
         seconds: Predicted time of the whole run.
-        memory: Predicted bytes that training takes beyond libraries and data; None: as asked for.
+        memory: Predicted bytes for training, without libraries and data; None: the same as for the user's settings.
     """
 
     what: str
@@ -48,17 +48,17 @@ class Option:
 
 
 def measure(data: str, config: Config, job: Job, seconds_total: float, budget: float) -> tuple[int, list[Option]]:
-    """Return the peak memory of what was asked for, and up to three settings that fit into a time.
+    """Return the peak memory of the user's settings, and up to three options that fit into a time.
 
     Args:
         data: The data argument.
-        config: What was asked for.
-        job: The same, resolved.
-        seconds_total: What it takes.
-        budget: Seconds that there are.
+        config: The user's settings.
+        job: The job with these settings, every "auto" resolved.
+        seconds_total: Time that the job takes.
+        budget: Time that the user has, in seconds.
 
     Raises:
-        RequestError: What was asked for does not fit into the memory.
+        RequestError: The user's settings do not fit into the memory.
     """
     wanted = _wanted(config, job, seconds_total, budget)
     settings = [to_dict(config), *(to_dict(override(config, changed)) for _, changed in wanted)]
@@ -77,18 +77,18 @@ def measure(data: str, config: Config, job: Job, seconds_total: float, budget: f
 
 
 def _wanted(config: Config, job: Job, seconds_total: float, budget: float) -> list[tuple[str, dict[str, Any]]]:
-    """Return what to measure besides what was asked for: words, and the settings that change."""
+    """Return what to measure besides the user's settings: a description, and the settings that change."""
     share = min(0.5, SURE * budget / max(seconds_total, 1e-9))
     found: list[tuple[str, dict[str, Any]]] = []
     for what, smaller in (("a smaller model", smaller_model), ("smaller images", smaller_size)):
-        # if none is cheap enough for all the epochs, a smaller one for fewer
+        # if none is cheap enough for all epochs, take a smaller one for fewer epochs
         flag = next(itertools.chain(smaller(job, share), smaller(job, 0.5)), None)
         if flag:
             name, value = flag.removeprefix("--").split(" ")
             found.append((what, {name.replace("-", "_"): value}))
     if not config.freeze and (weights := config.weights or next(iter(shipped()), None)):
         start = {} if config.weights else {"weights": weights, "model": "auto", "img_size": None}
-        # first, since it is by far the shortest way
+        # first in the list, because it takes by far the least time
         found.insert(0, ("a classifier on the frozen layers of trained weights", {"freeze": ALL} | start))
     return found[:MOST]
 
@@ -122,25 +122,25 @@ def _flag(name: str, value: Any) -> str:
 
 
 def fewer_epochs(per_epoch: float, once: float, asked: int, budget: float, text: str) -> Option | None:
-    """Return what was asked for with as many epochs as fit, or None if fewer than five do.
+    """Return the user's settings with as many epochs as fit, or None if fewer than five fit.
 
     Args:
-        per_epoch: Seconds of an epoch.
-        once: Seconds of the test.
-        asked: Epochs.
-        budget: Seconds that there are.
-        text: The budget as one types it.
+        per_epoch: Seconds per epoch.
+        once: Seconds of the evaluation at the end.
+        asked: Epochs in the user's settings.
+        budget: Time that the user has, in seconds.
+        text: The same time as the user typed it.
     """
     if once + asked * per_epoch <= budget:
-        return Option("as asked for", "nothing to add", asked, once + asked * per_epoch)
+        return Option("your settings", "nothing to add", asked, once + asked * per_epoch)
     epochs = int((SURE * budget - once) / per_epoch)
     if epochs < FEWEST_EPOCHS:
         return None
-    return Option("as asked for, in less time", f"--max-time {text}", epochs, once + epochs * per_epoch)
+    return Option("your settings, fewer epochs", f"--max-time {text}", epochs, once + epochs * per_epoch)
 
 
 def _measure(data: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each of some settings the memory and the time of a few steps, or "error"."""
+    """Return for each of the settings the memory and time of a few steps, or the "error"."""
     found: list[dict[str, Any]] = []
     for number, one in enumerate(settings):
         try:
@@ -164,7 +164,7 @@ def _cost(data: str, config: Config, timed: bool) -> dict[str, Any]:
 
 
 def _give_memory_back() -> None:
-    """Let the next peak begin at the bottom: glibc keeps what is freed."""
+    """Return freed memory to the system, which glibc would keep, so that it does not count in the next peak."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

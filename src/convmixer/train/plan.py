@@ -1,4 +1,4 @@
-"""Estimates what a run would cost: parameters, MACs, memory and time, by counting and by a few real steps.
+"""Estimates what a run would cost. Parameters and MACs are counted, memory and time are measured with a few steps.
 
 Memory on the CPU is measured in a fresh process that takes three steps: its peak resident size minus its size before
 the first step, when libraries, data and model are loaded. On a GPU it is the peak that CUDA reports.
@@ -20,7 +20,7 @@ from convmixer.train.budget import seconds_per_image
 from convmixer.train.engine import measure_speed
 from convmixer.train.setup import prepare
 
-EVENING = "3h"  # what `plan` fills if no time is given
+EVENING = "3h"  # the time for which `plan` proposes settings if no max_time is given
 
 
 def plan(data: str, config: Config) -> dict[str, Any]:
@@ -31,13 +31,13 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         config: Resolved settings.
 
     Returns:
-        `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes`, of training,
-        without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`; how they
-        were measured; and `options`: up to three settings that fit `budget` (max_time, else an evening of 3 hours),
-        each with `what`, `flags`, `epochs`, `seconds` and `memory`.
+        Among others: `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes` of
+        training, without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`;
+        `options`, up to three settings that fit into `budget` (max_time, else 3 hours), each with `what`, `flags`,
+        `epochs`, `seconds` and `memory`.
 
     Raises:
-        RequestError: Settings or data do not allow it.
+        RequestError: The settings or the data cannot be used.
     """
     job = prepare(data, config)
     module = job.module(config.epochs or 1)
@@ -93,7 +93,7 @@ def _advice(result: dict[str, Any], config: Config) -> list[str]:
         )
     elif result["seconds_total"] > 12 * 3600:
         fits = max(1, int(8 * 3600 / result["seconds_per_epoch"]))
-        advice.append(f"over half a day: --epochs {fits} fits into a night, so does --max-time 8h; see below")
+        advice.append(f"over half a day: --epochs {fits} or --max-time 8h fits into a night; see below")
     if result["kernels"] == "plain PyTorch" and result["device"] == "cpu":
         advice.append("the CPU kernels are not used: `convmixer info` says why")
     if not advice and result["seconds_total"] > parse_seconds(result["budget"]):
@@ -124,7 +124,7 @@ def _show(result: dict[str, Any], data: str) -> None:
 def _show_options(result: dict[str, Any], console: Console) -> None:
     rows, budget = result["options"], result["budget"]
     if not rows:
-        console.print(f"nothing that was tried fits {budget}: fewer images, or more --max-time")
+        console.print(f"no settings that were tried fit into {budget}: use fewer images or a longer --max-time")
         return
     table = Table("what fits", "add to the command", "epochs", "time", "memory", title_justify="left")
     table.title = f"settings that fit {budget}"

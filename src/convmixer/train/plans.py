@@ -11,15 +11,15 @@ FROZEN_SHARE = 0.5  # of a time budget, for the stage with frozen layers if anot
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained in a stage, and when.
+    """What is trained in a stage of a run, and when.
 
     Args:
-        freeze: The layers that are not trained, as the setting says; None: none.
-        first: Steps of the run before; with a time budget the most it can be.
-        epochs: Its length; may be a fraction.
-        steps: Its length, with a time budget at most; None: only the time ends it.
+        freeze: The frozen layers, as in the setting `freeze`; None: no layer.
+        first: Steps of the run before the stage; with a time budget, their maximum.
+        epochs: Length of the stage in epochs; may be a fraction.
+        steps: Length of the stage in steps; with a time budget, the maximum. None: only the time ends the stage.
         lr: Peak learning rate.
-        until: Share of a time budget at which it ends.
+        until: Share of a time budget at which the stage ends.
     """
 
     freeze: str | None
@@ -31,7 +31,7 @@ class Plan:
 
     @property
     def end(self) -> int | None:
-        """Steps of the run after it."""
+        """Steps of the run when the stage ends; None: only the time ends it."""
         return None if self.steps is None else self.first + self.steps
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of a run: steps, images per second, time left. Without a terminal nothing is drawn."""
+"""The progress bar of a run: steps, images per second, time left. It is drawn only on a terminal."""
 
 import time
 from types import TracebackType
@@ -32,7 +32,10 @@ class Progress:
         self._last: tuple[float, int] | None = None
 
     def update(self, step: int, done: float) -> None:
-        """Show that a step is done, and the share of the run; cheap, as it is drawn only a few times a second."""
+        """Show the number of finished steps, and `done`, how far the run is, 0 to 1.
+
+        It may be called after every step: the bar is drawn only a few times per second.
+        """
         now, total = time.monotonic(), max(step, round(step / max(done, 1e-6)))
         if self._last is None:
             self._bar.update(self._task, completed=step, total=total)

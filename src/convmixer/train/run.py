@@ -1,4 +1,4 @@
-"""`train`: settings in, run folder out. `resume`: continues a run as if it had never stopped."""
+"""`train` trains a model and writes a run folder. `resume` continues a run as if it had never stopped."""
 
 import contextlib
 import time
@@ -22,7 +22,7 @@ from convmixer.train.session import OnEpoch, Run, summary
 from convmixer.train.setup import Build, Job, prepare
 
 CHANGEABLE = ("epochs", "max_time", "workers", "device", "max_bad_fraction")  # settings that `resume` may change
-LEAST_SECONDS = 2.0  # that a run needs after its data are read
+LEAST_SECONDS = 2.0  # least time that a run needs after its data are read
 
 
 def train(
@@ -46,17 +46,17 @@ def train(
         recipe: The recipe's settings, to report differences from; None: the defaults.
         recipe_name: Its name.
         build: Name and arguments for `create_model`, instead of `config.model`.
-        on_epoch: Called with an epoch's row of metrics once it is on disk; an exception from it ends the run.
-        quiet: Print no settings, epochs and results.
+        on_epoch: Called with an epoch's row of metrics when the row is on disk; if it raises, the run ends.
+        quiet: Do not print settings, epochs and results.
         started: When the time of `max_time` began, in seconds since 1970; None: now.
-        callbacks: Lightning's, for what is to happen around steps. Lightning sees each stage as one epoch.
+        callbacks: Lightning's callbacks. Lightning sees each stage as one epoch, so use their hooks for steps.
 
     Returns:
         `run` (the folder), `val_top1`, `test_top1` (percent, None without such a split), `epochs`, `seconds`,
         `images_per_second`.
 
     Raises:
-        RequestError: The settings, the data or the folder do not allow it.
+        RequestError: The settings, the data or the folder cannot be used.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is saved then.
     """
     started = time.time() if started is None else started
@@ -85,13 +85,13 @@ def _budget(config: Config, started: float) -> float | None:
     """Return the seconds that a run gets, or None if only its epochs count.
 
     Raises:
-        RequestError: They are over before the first step.
+        RequestError: The time is over before the first step.
     """
     seconds, spent = parse_seconds(config.max_time) if config.max_time else None, time.time() - started
     if seconds and spent + LEAST_SECONDS > seconds:
         raise RequestError(
-            f"max_time {config.max_time} is too short: reading the data took {spent:.1f} s, and the end takes "
-            f"{LEAST_SECONDS:g} s or more: allow more"
+            f"max_time {config.max_time} is too short: reading the data took {spent:.1f} s, and the end of a run "
+            f"takes {LEAST_SECONDS:g} s or more: set a longer max_time"
         )
     return seconds
 
@@ -116,7 +116,7 @@ def resume(
         device: Device to compute on; None: the one that the run recorded.
         max_bad_fraction: Share of unreadable images allowed from now on; None: as before.
         on_epoch, callbacks: As in `train`.
-        changes: Settings of `CHANGEABLE` to go on with. New `epochs` or `max_time` extend a finished run too.
+        changes: New values of settings in `CHANGEABLE`. New `epochs` or `max_time` extend a finished run too.
 
     Raises:
         RequestError: The folder is not a run, another process trains in it, its data have changed, or no checkpoint
@@ -126,7 +126,7 @@ def resume(
     given = {"device": device, "max_bad_fraction": max_bad_fraction, **(changes or {})}
     changes = {name: value for name, value in given.items() if value is not None}
     if wrong := next((name for name in changes if name not in CHANGEABLE), None):
-        raise RequestError(f"{wrong} cannot be changed in a run that has begun; {', '.join(CHANGEABLE)} can")
+        raise RequestError(f"{wrong} cannot be changed in a run that has begun; only {', '.join(CHANGEABLE)} can")
     # another machine need not see the folder
     settings = folder.read_config()["settings"] if rank() == 0 or is_run(path) else {}
     with _processes(override(override(Config(), settings), changes)):
@@ -145,7 +145,7 @@ def _continue(
     results, length = on_first(folder.read_results), {"epochs", "max_time"} & (changes or {}).keys()
     if results and not length:
         if rank() == 0:
-            print(f"{folder.path} is finished already; --epochs or --max-time extends it")
+            print(f"{folder.path} is finished already; add --epochs or --max-time to extend it")
         return summary(folder, results)
     before = override(Config(), contents["settings"])
     config = override(before, changes or {})
@@ -172,13 +172,15 @@ def _check_changes(contents: Mapping[str, Any], config: Config, state: Mapping[s
     if state and state.get("stage") and config.epochs != contents["settings"]["epochs"]:
         raise RequestError("the epochs with frozen layers are over: their number cannot be changed any more")
     if config.epochs and (config.epochs + config.unfreeze_epochs) * per_epoch < done:
-        raise RequestError(f"epochs {config.epochs} are fewer than the {done / per_epoch:g} that are done: give more")
+        raise RequestError(f"{done / per_epoch:g} epochs are done already: set epochs to more than {config.epochs}")
     if config.max_time and state and parse_seconds(config.max_time) < state["seconds"] + LEAST_SECONDS:
-        raise RequestError(f"max_time {config.max_time} is over: the run took {state['seconds']:.0f} s so far")
+        raise RequestError(
+            f"the run took {state['seconds']:.0f} s already: set max_time to more than {config.max_time}"
+        )
 
 
 def _change(folder: RunFiles, contents: dict[str, Any], before: Config, config: Config, new_length: bool) -> None:
-    """Write new settings into a run's folder and say so; with a new length it is not finished any more."""
+    """Write new settings into a run's folder and print them; a run with a new length is no longer finished."""
     contents["settings"] = to_dict(config)
     if new_length:
         seconds = parse_seconds(config.max_time) if config.max_time else None
@@ -190,11 +192,11 @@ def _change(folder: RunFiles, contents: dict[str, Any], before: Config, config: 
         for name, (old, new) in difference(before, config).items():
             print(f"changed  {name}: {new} (was {old})")
         if new_length:
-            print("changed  from here on the learning rate follows the schedule of a run of the new length")
+            print("changed  from now on the learning rate follows the schedule of a run of the new length")
 
 
 def _check_equal(job: Job) -> None:
-    """Raise RequestError if a process, on another machine, would train on something else."""
+    """Raise RequestError if the processes would train on different data, or with different settings or versions."""
     facts = {"version": __version__, "data": job.data.checksum, "model": job.build, "precision": job.config.precision}
     settings = to_dict(job.config)
     check_equal(facts | {name: settings[name] for name in settings if name not in ("device", "workers")})
@@ -206,7 +208,7 @@ def _processes(config: Config) -> contextlib.AbstractContextManager[bool]:
 
 @contextlib.contextmanager
 def _alone(folder: RunFiles) -> Iterator[RunLock | None]:
-    """Hold the run folder's lock in the first process; others get None, or the same error."""
+    """Hold the run folder's lock in the first process. Other processes get None, or raise the first one's error."""
     lock = RunLock(folder.lock) if rank() == 0 else None
 
     def enter() -> None:

@@ -13,14 +13,14 @@ SCHEDULES = ("piecewise", "cosine", "constant")
 def learning_rate(schedule: str, epoch: float, epochs: float, peak: float) -> float:
     """Return the learning rate at a time of the run.
 
-    Step i of n in epoch e (both from 0) is taken at `epoch = e + (i + 1) / n`, as in the authors' CIFAR-10 script:
-    the very first step already has a rate above 0, the very last one has exactly 0 under "piecewise" and "cosine".
+    Step i of n in epoch e (both counted from 0) is taken at `epoch = e + (i + 1) / n`, as in the authors' CIFAR-10
+    script. So the first step has a rate above 0, and the last one has exactly 0 with "piecewise" and "cosine".
 
     Args:
-        schedule: "piecewise" (the paper's), "cosine" (the same rise over the first two fifths, then half a cosine to
-            0: the two differ only in the fall) or "constant".
+        schedule: "piecewise" (the paper's), "cosine" or "constant". The first two rise in the same way over the first
+            two fifths of the run; then "cosine" falls to 0 as half a cosine.
         epoch: Time since the start in epochs, 0 to `epochs`.
-        epochs: Length of the run in epochs, above 0; a fraction if the run is fitted to a time budget.
+        epochs: Length of the run in epochs, above 0; it may be a fraction if there is a time budget.
         peak: Highest learning rate.
 
     Raises:
@@ -44,8 +44,8 @@ def learning_rate(schedule: str, epoch: float, epochs: float, peak: float) -> fl
 def knots(epochs: float) -> Sequence[float]:
     """Return the four times, in epochs, between which the piecewise schedule is linear.
 
-    They are 0, 2T//5, 4T//5 and T in whole epochs like the authors'. Under 3 epochs, and for a T that is not whole,
-    those would fall together or miss the proportions, so 0.4 T and 0.8 T are used instead.
+    For T epochs they are 0, 2T//5, 4T//5 and T, as in the authors' script. If T is below 3 or not whole, two of these
+    would be equal or out of proportion, so 0.4 T and 0.8 T are used instead.
     """
     if epochs >= 3 and float(epochs).is_integer():
         whole = int(epochs)

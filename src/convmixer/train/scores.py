@@ -1,6 +1,7 @@
 """Loss, accuracy and confusion matrix of a model on a split, summed over all processes.
 
-Adds up batch by batch, for any split size and number of processes; `evaluation.metrics` takes all logits at once."""
+Here batches are summed one by one, for splits of any size; `evaluation.metrics` takes all logits at once.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -24,8 +25,8 @@ class Scores:
     Args:
         n: Images.
         loss: Mean cross entropy.
-        top1, top5: Percent of images whose class is the first, or among the first five.
-        confusion: int64 (classes, classes), true class by predicted class.
+        top1, top5: Percent of images whose class is the likeliest, or among the five likeliest.
+        confusion: int64 (classes, classes); rows are true classes, columns predicted ones.
         answers: The model's answer to each image, if asked for.
     """
 
@@ -46,15 +47,15 @@ def score(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     images: ImageSet | None = None,
 ) -> Scores:
-    """Return the scores of a model in eval mode; the modes of its modules are restored.
+    """Return the scores of a model in eval mode; afterwards each module has its old mode again.
 
     Args:
         model: The model, on `device`.
         loader: This process's share of the images (B, C, H, W) and labels (B,).
         num_classes: Classes of the data.
         device: Where to compute.
-        autocast: Makes the context of the wanted precision.
-        images: The whole split that the loader reads, to keep the answer to each image; None: keep only sums.
+        autocast: Returns the context that computes in the wanted precision.
+        images: The whole split, if the answer to each image is to be kept; None: keep only sums.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

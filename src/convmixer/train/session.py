@@ -42,14 +42,14 @@ from convmixer.train.stages import Stage
 from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
-WEIGHTS_SECONDS = 10.0  # between two saves of all weights while a classifier is trained on features
-FINISH_SECONDS = 0.7  # for what a run writes at its end, without pictures
-DRAWN_AT_END = 3.0  # what the pictures at the end take, by those at the start
-KNOWN_AFTER = 10  # steps whose speed says how many epochs fit
-ENDLESS = 10**9  # steps of a stage that only the time ends
+WEIGHTS_SECONDS = 10.0  # least time between two saves of all weights while a classifier is trained on features
+FINISH_SECONDS = 0.7  # time for the files that a run writes at its end, without pictures
+DRAWN_AT_END = 3.0  # time for the pictures at the end, as a multiple of the time for those at the start
+KNOWN_AFTER = 10  # steps after which the speed is known well enough to say how many epochs fit
+ENDLESS = 10**9  # number of steps of a stage that only the time ends
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
 SLOW_LOADING = 0.3  # share of an epoch spent waiting for images
-SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a loader worker died: workers may get it first
+SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after one killed a loader worker, which may get it first
 
 
 class Run:
@@ -57,10 +57,10 @@ class Run:
 
     Args:
         job: What is trained.
-        folder: Where it goes.
+        folder: The run folder.
         contents: Contents of the settings file.
         started: When this session began, seconds since 1970.
-        lock: Held on the folder; None except in the first process.
+        lock: The lock on the folder, held by the first process; None in other processes.
         on_epoch, quiet, callbacks: See `run.train`.
     """
 
@@ -84,7 +84,6 @@ class Run:
         self.steps = StepRows(job.batch_size, job.device)
         self.best: dict[str, Any] = {}
         self.seconds_before = 0.0  # of earlier sessions
-        self._validation_seconds = 0.0  # of the last evaluation of the whole model
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
         seconds = self.schedule.get("seconds")  # runs of older versions have none
@@ -107,7 +106,7 @@ class Run:
         return self.stage.module
 
     def begin(self) -> None:
-        """Write and print everything decided, before the first step."""
+        """Write and print everything that was decided before the first step."""
         say_settings(self.console, self.job, self.folder, self.contents)
         if self.writes:
             self.folder.write_config(self.contents)
@@ -125,7 +124,12 @@ class Run:
             self.budget.writing = FINISH_SECONDS + DRAWN_AT_END * (time.perf_counter() - began)
 
     def restore(self, state: dict[str, Any] | None, new_length: bool = False) -> None:
-        """Go back to a checkpoint, or to the beginning if there is none, perhaps of a run of another length now."""
+        """Go back to a checkpoint.
+
+        Args:
+            state: The checkpoint's state; None: begin the run.
+            new_length: Whether the length of the run was changed since.
+        """
         if self.budget:
             done, seconds = (state["module"]["steps_done"], state["seconds"]) if state else (0, 0.0)
             self.seconds_before = self.budget.restore(done, seconds if new_length else None)
@@ -162,7 +166,14 @@ class Run:
         return self._finish()
 
     def _enter(self, number: int, first_step: int = 0, resumes: Any = None) -> None:
-        """Begin a stage after that many steps; if the run resumes in it, `module.restore` follows."""
+        """Begin a stage.
+
+        Args:
+            number: Index of the stage.
+            first_step: Steps of the run that are done.
+            resumes: State of the stage in a checkpoint, if the run resumes in this stage; the caller then calls
+                `module.restore`.
+        """
         plan, start = dataclasses.replace(self.plans[number], first=first_step), self.folder.checkpoints / "start"
         cached = None
         if plan.freeze and resumes and (start / MODEL).exists():
@@ -207,7 +218,7 @@ class Run:
             self.folder.log("loader", self.module.steps_done, {"line": line})
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
-        """Return whether the signal that killed a worker reaches this process too, now or within SIGNAL_SECONDS."""
+        """Return whether a signal that killed a loader worker reaches this process too within SIGNAL_SECONDS."""
         deadline = time.monotonic() + SIGNAL_SECONDS
         while self.signals.received is None and "killed by signal" in str(error) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -237,7 +248,7 @@ class Run:
         return stop or over
 
     def _stage_is_over(self, done: int) -> bool:
-        """Return whether the stage ends after a step, by its number or by the time."""
+        """Return whether the stage ends after a step, because of its number or because of the time."""
         if self.budget:
             self.budget.look()
             self._out_of_time = self.budget.is_over(done)
@@ -246,14 +257,14 @@ class Run:
         return done == self.stage.plan.end or self._lost_patience()
 
     def _lost_patience(self) -> bool:
-        """Return whether the stage has had `patience` epochs without a better one."""
+        """Return whether the last `patience` epochs of the stage were no better than one before."""
         if not self.config.patience or not self.rows:
             return False
         began = self.stage.plan.first / self.steps_per_epoch
         return bool(self.rows[-1]["epoch"] - max(self.best["epoch"], began) >= self.config.patience)
 
     def _say_if_short(self, done: int) -> None:
-        """Once, when the speed is known, say if the time is too short to learn much in it."""
+        """Print once, as soon as the speed is known, if so few epochs fit into the time that little is learned."""
         if not self.budget or self._said_length or (done != KNOWN_AFTER and self._share_done() < 0.05):
             return
         self._said_length = True
@@ -274,7 +285,7 @@ class Run:
         return float(self.module.steps_done / self.schedule["steps"])
 
     def _length(self) -> str:
-        """Return the length of the run, to put after the number of a step."""
+        """Return the length of the run as a text to print after the number of a step."""
         return f" ({self.config.max_time} in all)" if self.budget else f" of {self.schedule['steps']}"
 
     def _wants_to_stop(self, ends_epoch: bool) -> bool:
@@ -289,7 +300,7 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         if self.writes:
-            # never replace a good checkpoint by one with a non-finite loss
+            # a checkpoint with a non-finite loss must not replace a good one
             self._check_finite(float(self.module.loss_sum))
             state = {
                 "module": self.module.state(),
@@ -308,8 +319,8 @@ class Run:
             self._saved_at = time.monotonic()
 
     def _check_finite(self, loss: float) -> None:
-        """Raise if the loss or a weight is not finite; weights are checked too: the optimizer changes them after the
-        last loss.
+        """Raise if the loss or a weight is not finite. Weights are checked because the last step changed them after
+        the loss was computed.
         """
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.module.steps_done}"
@@ -363,10 +374,11 @@ class Run:
         if self.on_epoch:
             self.on_epoch(row)
         if self.budget:
-            self.budget.saw_end_of_epoch(time.perf_counter() - began, self._validation_seconds)
+            self.budget.end_of_epoch = (time.perf_counter() - began) / self.budget.slowdown
+            self.budget.keep()
 
     def _place(self) -> str:
-        """Return where an epoch is in the run, to put after its number."""
+        """Return how far the run is as a text to print after the number of an epoch."""
         return f", {100 * self._share_done():.0f}% of the time" if self.budget else f"/{self.schedule['epochs']:g}"
 
     def _look_at_data(self, row: dict[str, Any]) -> None:
@@ -389,10 +401,7 @@ class Run:
         self.trained_images += images
         module.loss_sum.zero_()
         self._check_finite(train_loss)
-        began = time.perf_counter()
         found = self.stage.score_val()
-        whole = found is not None and not self.stage.features  # features have been computed before
-        self._validation_seconds = time.perf_counter() - began if whole else 0.0
         return {
             "epoch": round(done / self.steps_per_epoch, 6),
             "step": done,
@@ -454,7 +463,7 @@ class Run:
         val = self._score(model, "val", answers=draw and not test)
         results = self._results(val, test)
         if self._lost_patience():
-            self.console.print(f"stopped  {self.config.patience} epochs brought nothing better (patience)")
+            self.console.print(f"stopped  no better epoch in the last {self.config.patience} (patience)")
         say_results(self.console, self.folder, results)
         if self.writes:
             self._write_results(results, model, test or val)

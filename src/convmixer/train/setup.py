@@ -1,4 +1,4 @@
-"""From settings to what is trained: device, precision, data, model, batch and length of the run."""
+"""Turns settings into a job: device, precision, data, model, batch and length of the run."""
 
 import dataclasses
 import math
@@ -59,12 +59,12 @@ class Job:
         build: Name and arguments of the model.
         model: On its device, with kernels if they are built.
         device: Where the model is.
-        kernels: What runs the model, in words.
+        kernels: What the model runs on, in words: "CPU kernels", "CUDA kernels" or "plain PyTorch".
         batch_size: Images per step over all processes.
         steps_per_epoch: Optimizer steps per epoch.
         images: The training images, if they are kept on the device.
         augmentation: Where images are augmented and why, in words; empty on a CPU.
-        kept: "train" and "val" -> their images as they are kept decoded, see `data.keep`; empty if they are not.
+        kept: The images of "train" and "val" that are kept decoded, see `data.keep`; empty if none are kept.
     """
 
     spec: str
@@ -90,12 +90,12 @@ class Job:
         config: Config | None = None,
         progress: Callable[[int], float] | None = None,
     ) -> TrainingModule:
-        """Return the module that trains the model for that many epochs.
+        """Return the module that trains the model for `epochs` epochs.
 
         Args:
             epochs: Length of the schedule.
-            first_step: Number of the run's steps before its first.
-            lr: Peak learning rate; None: the settings'.
+            first_step: Number of steps of the run before the module's first step.
+            lr: Peak learning rate; None: the one of the settings.
             model, config: Model and settings to use instead of the job's.
             progress: See `TrainingModule`.
         """
@@ -112,12 +112,12 @@ class Job:
 
     @property
     def odds(self) -> np.ndarray | None:
-        """The odds of drawing each training image; None: each once per epoch."""
+        """How often each training image is drawn, relative to others; None: each once per epoch."""
         assert self.data.train is not None
         return class_odds(self.data.train.labels) if self.config.balance == "sample" else None
 
     def train_loader(self, start_step: int = 0, workers: int | str | None = None) -> Loader | DeviceLoader:
-        """Return endless training batches of this process from a step on."""
+        """Return this process's endless loader of training batches, beginning with those of step `start_step`."""
         assert self.data.train is not None
         if self.images is not None:
             return DeviceLoader(
@@ -156,7 +156,7 @@ class Job:
         images = getattr(self.data, split)
         if not images:
             return None
-        # the workers live as long as the loader; small splits are read faster without workers
+        # the workers live as long as the loader, and small splits are read faster without workers
         workers = self.config.workers if len(images) > 2000 else 0
         batch = max(1, min(256, self.batch_size // world_size()))
         p = self.preprocessing
@@ -177,8 +177,8 @@ def prepare(
         spec: The data argument.
         config: The settings.
         build: Name and arguments of the model instead of `config.model`.
-        preprocessing: That of a resumed run, whose starting weights are not loaded, because the checkpoint replaces
-            them.
+        preprocessing: The preprocessing of the run, if it is resumed. Then the starting weights are not loaded,
+            because the checkpoint replaces them.
         recorded: See `datasets.load_data`.
 
     Raises:
@@ -208,7 +208,7 @@ def prepare(
     assert data.train is not None
     resumes = preprocessing is not None
     if config.freeze and not config.weights:
-        raise RequestError("freeze keeps the starting weights, but none are given: add --weights")
+        raise RequestError("freeze leaves layers as they are in the starting weights: add --weights")
     preprocessing = preprocessing or _preprocessing(config, data, loaded)
     train_transform(config, preprocessing)  # refuses unknown augmentations before anything is written
     check_optimizer(config)
@@ -238,7 +238,7 @@ def prepare(
 
 
 def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, dict[str, ImageSet]]:
-    """Return where decoded images are kept, resolved alike in all processes, and the images."""
+    """Return the settings with the resolved `cache`, the same in all processes, and the images that are kept."""
     if config.cache == "auto" and world_size() > 1:  # each process would keep all images once more
         return dataclasses.replace(config, cache="off"), {}
     found = keep_decoded(config, data, p)
@@ -249,10 +249,11 @@ def _keep(config: Config, data: DataSplits, p: Preprocessing) -> tuple[Config, d
 def _place_images(
     config: Config, data: DataSplits, p: Preprocessing, device: torch.device, resumes: bool
 ) -> tuple[Config, torch.Tensor | None, str]:
-    """Return where images are augmented, all training images if they are kept on the device, and why, in words.
+    """Return the settings with the resolved `augment_on`, the training images if the device keeps them, and the
+    words for `Job.augmentation`.
 
     Raises:
-        RequestError: The settings demand the device, but it cannot augment them.
+        RequestError: The settings ask for the device, but images cannot be augmented there.
     """
     asked, images, reason = config.augment_on, None, None
     # without trained layers below the classifier, each image is augmented a few times at most
@@ -281,14 +282,14 @@ def _in_processes(config: Config) -> str:
 
 
 def _preprocessing(config: Config, data: DataSplits, loaded: LoadedModel | None) -> Preprocessing:
-    """Return the preprocessing from the settings; missing values come from the weights, then from the data."""
+    """Return the preprocessing: each value from the settings, else from the weights, else from the data."""
     known = loaded.preprocessing if loaded and loaded.preprocessing.in_chans == data.in_chans else data
     mean, std = config.mean or known.mean, config.std or known.std
     return preprocessing_of(data, dataclasses.replace(config, mean=mean, std=std))
 
 
 def automatic_model(img_size: int) -> str:
-    """Return the model for images of a side, with a grid of 16 x 16 patches: an equal cost at every side."""
+    """Return the name of a model with 16 x 16 patches of an image, which costs the same at every image size."""
     return f"convmixer_256_8_p{max(1, round(img_size / 16))}_k5"
 
 
@@ -311,10 +312,10 @@ def _choose(config: Config, img_size: int, loaded: LoadedModel | None) -> Build:
 
 @torch.no_grad()
 def _check_side(model: nn.Module, name: str, p: Preprocessing) -> None:
-    """Run a model on one image before anything is written: only the model knows which sizes it takes.
+    """Check that a model takes images of the chosen size, by running it on one.
 
     Raises:
-        RequestError: It does not take images of this size.
+        RequestError: The model does not take images of this size.
     """
     device = next(model.parameters()).device
     try:
@@ -327,11 +328,13 @@ def _check_side(model: nn.Module, name: str, p: Preprocessing) -> None:
 
 
 def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...]) -> None:
-    """Copy weights into a model; a classifier for other classes keeps new weights, a stem for other channels is
-    adapted.
+    """Copy weights into a model.
+
+    If the classes differ, the weights of the classifier are copied only for classes of the same name. If the number
+    of image channels differs, the stem's weights are adapted.
 
     Raises:
-        RequestError: Other tensors differ too.
+        RequestError: Other tensors differ in shape.
     """
     own, state = model.state_dict(), dict(loaded.model.state_dict())
     head = _name_of(model, model.get_classifier())  # type: ignore[operator]
@@ -344,7 +347,7 @@ def _start_from(model: nn.Module, loaded: LoadedModel, classes: tuple[str, ...])
     if wrong or state.keys() - own.keys():
         key = wrong[0] if wrong else min(state.keys() - own.keys())
         raise RequestError(
-            f"the weights in {loaded.source} are of another model ({key} differs): use their model with --model auto"
+            f"the weights in {loaded.source} belong to another model ({key} differs): add --model auto to use it"
         )
     model.load_state_dict(state)
 
@@ -359,7 +362,7 @@ def _initialize(
     """
     if loaded and config.stem_init != "default":
         raise RequestError(
-            f"stem_init {config.stem_init} would overwrite the stem of {config.weights}: leave one out"
+            f"stem_init {config.stem_init} would overwrite the stem of {config.weights}: leave out one of the two"
         )
     if loaded and config.head_init != "default" and loaded.classes == tuple(data.classes):
         raise RequestError(f"head_init {config.head_init} would overwrite the classifier of {config.weights}")
@@ -372,7 +375,7 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Module, str]:
-    """Return the model with kernels swapped in if possible, and what runs it, in words."""
+    """Return the model, with kernels swapped in if possible, and the words for `Job.kernels`."""
     if config.sync_bn and world_size() > 1:
         return synchronise_batch_norm(model, device), "plain PyTorch, synchronised BatchNorm"
     if has_kernels(device, config.precision):
@@ -381,10 +384,10 @@ def _fast(model: nn.Module, config: Config, device: torch.device) -> tuple[nn.Mo
 
 
 def _batch_size(config: Config, images: int) -> int:
-    """Return images per step: the setting, or fewer if there are fewer images; every process gets whole parts.
+    """Return images per step: the setting, or fewer if there are fewer training images.
 
     Raises:
-        RequestError: The batch cannot be divided.
+        RequestError: The batch cannot be divided equally among the processes and their `grad_accum` parts.
     """
     parts = world_size() * config.grad_accum
     if config.batch_size % parts:

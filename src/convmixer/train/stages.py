@@ -1,4 +1,6 @@
-"""The stages of a run: with `freeze`, first without the frozen layers, then perhaps with all; else just one."""
+"""The stages of a run. With `freeze` the first stage trains without the frozen layers, and a second one may follow
+that trains all layers; without `freeze` there is one stage.
+"""
 
 import copy
 from functools import partial
@@ -22,13 +24,13 @@ class Stage:
 
     Args:
         job: What is trained.
-        plan: Which layers, and when.
+        plan: Which layers are trained, and when.
         cached: Features to train the classifier on; None: train on images.
-        budget: The run's time; None: only its steps count.
+        budget: The run's time budget; None: the run has a fixed number of steps.
 
     Attributes:
         module: The module that takes the steps.
-        best: With features, the classifier's best weights so far.
+        best: If the classifier is trained on features, its best weights so far.
     """
 
     def __init__(self, job: Job, plan: Plan, cached: Features | None, budget: Budget | None = None) -> None:
@@ -46,7 +48,7 @@ class Stage:
         self._train: Any = None
 
     def train_loader(self) -> Any:
-        """Return endless batches from the next step on."""
+        """Return an endless loader that begins with the batches of the next step."""
         step = self.module.steps_done
         self._train = self.features.train_loader(self.job, step) if self.features else self.job.train_loader(step)
         return self._train
@@ -58,7 +60,7 @@ class Stage:
                 loader.close()
 
     def score_val(self) -> Scores | None:
-        """Return the scores of the evaluated weights on the validation split, or None without one."""
+        """Return the scores on the validation split, or None if there is no such split."""
         if self._val is None:
             return None
         classes = len(self.job.data.classes)
@@ -70,7 +72,7 @@ class Stage:
             self.best = {key: value.clone() for key, value in self.module.evaluated.state_dict().items()}
 
     def whole(self, best: bool = False) -> nn.Module:
-        """Return the network with all layers and the weights to evaluate, the newest or the best ones."""
+        """Return the network with all layers, with the best or (the default) the newest of the evaluated weights."""
         if not self.features:
             return self.module.evaluated
         state = self.best if best else self.module.evaluated.state_dict()

@@ -11,7 +11,7 @@ FROM_HUB = "convmixer_768_32"  # the authors' ImageNet weights
 
 
 def start_line(config: Config, in_chans: int, img_size: int) -> str:
-    """Return what a run starts from and why, and for random weights on colour images what it could start from."""
+    """Return what weights a run starts from and why. If they are random, also name weights that fit the images."""
     if config.weights:
         return f"{config.weights}, as --weights says"
     why = "random weights, as no --weights is given"
@@ -20,17 +20,15 @@ def start_line(config: Config, in_chans: int, img_size: int) -> str:
 
 
 def weights_at_hand(in_chans: int, img_size: int) -> tuple[str, str] | None:
-    """Return weights that fit the images, and where they are, in words; None if all known weights are for other
-    images.
-    """
+    """Return the name of weights that fit the images, and why they are proposed; None if no known weights fit."""
     if in_chans != 3:  # all of them were trained on colour
         return None
     small, here = shipped(), _cached()
     if img_size <= SMALL_SIDE and small:
-        return small[0], "from weights that ship with the package it takes seconds"
+        return small[0], "training from weights that ship with the package takes seconds"
     if here:
         return here[0], "weights on this machine fit"
-    return FROM_HUB, "ImageNet's can be fetched from timm's hub"
+    return FROM_HUB, "ImageNet weights can be fetched from timm's hub"
 
 
 def _cached() -> list[str]:

@@ -1,4 +1,4 @@
-"""Loss, learning rate and speed every few steps as rows of a table, about 500 for a run of any length."""
+"""Collects loss, learning rate and speed every few steps: about 500 rows for a run of any length."""
 
 import time
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 MOST_ROWS = 500
-WAIT_EVERY = 20  # steps on a GPU between two readings of the loss: each waits for the GPU
+WAIT_EVERY = 20  # steps on a GPU between two readings of the loss, because each reading waits for the GPU
 
 
 class StepRows:
@@ -14,11 +14,11 @@ class StepRows:
 
     Args:
         batch_size: Images per step.
-        device: Where the losses are added.
+        device: The device on which the losses are summed.
 
     Attributes:
-        rows: step, train_loss (mean over the steps since the last row; with several processes, of the first one), lr,
-            images_per_second.
+        rows: Dicts of step, train_loss, lr and images_per_second. train_loss is the mean over the steps since the row
+            before, in the first process.
     """
 
     def __init__(self, batch_size: int, device: torch.device | None = None) -> None:
@@ -65,7 +65,7 @@ class StepRows:
         return {"rows": self.rows, "seen": self._seen, "sum": self._sum, "part": self._part}
 
     def restore(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go back to a `state` at a step; None (a checkpoint of a version without rows) leaves no rows."""
+        """Go back to a state that `state` returned at a step; None (from an older version) means no rows."""
         state = state or {"rows": [], "seen": step, "sum": 0.0}
         self.rows, self._seen, self._sum = list(state["rows"]), state["seen"], state["sum"]
         self._part = state.get("part", 0)
