@@ -103,7 +103,7 @@ def test_a_study_does_not_go_on_with_other_data(whole: Path, tmp_path: Path) -> 
         path = other / split / kind / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.integers(0, 255, (8, 8), np.uint8)).save(path)
-    with pytest.raises(RequestError, match="holds other data than the study was started with"):
+    with pytest.raises(RequestError, match="does not hold the data that the study was started with"):
         compare(study, str(other), out, resume=True)
     with pytest.raises(RequestError, match="that queue holds the study already"):
         compare(study, str(other), tmp_path / "new", storage=f"sqlite:///{out}/queue.db")

@@ -85,7 +85,7 @@ def test_a_search_ends_in_a_recipe_and_never_reads_the_test_split(
     more = tuned(capsys, *command(space, out, "--trials", "5", "--resume"))
     assert more["trials"] + more["pruned"] == 5
     assert main([*command(space, out, "--resume"), "--lr", "0.5", "--smoothing", "0.3"]) == 2
-    assert "of other data, settings or space" in capsys.readouterr().err
+    assert "has other data, settings or another space" in capsys.readouterr().err
 
 
 def test_a_killed_trial_goes_on_where_it_was(space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Run a model on the kernels: `accelerate` for training, `optimize_for_inference` for a trained model."""
+"""Runs models on the kernels: `accelerate` for training, `optimize_for_inference` for trained models."""
 
 from convmixer.fast.inference import optimize_for_inference
 from convmixer.fast.support import has_kernels

@@ -1,4 +1,4 @@
-"""A trained ConvMixer on a GPU: one launch for each half of a block, and one CUDA graph for each batch shape."""
+"""A trained ConvMixer on a GPU: one launch per half of a block, and one CUDA graph per batch shape."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from convmixer.models.convmixer import ConvMixer
 
 
 class CudaInference(nn.Module):
-    """A ConvMixer's logits. Made by `optimize_for_inference`; it has no parameters and is not saved.
+    """Computes a ConvMixer's logits. `optimize_for_inference` makes it; it has no parameters and cannot be saved.
 
     Args:
         model: The model, on its device; its weights are copied.
@@ -49,7 +49,7 @@ class CudaInference(nn.Module):
             return self.graphs(images) if images.is_cuda and len(images) else self.compute(images)
 
     def compute(self, images: Tensor) -> Tensor:
-        """The same without a graph; images have the storage dtype."""
+        """Return the same as `forward`, without a graph; the images must have the dtype of the activations."""
         B, C, H, W = images.shape
         p = self.patch_size
         h, w = H // p, W // p

@@ -1,4 +1,4 @@
-"""A function of one tensor as a CUDA graph for each shape."""
+"""Runs a function of one tensor as a CUDA graph, one for each shape of the tensor."""
 
 import threading
 from collections import OrderedDict
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 16  # shapes kept
+MOST_GRAPHS = 16  # the largest number of shapes that have a graph at a time
 
 
 class Graphs:
-    """Run a function of one tensor as a CUDA graph for each shape: hundreds of launches become one.
+    """Runs a function of one tensor as a CUDA graph, so that hundreds of launches become one.
 
-    The graphs share their memory, because they never run at the same time.
+    There is a graph for each shape. The graphs share their memory, because they never run at the same time.
 
     Args:
-        function: Does the same at every call and never waits for the GPU.
+        function: It must do the same at every call with a shape, and never wait for the GPU.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""Make a trained ConvMixer fast to use: the whole network as one kernel, in fp32, bf16 or int8.
+"""Makes inference of a trained ConvMixer fast: the whole network as one kernel, in fp32, bf16 or int8.
 
-Activation, BatchNorm (as a scale and a shift) and the residual sum are fused into the end of the depthwise
-convolution and of the matrix multiplication, so no tensor goes through memory twice. For training see
-`fast.accelerate`.
+Activation, BatchNorm (as a scale and a shift) and the residual sum are computed at the end of the depthwise
+convolution and of the matrix multiplication, so no tensor is written to memory and read again for them. For training
+see `fast.accelerate`.
 """
 
 import sys
@@ -30,26 +30,27 @@ LARGEST_KERNEL = 15
 def optimize_for_inference(
     model: nn.Module, precision: str = "fp32", calibration: Tensor | Iterable[Tensor] | None = None
 ) -> nn.Module:
-    """Return a module that computes a trained model's logits as fast as this machine can; the model is not changed.
+    """Return a module that computes a trained model's logits, on the kernels if they can be used.
 
-    fp32 and bf16 are exact except for rounding, and safe as a default. int8 rounds the weights per output and the
-    inputs of the matrix multiplications per channel, and costs accuracy: measure it with
-    `convmixer val --precision int8`. The weights are copied: train the model, then optimise it. If the kernels cannot
-    be used (see `support.why_not`, or a model that is not a plain ConvMixer) the model itself runs, in eval mode and
-    in the precision asked for; for a ConvMixer the reason is printed once. On a GPU each batch shape becomes a CUDA
-    graph.
+    fp32 and bf16 are exact up to rounding. int8 rounds the weights per output and the inputs of the matrix
+    multiplications per channel, which reduces accuracy: measure it with `convmixer val --precision int8`.
+
+    The weights are copied, so train first and optimise then. If the kernels cannot be used, or the model is not a
+    plain ConvMixer, the model itself runs, in eval mode and in the given precision; for a ConvMixer the reason is
+    printed once. On a GPU there is one CUDA graph per batch shape.
 
     Args:
-        model: Not changed, but put into eval mode.
-        precision: "fp32", "bf16" (storage and multiplications; sums are fp32; fp32 instead if the processor cannot
-            multiply bf16), on a GPU also "tf32" and "fp16", or on a CPU "int8".
-        calibration: For int8, typical preprocessed images, (B, C, H, W) or several such batches; 64 are enough.
+        model: The model. It is put into eval mode, and not changed otherwise.
+        precision: "fp32", "bf16", on a GPU also "tf32" and "fp16", on a CPU also "int8". With "bf16", sums are fp32;
+            a processor without bf16 instructions computes in fp32 instead.
+        calibration: Only for int8: typical preprocessed images, (B, C, H, W) or several such batches; 64 images are
+            enough.
 
     Returns:
-        (B, in_chans, H, W) -> (B, num_classes), fp32, without gradients. It needs no autocast and ignores it.
+        A module (B, in_chans, H, W) -> (B, num_classes), fp32, without gradients; autocast does not change it.
 
     Raises:
-        RequestError: The precision is not known, or int8 lacks calibration images or kernels.
+        RequestError: The precision is not known, or for int8 there are no calibration images or no kernels.
     """
     known = DTYPES if next(model.parameters()).is_cuda else PRECISIONS
     if precision not in known:
@@ -75,12 +76,12 @@ def optimize_for_inference(
 
 
 def _say_if_slower(int8: nn.Module, fp32: nn.Module, images: Tensor) -> None:
-    """Print a line if int8, which costs accuracy, saves no time here, judged by three passes of one image each."""
+    """Print a line if int8 is no faster than fp32 on this machine, measured with three passes of one image each."""
     one = images[:1]
     seconds = [min(_seconds(run, one) for _ in range(3)) for run in (int8, fp32)]
     if seconds[0] >= seconds[1]:
         ratio = seconds[1] / seconds[0]
-        print(f"convmixer: int8 is not quicker than fp32 here, {ratio:.2f} of its speed: {level()}", file=sys.stderr)
+        print(f"convmixer: int8 is not faster than fp32 here, {ratio:.2f} of its speed: {level()}", file=sys.stderr)
 
 
 def _seconds(run: nn.Module, images: Tensor) -> float:
@@ -105,7 +106,7 @@ class PlainInference(nn.Module):
 
 
 class FastInference(nn.Module):
-    """A ConvMixer as one op. Made by `optimize_for_inference`; it has no parameters and is not saved."""
+    """A ConvMixer as one op. `optimize_for_inference` makes it; it has no parameters and cannot be saved."""
 
     weights: Tensor
     head_weight: Tensor
@@ -202,7 +203,7 @@ def _optimized(model: Any, precision: str, calibration: Tensor | Iterable[Tensor
 
 
 def _vectors(conv: Any, norm: Any) -> Tensor:
-    """Return (6, dim): the rows of `VECTORS` for a convolution that a BatchNorm follows after the activation."""
+    """Return the rows of `VECTORS`, (6, dim), for a convolution and the BatchNorm after its activation."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     shift = norm.bias.double() - norm.running_mean.double() * scale
     one = torch.ones_like(scale)
@@ -210,18 +211,18 @@ def _vectors(conv: Any, norm: Any) -> Tensor:
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(depth, dim, dim) -> whole numbers up to 127, or 64 on AVX2, and the scale of each output, (depth, dim)."""
+    """Return weights (depth, dim, dim) as whole numbers, up to 127 or on AVX2 64, and the scales, (depth, dim)."""
     scales = (weight.abs().amax(2) / largest_int8_weight()).clamp_min(1e-12)
     return (weight / scales[:, :, None]).round(), scales
 
 
 def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the smallest, largest and mean input of each channel of the multiplications, (depth, dim) each."""
+    """Return the smallest, largest and mean input of each channel of the multiplications, each (depth, dim)."""
     if calibration is None:
-        raise RequestError("int8 is calibrated on images: give some, or choose another precision")
+        raise RequestError("int8 needs images for calibration: give some, or choose another precision")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not batches:
-        raise RequestError("int8 is calibrated on images: give at least one batch")
+        raise RequestError("int8 needs images for calibration: give at least one batch")
     low = torch.full((len(model.blocks), model.stem[0].out_channels), float("inf"))
     high, total = -low, torch.zeros_like(low)
 

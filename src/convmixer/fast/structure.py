@@ -1,7 +1,7 @@
-"""Checks every type and attribute of a model that changes its result, and notices changes of them.
+"""Checks every type and attribute of a model that changes its result, and notices when one is changed.
 
-The kernels compute a ConvMixer only from its parameters. Everything else in a module that changes its output must
-therefore have the value that the kernels assume; `unusual` names the first that does not.
+The kernels compute a ConvMixer only from its parameters. So every other attribute that changes a module's output must
+have the value that the kernels assume; `unusual` names the first one that does not.
 """
 
 import weakref
@@ -45,7 +45,7 @@ def unusual(model: Any) -> str | None:
 
 
 def forwards_replaced() -> bool:
-    """Return whether a kind of module that the kernels know computes something else than PyTorch's."""
+    """Return whether the `forward` of a class of modules that the kernels know was replaced."""
     return any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True))
 
 
@@ -59,7 +59,10 @@ def _wrong(module: Any, kind: type[nn.Module]) -> str | None:
 
 
 def _stem_reason(stem: Any) -> str | None:
-    """Return what the kernels do not support in a stem: convolutions, called as modules, then activation and norm."""
+    """Return what the kernels do not support in a stem, or None.
+
+    A stem has convolutions, which run as modules, then an activation and a norm.
+    """
     if _wrong(stem, nn.Sequential) or len(stem) < 3:
         return "the stem is built in another way"
     reason = _wrong(stem[0], nn.Conv2d)
@@ -71,7 +74,7 @@ def _stem_reason(stem: Any) -> str | None:
 
 
 def _is_pooled(conv: Any, pool: Any) -> bool:
-    """Return whether a convolution keeps the image's size, and the pool divides it into windows."""
+    """Return whether a convolution keeps the size of the image, and the pool divides the image into windows."""
     k = conv.kernel_size[0]
     size = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding == (k // 2, k // 2)
     usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
@@ -98,7 +101,7 @@ def _block_reason(block: Any, any_mixer: bool, called: bool) -> str | None:
         return _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
     mixer, dim = inner[0], getattr(block[3], "num_features", 0)
     if type(mixer) is not DepthwiseConv2d and getattr(inner[1], "inplace", False):
-        return "an activation overwrites what the residual sum still needs"
+        return "an activation works in place on the input of the residual sum"
     reason = None if any_mixer and type(mixer) is not DepthwiseConv2d else _depthwise_reason(mixer, dim)
     reason = reason or _act_reason(inner[1]) or _wrong(inner[2], nn.BatchNorm2d)
     return reason or _pointwise_reason(block[1], dim) or _act_reason(block[2]) or _wrong(block[3], nn.BatchNorm2d)
@@ -126,7 +129,7 @@ def _conv_reason(conv: Any, shape: tuple[int, ...], groups: int, padding: tuple[
 
 
 def _has_shapes(conv: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether the weights are of a shape, and the bias, if there is one, fits them."""
+    """Return whether the weights have a shape, and the bias, if there is one, fits them."""
     return tuple(conv.weight.shape) == shape and (conv.bias is None or tuple(conv.bias.shape) == shape[:1])
 
 
@@ -164,9 +167,10 @@ def _norms_reason(model: Any) -> str | None:
 
 
 def plain_blocks(model: Any) -> int:
-    """Return how many blocks run as torch modules: the first, if the stem pools between its norm and that block.
+    """Return how many blocks run as torch modules: 1 if the stem pools after its norm, else 0.
 
-    The kernels start from a convolution's output, before activation and norm.
+    The kernels start from the output of a convolution, before activation and norm. After such a stem that is the
+    output of the first block.
     """
     return int(type(model.stem[-1]) is nn.AvgPool2d)
 
@@ -191,10 +195,11 @@ def all_depthwise(blocks: Any) -> bool:
 
 
 class Found:
-    """What `unusual` found in a model, and everything that it depends on.
+    """The result of `unusual` for a model, and everything that the result depends on.
 
-    For each module this is its `__dict__`, its tensors and its submodules. CPython's own marks show whether any of
-    them changed (`kernels.cpu.changes`). Without marks, or if they show a change, everything is compared with copies.
+    For each module these are its `__dict__`, its tensors and its submodules. CPython's dict versions and watchers
+    show whether any of them changed (`kernels.cpu.changes`). If they cannot be used, or show a change, everything is
+    compared with copies.
     """
 
     def __init__(self, model: Any) -> None:
@@ -214,7 +219,7 @@ class Found:
         self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
 
     def holds(self) -> bool:
-        """Return whether everything is as it was found."""
+        """Return whether nothing has changed since."""
         if self.marks is not None:
             if self.marks.holds():
                 return True
@@ -226,12 +231,12 @@ class Found:
             return False
         try:
             return self.dicts == self.copies and list(map(_FACTS, self.tensors)) == self.facts
-        except Exception:  # a tensor was replaced, and the old and the new one have no order
+        except Exception:  # a tensor was replaced, and two tensors cannot be compared with ==
             return False
 
 
 def _types_reason(parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
-    """Return what is wrong if tensors differ in type; norms and biases may stay in fp32."""
+    """Return an error if tensors differ in dtype, else None; norms and biases may stay in fp32."""
     kinds = {p.dtype for p in parameters if p.ndim == 4}
     all_kinds = {t.dtype for t in (*parameters, *buffers) if t.is_floating_point()}
     usual = len(kinds) == 1 and all_kinds <= {*kinds, torch.float32}
@@ -242,7 +247,7 @@ _FOUND: "weakref.WeakKeyDictionary[nn.Module, Found]" = weakref.WeakKeyDictionar
 
 
 def found(model: nn.Module) -> Found:
-    """Return what `unusual` finds, checking again only if something has changed in the model."""
+    """Return the result of `unusual`; the model is checked again only if something in it has changed."""
     known = _FOUND.get(model)
     if known is None or not known.holds():
         known = _FOUND[model] = Found(model)

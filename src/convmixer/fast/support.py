@@ -23,12 +23,13 @@ DTYPES = {
     "int8": torch.int8,
 }
 _NATIVE_BF16 = native_bf16()
-_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that autocast converts
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot run on a device with a dtype, or None if they can. Builds the CPU kernels on
-    first use.
+    """Return why the kernels cannot run on a device with a dtype, or None if they can.
+
+    The CPU kernels are built on first use.
 
     Args:
         device: Where the model is.
@@ -55,19 +56,19 @@ def has_kernels(device: torch.device, precision: str) -> bool:
 
 @functools.cache
 def say_once(reason: str) -> None:
-    """Print once in a process why plain PyTorch runs; `QUIETLY` prints nothing."""
+    """Print why plain PyTorch runs, once per process and reason; the reason `QUIETLY` is not printed."""
     if reason != QUIETLY:
         print(f"convmixer: plain PyTorch instead of the kernels: {reason}", file=sys.stderr, flush=True)
 
 
 def unfit(model: Any, x: Tensor) -> str | None:
-    """Return why the kernels must not run this pass, or None.
+    """Return why the kernels must not run this forward pass, or None.
 
-    Kernels run only if plain PyTorch would give the same result: no other tool changes or watches what the modules
-    do, the kernels know everything in the model, and its first convolution accepts the images.
+    They run only if plain PyTorch would give the same result. No other tool may change or watch the modules, the
+    kernels must know everything in the model, and its first convolution must accept the images.
     """
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
-        return QUIETLY  # fx passes proxies, other tools tensor subclasses
+        return QUIETLY  # fx passes proxies, and other tools pass tensor subclasses
     if torch.compiler.is_compiling():  # torch.compile guards on each value read here
         known = unusual(model) or (None if all_depthwise(model.blocks) and not forwards_replaced() else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x)
@@ -95,7 +96,7 @@ def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
 
 
 def tools_at_work() -> bool:
-    """Return whether a transform, a tracer, a mode or a hook on all modules must see each module run."""
+    """Return whether a tool must see each module run: a transform, a tracer, a mode, or a hook on all modules."""
     return bool(
         forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -109,7 +110,7 @@ def tools_at_work() -> bool:
 
 
 def differentiating() -> bool:
-    """Return whether forward-mode AD or a derivative of `torch.func` is under way."""
+    """Return whether forward-mode AD or a derivative of `torch.func` is being computed."""
     if forward_ad._current_level >= 0:
         return True
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -121,7 +122,7 @@ def _function_modes() -> list[Any]:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """Return the type that a model's blocks are computed and stored in."""
+    """Return the dtype in which a model's blocks are computed and stored."""
     return _computed_in(next(model.parameters()))
 
 

@@ -1,4 +1,4 @@
-"""Swaps ConvMixers, and models that vary one part of them, for kernel-backed ones, in place.
+"""Replaces ConvMixers, and models that vary one part of them, with versions that run on the kernels, in place.
 
 Parameters, buffers, state-dict keys and the whole interface stay the same as in the plain model. If the kernels
 cannot be used, the plain model runs and the reason is printed once.
@@ -17,13 +17,13 @@ from convmixer.models.isotropic import Isotropic
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Swap every ConvMixer in a model for a kernel-backed one, in place, and return the model.
+    """Replace every ConvMixer in a model with one that runs on the kernels, in place, and return the model.
 
-    The kernels are built on first use. Each forward pass runs on them when it can: on a CPU or an NVIDIA GPU, in fp32
-    or bf16 (by the parameters, or by autocast; on a GPU also in fp16), with the paper's own layers; otherwise it runs
-    as before, and the reason is printed once.
+    The kernels are built on first use. A forward pass runs on them on a CPU or an NVIDIA GPU, in fp32 or bf16 (on a
+    GPU also fp16), if the model has only the paper's layers. The dtype is that of the parameters or of autocast.
+    Other forward passes run as before, and the reason is printed once.
 
-    An `Isotropic` is swapped if stem and blocks end in activation and norm as ConvMixer's do, whatever its mixer.
+    An `Isotropic` with any mixer is replaced if its stem and blocks end in activation and norm, as ConvMixer's do.
     Other models are not changed.
 
     Args:
@@ -47,7 +47,7 @@ def _why_not_at_all(model: nn.Module) -> str | None:
 
 
 def uses_kernels(model: nn.Module) -> bool:
-    """Return whether kernels are available and `accelerate` swapped something in the model."""
+    """Return whether kernels are available and `accelerate` replaced something in the model."""
     return any(isinstance(module, _OnKernels) for module in model.modules())
 
 
@@ -56,7 +56,7 @@ def _plain_class(model: nn.Module) -> type[ConvMixer]:
 
 
 class _OnKernels(ConvMixer):
-    """The parts shared by both fast models: stem, blocks and pool on the kernels."""
+    """The common base of both fast models: stem, blocks and pool on the kernels."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
@@ -100,14 +100,14 @@ class _OnKernels(ConvMixer):
 
 
 class FastConvMixer(_OnKernels):
-    """A ConvMixer on the kernels. Made by `accelerate`."""
+    """A ConvMixer on the kernels. `accelerate` makes it."""
 
 
 class FastIsotropic(_OnKernels, Isotropic):
     """An Isotropic on the kernels.
 
-    Everything runs on the kernels except the convolutions of a stem without patches, the mixers (unless all are
-    depthwise) and the first block after a pooled stem.
+    Three parts run as torch modules: the convolutions of a stem that is not a patch embedding, mixers other than
+    depthwise convolutions, and the first block after a stem that pools.
     """
 
 
@@ -123,10 +123,10 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
     """Run activation, first norm and the blocks `rest` on a convolution's output, and update running statistics.
 
     Args:
-        v: (N, H, W, C), or with depthwise mixers `blocks.wide(C)`.
+        v: Output of a convolution, (N, H, W, C); with depthwise mixers it may be (N, H, W, blocks.wide(C)).
         norms: All norms, in order.
         act: The activation.
-        rest: The blocks; may be none.
+        rest: The blocks; the list may be empty.
         pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
     """
     from convmixer.kernels import blocks, mixed
@@ -146,7 +146,7 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
 
 
 def _stem(model: Any, x: Tensor) -> Tensor:
-    """(B, in_chans, H, W) -> (B, h, w, dim or wider): the output of the last convolution before the kernels."""
+    """Return the output of the last convolution before the kernels, (B, h, w, dim or `blocks.wide(dim)`)."""
     conv, dtype = model.stem[0], dtype_of(model)
     if len(model.stem) == 3 and is_patches(conv):
         return _patch_embedding(conv, x, dtype, wider=all_depthwise(model.blocks))
@@ -159,8 +159,9 @@ def _stem(model: Any, x: Tensor) -> Tensor:
 
 
 def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """(B, in_chans, H, W) -> (B, H // p, W // p, dim or wider): each patch is a row, so it is a matrix
-    multiplication.
+    """Return the patch embedding of images, (B, H // p, W // p, dim or wider), as a matrix multiplication.
+
+    Each patch is a row of the matrix.
     """
     B, C, H, W = x.shape
     p = conv.kernel_size[0]
@@ -173,10 +174,13 @@ def _patch_embedding(conv: Any, x: Tensor, dtype: torch.dtype, wider: bool) -> T
 
 
 def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor:
-    """Return a convolution computed as a matrix multiplication.
+    """Return a convolution, (M, dim), computed as a matrix multiplication.
 
-    Rows hold the k x k window at each position: (M, in_chans * k * k) -> (M, dim).
-    With `wider` (M, `blocks.wide(dim)`), the last columns zero.
+    Args:
+        conv: The convolution.
+        rows: The k x k window at each position, (M, in_chans * k * k).
+        dtype: Dtype of the result.
+        wider: Return (M, `blocks.wide(dim)`), with zeros in the last columns.
     """
     from convmixer.kernels.blocks import wide
 
@@ -191,9 +195,9 @@ def _product(conv: Any, rows: Tensor, dtype: torch.dtype, wider: bool) -> Tensor
 
 
 def _pooled_stem(model: Any, x: Tensor) -> Tensor:
-    """(B, in_chans, H, W) -> (B, dim, h, w) of a stem that ends in average pooling.
+    """Return the output of a stem that ends in average pooling, (B, dim, h, w).
 
-    The kernels take each window of the pool as one image, and return the mean over that image.
+    Each window of the pool is passed to the kernels as one image, and they return the mean over that image.
     """
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape

@@ -1,4 +1,4 @@
-"""Kernels for the ConvMixer block: the parts that all devices share, and a folder per device, built on first use."""
+"""Kernels for the ConvMixer block: the parts that all devices share, and a folder per device."""
 
 from convmixer.kernels import cuda
 from convmixer.kernels.cpu import available, why_not

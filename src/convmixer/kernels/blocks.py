@@ -31,7 +31,7 @@ def features(
             fp32, bf16 or, on CUDA, fp16. All activations have its dtype.
         parameters: fp32: the stem norm's weight and bias, then `PER_BLOCK` tensors for each block.
         running: Running mean and variance of each norm, used if not `training`.
-        eps: BatchNorm's.
+        eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
@@ -102,9 +102,9 @@ def norm_gradients(
     Args:
         weight: (C,).
         statistics: Mean and biased variance, float64 (2, C).
-        sums: Of the gradient, and of the gradient times the activation, float64 (2, C).
+        sums: Sums of the gradient, and of the gradient times the activation, float64 (2, C).
         count: Number of values in each sum.
-        eps: BatchNorm's.
+        eps: Epsilon of BatchNorm.
         training: Whether the statistics depend on the input.
 
     Source: arXiv 1502.03167, Sec. 3.
@@ -251,7 +251,7 @@ torch.library.register_autograd("convmixer::blocks_backward", differentiable_onc
 
 
 def _block_flops(v: Any, parameters: list[Any]) -> int:
-    """Return twice the multiply-accumulates of all blocks: depthwise and pointwise convolutions."""
+    """Return the FLOPs of all depthwise and pointwise convolutions: twice their multiply-accumulates."""
     N, H, W, _ = v
     weights = [shape for shape in parameters if len(shape) == 4]
     return 2 * N * H * W * sum(math.prod(shape) for shape in weights)

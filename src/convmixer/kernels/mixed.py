@@ -1,7 +1,7 @@
 """Blocks whose spatial mixer is any torch module; the kernels compute the rest of the block.
 
 If models differ only in the mixer, only the mixer should affect their time and memory. The names are those of
-`blocks`: u is the mixer's output, and v stands for norm(act(v)), which is x of the next block.
+`blocks`: u is the mixer's output, v the pointwise convolution's, and norm(act(v)) is the input x of the next block.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,8 @@ def features(
         training: Use the batch's statistics.
 
     Returns:
-        The features, (N, H, W, C), and the statistics that were used, float64 (norms, 2, C), biased variance.
+        The features, (N, H, W, C), and the statistics that were used, float64 (norms, 2, C): mean, and variance. The
+        variance is biased if `training`; else it is the running one, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 2 and 3 with another function for the depthwise convolution.
     """
@@ -61,7 +62,7 @@ def _act_statistics(v: Tensor, running: list[Tensor], act: int, training: bool) 
 
 
 class _ActNorm(torch.autograd.Function):
-    """v -> norm(act(v))."""
+    """Computes norm(act(v))."""
 
     @staticmethod
     def forward(
@@ -84,9 +85,10 @@ class _ActNorm(torch.autograd.Function):
 
 
 class _Rest(torch.autograd.Function):
-    """All of a block after its mixer: u, x -> norm(act(v)), v = pointwise(norm(act(u)) + x).
+    """A block after its mixer: from u and x, v = pointwise(norm(act(u)) + x) and norm(act(v)).
 
-    x only receives a gradient; its value is recomputed from v of the previous block, as in `blocks`.
+    The value of x is computed again from v of the previous block, as in `blocks`. x is an argument only because it
+    receives a gradient.
     """
 
     @staticmethod

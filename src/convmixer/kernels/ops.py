@@ -1,9 +1,9 @@
-"""The kernels as torch ops: the schemas, and the fake kernels of the halves of a block.
+"""The kernels as torch ops: their schemas, and the fake kernels of the ops for half a block.
 
-Autograd and the fakes of `blocks` are in kernels/blocks.py. The CPU code is built on first use.
+Autograd and the fake kernels of `blocks` are in kernels/blocks.py. The CPU code is built on first use.
 
-Activations are (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16. The pointwise matrix has their type; all other
-parameters are fp32. Sums are fp32 or wider.
+Activations are (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16. The pointwise matrix has the dtype of the
+activations; all other parameters are fp32. Sums are fp32 or wider.
 Before using an op on a CPU, call `convmixer.kernels.available()`: it builds and loads the code. On CUDA, call
 `convmixer.kernels.cuda.why_not`.
 """
@@ -42,8 +42,8 @@ for _schema in SCHEMAS:
 
 
 def differentiable_once(ctx: Any, *gradients: Any) -> Any:
-    """Raise an error for the gradient of a gradient, which torch would otherwise take for zero."""
-    raise RuntimeError("the kernels are differentiable once: CONVMIXER_KERNELS=0 runs plain PyTorch")
+    """Raise an error for the gradient of a gradient; without this, torch would return zero."""
+    raise RuntimeError("the kernels have no second derivatives: CONVMIXER_KERNELS=0 runs plain PyTorch")
 
 
 def _sums(v: Tensor, rows: int = 2) -> Tensor:

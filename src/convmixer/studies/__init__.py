@@ -1,1 +1,1 @@
-"""Comparisons of models: one YAML file each, and the code that reads, matches, queues, runs and verifies them."""
+"""Studies, which compare models: one YAML file per study, and the code that plans, runs and verifies them."""

@@ -1,6 +1,7 @@
-"""Families of models that a study can name, and the number of parameters of an arm. Allocates no weights.
+"""The families of models that a study can name. An arm of a study is one model, with its sizes.
 
-An arm is a registry name and plain arguments, which build the model for training and for loading its weights.
+Here each arm becomes a registry name and plain arguments for `create_model`. Parameters are counted without
+allocating weights.
 """
 
 import inspect
@@ -57,7 +58,7 @@ def _resmlp(dim: int, depth: int, img_size: int, patch_size: int = 4) -> Build:
 
 
 def _resnet(dim: int, depth: int, img_size: int, stem: str = "conv3x3", patch_size: int = 4) -> Build:
-    """`depth` is the number of basic blocks in each of the four stages."""
+    """Return the model; `depth` is the number of basic blocks in each of the four stages."""
     return "resnet", {"dim": dim, "layers": [depth] * 4, "stem": stem, "patch_size": patch_size}
 
 
@@ -73,9 +74,10 @@ FAMILIES: dict[str, Callable[..., Build]] = {
 
 
 def width_step(family: str, sizes: dict[str, Any]) -> int:
-    """Return the step between widths that matching tries: one for ResNet, whose later stages multiply it, else two.
+    """Return the step between the widths that matching tries.
 
-    With attention, a width must also be a multiple of its heads.
+    It is 1 for ResNet, whose later stages multiply the width, and 2 for other families. With attention, a width must
+    also be a multiple of the number of heads.
     """
     heads = inspect.signature(FAMILIES[family]).parameters.get("heads")
     attends = heads and (family != "isotropic" or sizes.get("mixer") == "attention")
@@ -86,7 +88,7 @@ def check_sizes(family: str, sizes: dict[str, Any]) -> None:
     """Check the names of a family and of its sizes.
 
     Raises:
-        RequestError: One is not known; the nearest one is suggested.
+        RequestError: A name is not known; the nearest one is suggested.
     """
     if family not in FAMILIES:
         raise unknown("model family", family, FAMILIES)
@@ -97,7 +99,7 @@ def check_sizes(family: str, sizes: dict[str, Any]) -> None:
 
 
 def build_args(family: str, sizes: dict[str, Any], img_size: int) -> Build:
-    """Return registry name and arguments of an arm.
+    """Return the registry name and the arguments of an arm.
 
     Raises:
         RequestError: A size is missing or the sizes do not fit together.

@@ -1,4 +1,4 @@
-"""Make the arms of a study equal in parameters, multiply-accumulates or time, by solving for width or depth."""
+"""Makes the arms of a study equal in parameters, MACs or time, by choosing their width or depth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ def solve(
 
     Args:
         family: A name of `FAMILIES`.
-        sizes: The arm's other sizes; a value given for `key` is replaced.
-        key: "dim" or "depth".
+        sizes: The arm's sizes; the value of `key` is replaced.
+        key: The size to choose, "dim" or "depth".
         target: The cost to reach.
-        tolerance: Largest relative difference accepted, 0 to 1.
-        cost: (family, sizes) -> a number that grows with `key`.
+        tolerance: Largest allowed relative difference, 0 to 1.
+        cost: (family, sizes) -> the cost, which grows with `key`.
 
     Raises:
         RequestError: No size comes close enough; the message names the closest.

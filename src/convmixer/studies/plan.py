@@ -1,7 +1,7 @@
-"""Prepares a study: reads data, solves sizes, counts parameters, measures costs. The plan is plain JSON.
+"""Makes the plan of a study: reads the data, chooses sizes, counts parameters, measures costs.
 
-The plan goes into the study folder and into the queue, so every worker trains the same sizes, and a report needs only
-the plan and the records.
+The plan is plain JSON. It is stored in the study folder and in the queue, so every worker trains the same sizes, and
+a report needs only the plan and the records.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Plan = dict[str, Any]
 
 
 def make_plan(study: Study, data: str) -> Plan:
-    """Return the plan of a study: everything decided, nothing trained.
+    """Return the plan of a study; nothing is trained.
 
     Args:
         study: The study.
-        data: The data argument; it replaces the study's own.
+        data: The data argument, which replaces the one in the study file.
 
     Raises:
-        RequestError: The data cannot be read, a match is impossible, or an arm does not take these images.
+        RequestError: The data cannot be read, the arms cannot be matched, or an arm cannot take these images.
     """
     found = load_splits(study, data)
     if not found.train or not found.test:
@@ -61,9 +61,10 @@ def make_plan(study: Study, data: str) -> Plan:
 
 
 def identity(study: Study) -> str:
-    """Return the study's name with a short fingerprint of its file, without settings left at their defaults.
+    """Return the study's name and a short fingerprint of its file.
 
-    Therefore a setting that a newer version adds does not change the identity of a study.
+    Settings that have their default values are left out, so a setting that a newer version adds does not change the
+    identity of a study.
     """
     contents = dataclasses.asdict(study) | {"recipe": difference(Config(), study.recipe)}
     if study.tune is None:  # a key that older versions did not know
@@ -78,15 +79,15 @@ def run_name(arm: str, seed: int) -> str:
 
 
 def trial_name(arm: str, trial: int) -> str:
-    """Return the name of an arm's trial, as `run_name` does."""
+    """Return the name of an arm's trial: its folder below `runs/`."""
     return f"{arm}-trial{trial}"
 
 
 def probe_all(plan: Plan, study: Study, report: Any = print) -> dict[str, dict[str, Any]]:
-    """Return arm -> what `probe` measured, printing each as it is measured.
+    """Return arm -> the result of `probe`, and print each result.
 
-    If a claim is about speed, all arms are measured alternately, once per seed: the speeds are then the medians, and
-    `rounds` holds the values of each turn.
+    If a claim is about speed, all arms are measured in turn, one round per seed. Then the speeds are the medians, and
+    `rounds` holds the values of each round.
     """
     rounds = len(study.seeds) if any(claim.measure in SPEEDS for claim in study.claims) else 1
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["arms"]}
@@ -132,7 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def _tune(study: Study) -> dict[str, Any] | None:
-    """Return what the trials try, the same values for every arm; all arms try one before any tries the next."""
+    """Return the settings of the trials, the same for every arm. All arms try one before any arm tries the next."""
     if study.tune is None:
         return None
     proposals = study.tune.proposals()

@@ -1,5 +1,6 @@
-"""Measures what an arm costs on this machine: a few real steps in a fresh process, so that only the arm uses its
-memory.
+"""Measures what an arm costs on this machine, with a few real steps.
+
+They run in a fresh process, so that the memory is only that of the arm.
 """
 
 import json
@@ -25,9 +26,9 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
         build: Registry name and arguments of the model.
 
     Returns:
-        `train_images_per_second`, `infer_images_per_second`, `peak_memory_bytes` (of training, beyond the libraries
-        and the data), `seconds` (of a whole run at these speeds), and how they were computed: `precision`, `device`,
-        `threads`, `kernels`.
+        `train_images_per_second`; `infer_images_per_second`; `peak_memory_bytes` of training, without libraries and
+        data; `seconds` of a whole run at these speeds; and `precision`, `device`, `threads` and `kernels`, with which
+        they were measured.
 
     Raises:
         RequestError: The arm cannot be trained with these settings.
@@ -40,7 +41,7 @@ def probe(data: str, config: Config, build: Build) -> dict[str, Any]:
 
 
 def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
-    """Return what `probe` returns, measured in this process."""
+    """Return the same as `probe`, measured in this process."""
     import torch
 
     from convmixer.train.engine import measure_speed
@@ -70,7 +71,7 @@ def measure(data: str, config: Config, build: Build) -> dict[str, Any]:
 
 
 def infer_speed(model: Any, preprocessing: Any, precision: str) -> float:
-    """Return images per second of a model on batches of 128, as `predict` computes them: the median of a few."""
+    """Return images per second of inference on batches of 128, the median of a few batches."""
     import numpy as np
 
     from convmixer.inference import fastest
@@ -83,7 +84,7 @@ def infer_speed(model: Any, preprocessing: Any, precision: str) -> float:
 
 
 def step_cost(data: str, config: Config, make: Callable[[str, dict[str, Any]], Build]) -> Callable[..., float]:
-    """Return the function (family, sizes) -> seconds per training step, each size measured once."""
+    """Return a function (family, sizes) -> seconds per training step, which measures each size once."""
     known: dict[str, float] = {}
 
     def cost(family: str, sizes: dict[str, Any]) -> float:

@@ -1,7 +1,7 @@
-"""The runs of a study as a queue from which several workers take, on one machine or many. Optuna manages it.
+"""The queue of a study's runs, from which workers on one or several machines take runs. Optuna manages it.
 
-Only Optuna's queue is used: every run is enqueued before the first one starts, and nothing is sampled. Each worker
-sends a heartbeat. If it stops, Optuna enqueues the worker's run again, and the next worker continues it.
+Every run is enqueued before the first one starts; Optuna's samplers are not used. Each worker sends heartbeats. If
+they stop, Optuna enqueues the worker's run again, and another worker continues it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from convmixer.errors import RequestError
 from convmixer.processes import is_dead, one_at_a_time, sign
 
 HEARTBEAT_SECONDS = 15
-GRACE_BEATS = 8  # missed heartbeats before a worker counts as dead; a briefly paused machine should not
+GRACE_BEATS = 8  # missed heartbeats before a worker counts as dead; many, because a machine may pause briefly
 RETRIES = 5
 
 Record = dict[str, Any]
@@ -32,9 +32,9 @@ class Queue:
 
     Args:
         url: SQLAlchemy URL of the database; missing tables are created.
-        name: The study's name there.
-        heartbeat_seconds: Time between a worker's heartbeats; if the study was started before, all workers use the
-            time given at that start.
+        name: The study's name in the database.
+        heartbeat_seconds: Time between a worker's heartbeats. If the study was started before, the time that was
+            given then is used.
 
     Raises:
         RequestError: The database cannot be used.
@@ -46,21 +46,21 @@ class Queue:
         self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
 
     def _beat(self, seconds: int) -> None:
-        # other workers judge this one by their own grace period, so all must have the same
+        # other workers judge by their own grace period whether this one is alive, so all must have the same
         self.heartbeat_seconds = self._storage.heartbeat_interval = seconds
         self._storage.grace_period = GRACE_BEATS * seconds
 
     def exists(self) -> bool:
-        """Return whether the study was started in this database and `start` finished."""
+        """Return whether `start` has finished for this study in this database."""
         return "plan" in self._attributes()
 
     def start(self, runs: list[str], plan: dict[str, Any], done: Mapping[str, Record] | None = None) -> None:
-        """Enqueue all runs, in order, and keep the plan for every worker; an existing study is not changed.
+        """Enqueue all runs in order, and store the plan for the workers; an existing study is not changed.
 
         Args:
             runs: Names of all runs.
-            plan: What every worker needs to know.
-            done: Run name -> record of the runs that are already finished: they are kept, not enqueued.
+            plan: The plan of the study.
+            done: Run name -> record of the runs that are finished already; they are stored but not enqueued.
         """
         if self.exists():
             return
@@ -78,7 +78,7 @@ class Queue:
         study.set_user_attr("plan", plan)  # last, so that a worker that finds the plan finds the whole queue
 
     def plan(self) -> dict[str, Any]:
-        """Return the plan kept by `start`.
+        """Return the plan that `start` stored.
 
         Raises:
             RequestError: The study was not started in this database.
@@ -105,7 +105,7 @@ class Queue:
         return self._runs(TrialState.WAITING)
 
     def running(self) -> list[str]:
-        """Return the runs that workers are training, or were when they died."""
+        """Return the runs that workers are training, or were training when they died."""
         return self._runs(TrialState.RUNNING)
 
     def retry_failures(self) -> None:
@@ -114,7 +114,7 @@ class Queue:
             self._study().enqueue_trial({"run": run})
 
     def recover(self) -> None:
-        """Put the runs of dead workers back: at once if they died here, else when their heartbeat stops."""
+        """Enqueue the runs of dead workers again: at once if they died on this machine, else when heartbeats stop."""
         with _one_at_a_time(self.name):
             for trial in self._study().get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if is_dead(trial.user_attrs.get("worker")):
@@ -122,11 +122,11 @@ class Queue:
         optuna.storages.fail_stale_trials(self._study())
 
     def take(self, train: Train) -> str | None:
-        """Take the next run, train it, keep its record.
+        """Take the next run, train it, and store its record.
 
         Args:
-            train: Run name -> record with "results" in it; an exception is kept as the run's failure. After
-                SystemExit or KeyboardInterrupt the run is the next one taken.
+            train: Run name -> record with the key "results". If it raises, the error is stored as the run's failure.
+                After SystemExit or KeyboardInterrupt, the run is the first in the queue again.
 
         Returns:
             The run's name, or None if no run was waiting.
@@ -153,7 +153,9 @@ class Queue:
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
                 if not (ids and self._storage.get_trial(ids[0]).state.is_finished()):
                     raise
-                print(f"{taken[0]} sent no heartbeat for too long and another worker has taken it over: not recorded")
+                print(
+                    f"{taken[0]} is not recorded: without heartbeats for too long, another worker has taken it over"
+                )
         return taken[0] if taken else None
 
     def _train(self, trial: optuna.Trial, run: str, train: Train) -> float:
@@ -177,7 +179,7 @@ class Queue:
         self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def _take_back(self, trial_id: int) -> None:
-        """Take back a run that another worker put back although this worker is alive, unless a third has it since."""
+        """Take back a run that was enqueued again although this worker is alive, unless another worker trains it."""
         if self._storage.get_trial(trial_id).state == TrialState.WAITING:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
@@ -227,12 +229,12 @@ def open_storage(url: str, heartbeat_seconds: int) -> RDBStorage:
 
 
 def _value(record: Record) -> float:
-    """Return a number for Optuna, which samples nothing here and needs one all the same."""
+    """Return the value that Optuna needs for each trial; it is not used."""
     return float(record["results"]["test_top1"] or 0.0)
 
 
 def _finished(run: str, runs: list[str], record: Record) -> optuna.trial.FrozenTrial:
-    """Return a run that ended elsewhere as a trial of the queue."""
+    """Return an Optuna trial for a run that ended elsewhere."""
     return optuna.trial.create_trial(
         value=_value(record),
         params={"run": run},

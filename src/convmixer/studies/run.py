@@ -1,4 +1,4 @@
-"""Run a study: plan it, fill its queue, have the trials and runs trained, write the report."""
+"""Runs a study: makes its plan, fills its queue, trains its trials and runs, and writes the report."""
 
 import dataclasses
 import math
@@ -40,20 +40,20 @@ def compare(
         out: Study folder; None: `studies/<name>`.
         resume: Continue the study in that folder.
         budget: Start only runs that would end within this time, such as "2h"; None: the study's own, or no limit.
-        dry_run: Probe and print the plan; train nothing.
+        dry_run: Measure the costs and print the plan; train nothing.
         worker: Take runs from a queue that another process started.
         storage: SQLAlchemy URL of the queue; None: SQLite in the study folder.
         heartbeat_seconds: Time between this worker's heartbeats.
         reuse: Folder of another study; runs that finished there with the same model, settings, seed and data are
             not trained again.
-        against: Folder of another study with the same arms; the report says whether their order is the same there.
+        against: Folder of another study with the same arms; the report compares the order of the arms.
 
     Returns:
-        `report`, `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names); for a dry
-        run `arms` and `seconds_total`.
+        `report` and `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names). For a
+        dry run: `arms` and `seconds_total`.
 
     Raises:
-        RequestError: The study, the data or the folder is wrong; nothing was trained.
+        RequestError: The study, the data or the folder cannot be used; nothing was trained.
     """
     began = time.monotonic()
     study = load_study(name)
@@ -101,22 +101,25 @@ def compare(
 
 
 def _check_local(data: str) -> None:
-    """Check that the data that a file names are here: a stranger's file must not make a command use the network."""
+    """Check that the data that a study file names are on this machine.
+
+    A study file may be from a stranger, so it must not make the command use the network.
+    """
     argument = read_argument(data)
     if argument.url or argument.repository:
         raise RequestError(f"the study file names data on the network: to use them, write the command with {data}")
 
 
 def _start(queue: Queue, trials: Queue | None, plan: Plan, folder: StudyFolder | None = None) -> int:
-    """Fill the queues of a study, trials first: a study whose runs are enqueued has all it needs.
+    """Fill the queues of a study. The queue of trials is filled first, because workers start when runs are enqueued.
 
     Args:
-        queue, trials: Of its runs and of its trials.
+        queue, trials: The queues of runs and of trials.
         plan: The plan.
-        folder: Where runs and trials that have ended already are recorded.
+        folder: The study folder, with records of runs and trials that have ended already; None: there are none.
 
     Returns:
-        How many those are.
+        The number of these records.
     """
     kept = [_finished(folder.records), _finished(folder.trials)] if folder else [{}, {}]
     if trials:
@@ -130,7 +133,7 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rebuild_queue(queue: Queue, trials: Queue | None, out: Path) -> None:
-    """Rebuild the queues from plan and records if the folder has none, as after a git clone."""
+    """Rebuild the queues from plan and records if the folder has no queue, for instance after a git clone."""
     kept = _start(queue, trials, read_plan(out), StudyFolder(out))
     print(f"study    its queue is missing in {out}: rebuilt from the plan and {kept} records")
 
@@ -161,7 +164,7 @@ def _say_plan(plan: Plan) -> None:
 
 
 def _check_folder(out: Path, study: Study, goes_on: bool) -> None:
-    """Raise an error instead of mixing two studies in one folder, or continuing one without --resume."""
+    """Raise RequestError if a folder holds another study, or the same one without --resume."""
     if not StudyFolder(out).plan.exists():
         if out.exists() and any(out.iterdir()) and not goes_on:
             raise RequestError(f"{out} is not empty: choose another --out")

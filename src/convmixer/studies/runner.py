@@ -1,4 +1,4 @@
-"""One worker of a study: takes runs from the queue, trains them, keeps their records, writes the report."""
+"""A worker of a study: takes runs from the queue, trains them, stores their records, and writes the report."""
 
 import dataclasses
 import json
@@ -23,14 +23,14 @@ REPORT_SEED_PICTURES = 0  # index of the seed whose filters and kernels the repo
 
 
 class Runner:
-    """One worker of a study.
+    """A worker of a study.
 
     Args:
         study: The study.
-        spec: The data argument; workers on other machines may keep the same data elsewhere.
-        queue: Its queue, started.
+        spec: The data argument on this machine.
+        queue: The study's queue, after `Queue.start`.
         out: The study folder.
-        deadline: Start only runs that would end before this (`time.monotonic`).
+        deadline: Time (`time.monotonic`) before which a run must be expected to end, or it is not started.
         reuse: Folder of another study to take finished runs from.
     """
 
@@ -50,21 +50,21 @@ class Runner:
         write_atomic(self.folder.plan, json.dumps(self.plan, indent=2).encode())
 
     def config(self, run: str) -> Config:
-        """Return the settings of a run, with those chosen by its arm's trials."""
+        """Return the settings of a run, including those that its arm's trials chose."""
         arm, seed = self.of_run[run]
         return override(self.study.config(arm, seed), self.chosen.get(arm, {}))
 
     def check_data(self) -> None:
-        """Check that the data here are those of the plan.
+        """Check that the data on this machine are those of the plan.
 
         Raises:
             RequestError: They differ.
         """
         if load_splits(self.study, self.spec).checksum != self.plan["data"]["checksum"]:
-            raise RequestError(f"{self.spec} holds other data than the study was started with")
+            raise RequestError(f"{self.spec} does not hold the data that the study was started with")
 
     def work(self) -> None:
-        """Take runs until none is left or the next does not fit the budget; then wait for other workers."""
+        """Train runs until none is left or the next one does not fit the budget; then wait for other workers."""
         said = ""
         while True:
             self.queue.recover()
@@ -82,7 +82,7 @@ class Runner:
                 return
 
     def train(self, run: str) -> dict[str, Any]:
-        """Return the record of a run, trained from its beginning or its last checkpoint."""
+        """Train a run, from its beginning or from its last checkpoint, and return its record."""
         from convmixer.train.run import resume, train
 
         if found := self._elsewhere(run):
@@ -129,7 +129,7 @@ class Runner:
     def _record(self, run: str, arm: str, folder: Path) -> dict[str, Any]:
         record = records.read(RunFolder(folder).record)[-1]
         if record.data["checksum"] != self.plan["data"]["checksum"]:
-            raise RequestError(f"{run} was trained on other data than the study was planned with")
+            raise RequestError(f"{run} was not trained on the data that the study was planned with")
         results = record.results | {
             "arm": arm,
             "macs": self.plan["arms"][arm]["macs"],
@@ -158,7 +158,7 @@ class Runner:
         return None
 
     def _reused(self, run: str, record: records.RunRecord) -> dict[str, Any]:
-        """Return another study's record, changed to belong to this one."""
+        """Return the record of another study as a record of this one."""
         assert self.reuse
         arm, theirs = self.of_run[run][0], read_plan(self.reuse)
         results = record.results | {
@@ -188,7 +188,7 @@ class Runner:
     # Time
 
     def _estimate(self, run: str) -> float:
-        """Return the remaining seconds of a run, from the arm's finished runs here, else from the probe."""
+        """Return the remaining seconds of a run, from runs of the arm that finished here, else from the probe."""
         arm, config = self.of_run[run][0], self.config(run)
         if self._elsewhere(run):
             return 0.0

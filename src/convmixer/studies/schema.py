@@ -1,6 +1,6 @@
 """Reads a study from its YAML file: arms, the recipe they share, seeds, claims. Checks everything, trains nothing.
 
-The file is the pre-registration: it holds the claims, their directions and the smallest differences that matter.
+The file is the pre-registration: the claims and the smallest differences that matter are written before the runs.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Arm:
         label: Its name in tables and plots.
         family: A name of `arms.FAMILIES`.
         sizes: Arguments of the family; `match` may replace width or depth.
-        fixed: Keep the sizes as written although the study matches.
-        recipe: Settings of only this arm; allowed if the study says `unequal: true`.
+        fixed: Keep the sizes as they are written, although the study has `match`.
+        recipe: Settings of this arm alone; allowed only if the study has `unequal: true`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Match:
-    """How arms are made comparable: equal in `by` (one of MATCH_BY) to the arm `like`, by solving for `solve`."""
+    """How arms are made equal: the size `solve` of each is chosen so that its quantity `by` equals that of `like`."""
 
     by: str
     like: str
@@ -70,12 +70,12 @@ class Claim:
         says: The sentence.
         first: Name of the arm the sentence is about.
         second: Name of the arm it is compared with.
-        relation: "better": first - second is at least `matters`; "at-least": first is not worse by `matters` or
-            more; "same": they differ by less than `matters`.
+        relation: "better": first - second is at least `matters`. "at-least": first is worse by less than `matters`.
+            "same": they differ by less than `matters`.
         matters: Smallest difference that matters, in the unit of the measure (percentage points for accuracy).
         measure: One of MEASURES.
         paper: What the paper reports: `says`, `source`, and `difference` if it can be compared.
-        settings: A plain sentence on how the paper's settings differ from these.
+        settings: A sentence on how the paper's settings differ from those of the study.
     """
 
     says: str
@@ -90,7 +90,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """One comparison; docs/studies.md explains the file."""
+    """A study; docs/studies.md explains its file."""
 
     name: str
     title: str
@@ -111,9 +111,9 @@ class Study:
         return dataclasses.replace(override(self.recipe, self.arms[arm].recipe), seed=seed)
 
     def runs(self) -> list[tuple[str, int]]:
-        """Return (arm, seed) of every run, most informative first: all arms of a seed before the next seed.
+        """Return (arm, seed) of every run, in the order of training: all arms of a seed before the next seed.
 
-        A paired difference needs both arms of one seed; in this order, a study that stops early has complete pairs.
+        A paired difference needs both arms with the same seed, so a study that stops early has complete pairs.
         """
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
@@ -165,9 +165,9 @@ def _read(path: Path) -> Any:
 
 
 def _extended(raw: Any) -> Any:
-    """Return a study with what it takes from the shipped study that its key `extends` names.
+    """Return a study, completed with the keys of the shipped study that its key `extends` names.
 
-    Keys written in the file replace those of the other; `recipe` replaces single settings.
+    Keys in the file replace the same keys of the shipped study; under `recipe`, single settings are replaced.
     """
     if not isinstance(raw, dict) or "extends" not in raw:
         return raw
@@ -182,7 +182,7 @@ def _extended(raw: Any) -> Any:
 
 
 def parse(name: str, raw: Any) -> Study:
-    """Return the study in plain YAML types, checked.
+    """Return the study that plain YAML values describe, after checking it.
 
     Raises:
         RequestError: A part is missing, unknown or does not fit the others.
@@ -254,7 +254,7 @@ def _check_equal(arms: Mapping[str, Arm], recipe: Config, unequal: bool) -> None
         if changed and not unequal:
             raise RequestError(
                 f"arm {arm.name} changes the recipe ({', '.join(changed)}), so the comparison would not be equal: "
-                "change it for all arms, or write `unequal: true` and the report will say so on top"
+                "change it for all arms, or write `unequal: true`, and the report will say so at the top"
             )
 
 

@@ -1,4 +1,4 @@
-"""A search space: checked against the existing settings, sampled by Optuna."""
+"""Search spaces: checks that settings exist and accept the values, and lets Optuna choose values."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Any]:
 
 
 def values_of(params: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """Return the settings behind a trial's parameters: choices are kept by their index."""
+    """Return the settings of a trial from its parameters, in which a choice is stored as its index."""
     return {
         name: space[name]["choices"][value] if _is_choice(space[name]) else value for name, value in params.items()
     }

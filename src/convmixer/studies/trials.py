@@ -1,4 +1,4 @@
-"""The trials that a tuned study runs for every arm before its seeds, in a separate queue."""
+"""The trials of a tuned study, which every arm gets before its seeds are trained. They have a separate queue."""
 
 import dataclasses
 import shutil
@@ -24,8 +24,9 @@ class Trials(Runner):
         self.runs, self.records = self.tune["runs"], self.folder.trials
 
     def config(self, run: str) -> Config:
-        """Return the settings of a trial: scored on images held out of the training set, without reading the test
-        set.
+        """Return the settings of a trial.
+
+        It is scored on images held out of train, and does not read the test set.
         """
         arm, trial = self.of_run[run]
         own = {"test": False, "draw": False, "val_fraction": self.tune["val_fraction"]}
@@ -33,7 +34,7 @@ class Trials(Runner):
         return override(self.study.config(arm, self.study.seeds[0]), own | self.tune["proposals"][trial])
 
     def train(self, run: str) -> dict[str, Any]:
-        """Return the record of a trial; one that diverges has a record without an accuracy."""
+        """Train a trial and return its record; if it diverges, the record has no accuracy."""
         arm, trial = self.of_run[run]
         try:
             record = super().train(run)
@@ -53,7 +54,7 @@ class Trials(Runner):
         """Return arm -> the settings of its best trial; {} while trials are missing."""
         self.write_records()
         if self.queue.waiting() or self.queue.running():
-            print("trials   not all are finished: seeds run only after each arm has chosen")
+            print("trials   not all are finished: an arm's seeds are trained only after all of its trials")
             return {}
         results = StudyResults(self.out)
         chosen = {arm: self.tune["proposals"][results.chosen(arm) or 0] for arm in self.study.arms}

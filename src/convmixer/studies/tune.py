@@ -46,7 +46,7 @@ class Tune:
 
 
 def parse_tune(values: dict[str, Any]) -> Tune:
-    """Return the key `tune` of a study file, checked.
+    """Return the `tune` section of a study file, after checking it.
 
     Raises:
         RequestError: A part is missing, unknown or out of range.

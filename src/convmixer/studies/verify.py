@@ -1,4 +1,4 @@
-"""Checks whether a recorded number still holds: finds its weights and data, checks them, and measures again."""
+"""Checks whether a recorded accuracy still holds: finds its weights and data, and measures it again."""
 
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ TOLERANCE = 0.1
 
 
 def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[str, Any]:
-    """Re-evaluate recorded test accuracies and return whether each still holds.
+    """Measure recorded test accuracies again, and return whether each still holds.
 
     Args:
         path: The record of a run or the records of a study; the weights are in the same folder.
-        data: Where the data are now; None: as recorded.
-        run: Verify only the record of this name.
+        data: The data argument on this machine; None: the recorded one.
+        run: Name of the only record to verify; None: all records.
 
     Returns:
-        `holds` (all of them) and `records`: name, recorded, measured, difference, holds.
+        `holds`, whether all records hold, and `records`: for each the name, recorded, measured, difference and holds.
 
     Raises:
-        RequestError: There is no such record, its weights are missing, or the data are not those recorded.
-        RuntimeError: A number does not hold.
+        RequestError: There is no such record, its weights are missing, or the data are not the recorded ones.
+        RuntimeError: An accuracy does not hold.
     """
     try:
         found = [record for record in records.read(path) if run in (None, record.name)]
@@ -70,7 +70,7 @@ def _verify(folder: Path, record: records.RunRecord, data: str | None) -> dict[s
         options=Options.of(config),
     )
     if splits.checksum != record.data["checksum"] or not splits.test:
-        raise RequestError(f"{data or record.data['spec']} holds other data than {record.name} was measured on")
+        raise RequestError(f"{data or record.data['spec']} does not hold the data that {record.name} was measured on")
     loaded, device = load_model(weights), choose_device("auto")
     loader = eval_loader(splits.test, eval_transform(loaded.preprocessing), 128, 0)
     precision = choose_precision(config.precision, device)

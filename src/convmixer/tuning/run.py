@@ -1,7 +1,7 @@
 """Hyperparameter search: trials train on the data and are scored only on the validation split.
 
-Optuna proposes the values, stops trials that fall behind, and keeps the search in a database, so that it can be
-stopped, continued and shared by several workers. The test split is never read.
+Optuna proposes the values, stops trials that are worse than others, and stores the search in a database. So a search
+can be stopped, continued and shared by several workers. The test split is never read.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from convmixer.train.run import resume, train
 from convmixer.tuning.space import load_space
 
 RECIPE, TABLE = "recipe.yaml", "trials.csv"
-VAL_FRACTION = 0.1  # held out if neither the recipe nor the data have a validation split
-STARTUP_TRIALS = 5  # random ones, from which the sampler then learns
+VAL_FRACTION = 0.1  # share of train that is held out if neither the recipe nor the data have a validation split
+STARTUP_TRIALS = 5  # trials with random values, from which the sampler then learns
 
 
 def tune(
@@ -52,13 +52,14 @@ def tune(
 
     Args:
         data: The data argument.
-        recipe: Settings that are not searched.
-        recipe_name: Its name.
+        recipe: The settings; those that are not in the space stay as they are.
+        recipe_name: Name of the recipe.
         out: Folder for trials, tables and pictures; None: `tune/<recipe>`.
         space: YAML file of the settings to search; None: the shipped `space.yaml`.
-        trials: Number of trials of all workers after which the search ends; None: 20 if there is no budget either.
+        trials: Number of trials, of all workers together, after which the search ends. None: no limit if there is a
+            budget, else 20.
         budget: Start only trials that would end within this time, such as "2h".
-        resumes: Continue the search in that folder.
+        resumes: Continue the search in `out`.
         worker: Help with a search that was started elsewhere.
         storage: SQLAlchemy URL of the database; None: SQLite in the folder.
         heartbeat_seconds: Time between this worker's heartbeats.
@@ -67,7 +68,7 @@ def tune(
         `best` (setting -> value), `val_top1` (percent), `trials`, `pruned`, `failed` (counts), `recipe` (path).
 
     Raises:
-        RequestError: The settings, the data or the folder do not allow it.
+        RequestError: The settings, the data or the folder cannot be used.
         RuntimeError: No trial ended.
     """
     if trials is not None and trials < 1:
@@ -91,7 +92,7 @@ class Search:
     Args:
         data: The data argument.
         base: Settings that are not searched.
-        recipe_name: Their name.
+        recipe_name: Name of these settings.
         space: Settings that are searched.
         out: The folder.
     """
@@ -106,7 +107,7 @@ class Search:
         """Open or start the search.
 
         Raises:
-            RequestError: The folder holds something else, or a search that is not to be continued.
+            RequestError: The folder holds something else, or another search.
         """
         known = self.out / SEARCH
         if known.exists() and not joins:
@@ -114,7 +115,9 @@ class Search:
                 f"{self.out} holds a search already: continue it with --resume, or choose another --out"
             )
         if known.exists() and json.loads(known.read_text(encoding="utf-8"))["name"] != self.name:
-            raise RequestError(f"the search in {self.out} is of other data, settings or space: choose another --out")
+            raise RequestError(
+                f"the search in {self.out} has other data, settings or another space: choose another --out"
+            )
         if not known.exists() and self.out.exists() and any(self.out.iterdir()):
             raise RequestError(f"{self.out} is not empty: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +138,7 @@ class Search:
         write_atomic(known, json.dumps(self.plan | {"name": self.name}, indent=1).encode())
 
     def work(self, deadline: float, trials: int | None) -> None:
-        """Take trials until enough have ended or the next would not fit."""
+        """Run trials until enough have ended or the next one would not fit into the time."""
         self.recover()
         while trials is None or self._count() < trials:
             left = deadline - time.monotonic()
@@ -153,7 +156,7 @@ class Search:
                 self.study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder")})
 
     def report(self) -> dict[str, Any]:
-        """Write the best settings, a table and pictures; print and return what was found.
+        """Write the best settings, a table and pictures; print and return the result of the search.
 
         Raises:
             RuntimeError: No trial ended.

@@ -1,4 +1,4 @@
-"""The file that holds the space of a search."""
+"""Reads the search space of `convmixer tune` from a YAML file."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Build the shipped C++ source on first use, cache the result, and report why if it cannot be built.
+"""Builds the C++ source on first use, caches the result, and reports the reason if it cannot be built.
 
-The source is written against torch's stable ABI and compiled on the machine that runs it, so it may use all of that
-machine's instructions. Different machines may share a home folder, so the cache key covers everything that the binary
-depends on. Nothing here runs at import.
+The source uses torch's stable ABI. It is compiled on the machine that runs it, so it may use all instructions of that
+machine. Different machines may share a home folder, so the cache key covers everything that the binary depends on.
+Nothing is built at import.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ from convmixer.processes import one_at_a_time
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
 MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
-VARIANTS = {  # each runs on any processor, so that the code for others can be tested, or timed, on this one
+VARIANTS = {  # each runs on any processor, so the code for other processors can be tested or timed on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied in pairs
-    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # in vectors of AVX-512
-    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers in the small blocks of narrow ones
-    "vectors": ["-DCONVMIXER_TILES=0"],  # inference without the matrix unit of AMX
-    "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],  # with one, in plain C++
+    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # and AVX-512's length
+    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers with as few rows at once as narrow ones
+    "vectors": ["-DCONVMIXER_TILES=0"],  # inference without AMX
+    "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],  # AMX's code in plain C++
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300
@@ -91,7 +91,7 @@ def library() -> Path:
 
 
 def level() -> str:
-    """Return which instructions the built kernels use, in words. Builds them on first use."""
+    """Return the name of the instruction set that the built kernels use. Builds them on first use."""
     name = ctypes.CDLL(str(library())).convmixer_level
     name.restype = ctypes.c_char_p
     return str(name().decode())
@@ -108,7 +108,10 @@ def cache_folder() -> Path:
 
 
 def flags(version: str) -> list[str]:
-    """Return the flags for a compiler, given its version text. No fast-math: it would change NaN, Inf and sums."""
+    """Return the flags for a compiler, given its version text.
+
+    Fast-math is not used, because it would change NaN, Inf and sums.
+    """
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
     march += VARIANTS.get(target(), [])

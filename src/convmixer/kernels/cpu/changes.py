@@ -1,8 +1,9 @@
-"""Tells in a few microseconds whether thousands of dicts, types and tensors are what they were.
+"""Finds out in a few microseconds whether thousands of dicts, types and tensors have changed.
 
-CPython marks changes: up to 3.11 each dict holds the number of its last change, from 3.12 on a function is called at
-each change of a watched dict. Both are words of memory, and so is an object's type. The compiled code compares the
-words, and what PyTorch says of the tensors. `usable` tries all this out before it is relied on.
+CPython records changes of dicts. Up to 3.11 each dict has a version tag; from 3.12 on, a dict watcher calls a
+function at each change of a watched dict, and this function counts. Versions, counts and types of objects are words
+in memory. Compiled code compares these words, and the dtype, device and shape of tensors. `usable` first tests
+whether this works in the running Python.
 """
 
 import ctypes
@@ -16,17 +17,19 @@ import torch
 
 from convmixer.kernels.cpu import build
 
-TYPE, VERSION = 8, 24  # where an object has its type, and a dict up to 3.11 the number of its last change
+TYPE, VERSION = 8, 24  # offsets in bytes: of an object's type, and of a dict's version tag up to 3.11
 _HAS_WATCHERS = sys.version_info >= (3, 12)
 
 
 class Unchanged:
-    """Remembers the state of dicts, objects and tensors, which must be kept alive. Needs `usable`.
+    """Remembers the state of dicts, objects and tensors. Use it only if `usable` returns True.
+
+    The caller must keep the dicts, objects and tensors alive.
 
     Args:
-        dicts: Setting, adding and removing what they hold is a change.
-        objects: Another `__class__` is a change.
-        tensors: Another dtype, device or shape is a change, other values are not.
+        dicts: A change is a key that is set, added or removed.
+        objects: A change is another `__class__`.
+        tensors: A change is another dtype, device or shape; other values are not a change.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Unchanged:
         self.remember()
 
     def remember(self) -> None:
-        """Take the present state for the one to compare with."""
+        """Store the current state, with which `holds` compares."""
         self._remember(*self._args)
 
     def holds(self) -> bool:
@@ -62,7 +65,7 @@ def usable() -> bool:
 
 @functools.cache
 def _noticed() -> bool:
-    """Try `Unchanged` out: Python 3.13.0 does not report all changes, and others may have other layouts."""
+    """Test `Unchanged`: Python 3.13.0 does not report all changes, and other versions may have other layouts."""
     if sys.implementation.name != "cpython" or sys.maxsize < 2**32:
         return False
     probe: Any = _Probe()
@@ -75,7 +78,7 @@ def _noticed() -> bool:
 
 
 class _Probe:
-    """Something to change."""
+    """An object that the test changes."""
 
     def __init__(self) -> None:
         self.value, self.plain, self.ordered = 1, {"key": 1}, OrderedDict(key=1)
@@ -117,7 +120,7 @@ def _notices(change: Any) -> bool:
 
 
 def _words(dicts: Collection[dict[Any, Any]]) -> list[int]:
-    """Return the addresses of the words that change with the dicts."""
+    """Return the addresses of the words that change when the dicts change."""
     if not _HAS_WATCHERS:
         return [id(one) + VERSION for one in dicts]
     for one in dicts:
@@ -127,17 +130,17 @@ def _words(dicts: Collection[dict[Any, Any]]) -> list[int]:
 
 @functools.cache
 def _watcher() -> int:
-    """Return the number of our function among the interpreter's few watchers.
+    """Return the id of our dict watcher; the interpreter has only a few.
 
     Raises:
-        RuntimeError: All are taken.
+        RuntimeError: All ids are taken.
     """
     return int(ctypes.pythonapi.PyDict_AddWatcher(ctypes.cast(_library().convmixer_changed, ctypes.c_void_p)))
 
 
 @functools.cache
 def _tensor_offset() -> int:
-    """Return where a tensor's Python object has its at::Tensor, which is one pointer; 0 if it is not found."""
+    """Return the offset of the at::Tensor, one pointer, in a tensor's Python object; 0 if it is not found."""
     tensor = torch.nn.Parameter(torch.zeros(1))
     return next((offset for offset in (16, 24) if _word(id(tensor) + offset) == tensor._cdata), 0)
 

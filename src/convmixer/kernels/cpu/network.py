@@ -1,6 +1,6 @@
 """Inference of a whole ConvMixer as one op, and the packing of its weights.
 
-Call `convmixer.kernels.available()` before using an op: it builds and loads the code.
+Call `convmixer.kernels.available()` before you use an op: it builds and loads the code.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from convmixer.kernels.ops import LIBRARY
 
 PRECISIONS = ("fp32", "bf16", "int8")  # the op's `precision` is the index
-VECTORS = ("multiply", "bias", "scale", "shift", "steps", "zero")  # the rows that follow each sum, see `network.h`
+VECTORS = ("multiply", "bias", "scale", "shift", "steps", "zero")  # vectors that are applied to sums, see `pack`
 
 LIBRARY.define(
     "pack_network(Tensor stem, Tensor stem_vectors, Tensor depthwise, Tensor depthwise_vectors, Tensor point, "
@@ -35,12 +35,12 @@ def pack(
 ) -> Tensor:
     """Return the weights of a network in the order that this machine's kernel reads them.
 
-    Every sum becomes act(sum * multiply + bias) * scale + shift, row by row of `VECTORS`; with int8, a depthwise
-    output z then goes into the matrix multiplication as round(z * steps + zero), 0 to 255, and only matrix
-    multiplications have `multiply`.
+    The kernel computes act(sum * multiply + bias) * scale + shift for every sum, with the vectors that `VECTORS`
+    names. With int8, an output z of the depthwise convolution enters the matrix multiplication as round(z * steps +
+    zero), 0 to 255, and `multiply` is used only for matrix multiplications.
 
     Args:
-        stem: (dim, in_chans, patch, patch), fp32 like all of them.
+        stem: (dim, in_chans, patch, patch), fp32 like the other arguments.
         stem_vectors: (6, dim).
         depthwise: (depth, dim, k, k).
         depthwise_vectors: (depth, 6, dim).
@@ -49,7 +49,7 @@ def pack(
         precision: One of `PRECISIONS`.
 
     Returns:
-        int32, only for `run` on this machine.
+        The packed weights, int32; only `run` on this machine can read them.
     """
     parts = (stem, stem_vectors, depthwise, depthwise_vectors, point, point_vectors)
     floats = [part.detach().float().contiguous() for part in parts]
@@ -62,12 +62,12 @@ def run(
 ) -> Tensor:
     """Return the pooled features of images, (B, dim) fp32.
 
-    As many images are computed at once as there are threads, each on one thread from the stem to the pool. For each
-    image left over, the threads share its rows.
+    Each thread computes one image from the stem to the pool. If fewer images are left than there are threads, all
+    threads compute one image after another, and share its rows.
 
     Args:
         images: (B, in_chans, H, W), fp32.
-        weights: From `pack`.
+        weights: The result of `pack`.
         dim, depth, k, patch: The network's sizes.
         act: 0 for GELU, 1 for ReLU.
         precision: The precision that the weights were packed for.
@@ -84,7 +84,7 @@ def _(images: Tensor, weights: Tensor, dim: int, depth: int, k: int, patch: int,
 
 @torch.library.register_vmap("convmixer::run_network")
 def _(info: Any, in_dims: tuple[Any, ...], images: Tensor, weights: Tensor, *settings: int) -> tuple[Tensor, int]:
-    """A batch of batches is one batch: (V, B, C, H, W) -> (V, B, dim)."""
+    """Apply `vmap`: compute (V, B, C, H, W) as one batch, and return (V, B, dim)."""
     if in_dims[0] is None or in_dims[1] is not None:
         raise NotImplementedError("vmap over the weights of an optimised model")
     images = images.movedim(in_dims[0], 0)

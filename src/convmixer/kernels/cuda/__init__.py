@@ -1,6 +1,6 @@
-"""The CUDA kernels of the block, in Triton, which comes with PyTorch and needs a C compiler for its launcher.
+"""The CUDA kernels of the block, written in Triton. Triton comes with PyTorch, and needs a C compiler.
 
-Like the C++ kernels they are loaded on first use, and `why_not` says why they cannot be used.
+They are loaded on first use. If they cannot be used, `why_not` returns the reason.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from convmixer.kernels.cpu.build import switched_off
 from convmixer.kernels.ops import LIBRARY
 
-OLDEST = (8, 0)  # compute capability: the first with bf16
+OLDEST = (8, 0)  # the first compute capability with bf16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,21 +51,21 @@ def _load(key: str) -> str | None:
 
 @functools.cache
 def _fails(device: torch.device) -> str | None:
-    """Launch the smallest kernel and return why that failed, or None: only then is it known that Triton works.
+    """Launch a tiny kernel, and return why that failed, or None.
 
-    Without a C compiler or Python's headers, for example, Triton can be imported but launches nothing.
+    Without a C compiler or Python's headers, for example, Triton can be imported but cannot launch a kernel.
     """
     from convmixer.kernels.cuda.sums import total
 
     try:
         found = _on_its_device(total)(torch.ones(2, 1, 16, device=device))
-        return None if bool((found == 2).all()) else "Triton adds 1 and 1 to something else than 2"
+        return None if bool((found == 2).all()) else "Triton computes a wrong result for 1 + 1"
     except Exception as error:  # any of Triton's, the compiler's or the driver's
         return f"Triton does not work: {' '.join(str(error).split())[:300]}"
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of tensors run on their GPU: Triton launches on the current one, whichever that is."""
+    """Return a function that first makes its tensors' GPU current, because Triton launches on the current GPU."""
 
     @functools.wraps(function)
     def call(first: torch.Tensor, *rest: Any) -> Any:

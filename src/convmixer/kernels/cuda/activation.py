@@ -1,8 +1,8 @@
 """GELU (exact, erf) and ReLU with their slopes, and the norm around them, for Triton kernels.
 
-For fp32 and fp16 storage GELU is torch's formula. For bf16 storage the polynomials stay within 2e-4 (value) and 3e-4
-(slope) of it everywhere, a tenth of the rounding of a bf16 near 1, and cost half as much. NaN passes through, and
-gelu(-inf) is NaN, as in torch.
+For fp32 and fp16 storage, GELU is torch's formula. For bf16 storage it is a polynomial, which takes half the time.
+Its error is at most 2e-4 in the value and 3e-4 in the slope, a tenth of the rounding of a bf16 near 1. NaN passes
+through, and gelu(-inf) is NaN, as in torch.
 """
 
 import triton
@@ -17,7 +17,7 @@ def _within(x, low, high):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """act(x) for fp32 x; ACT is 0 for GELU, 1 for ReLU."""
+    """Return act(x) for fp32 x; ACT is 0 for GELU, 1 for ReLU."""
     if ACT == 1:
         return tl.where(x < 0.0, 0.0, x)
     if not POLYNOMIAL:
@@ -34,7 +34,7 @@ def activate(x, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def slope(x, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """act'(x) for fp32 x."""
+    """Return the derivative of act at x for fp32 x."""
     if ACT == 1:
         return tl.where(x <= 0.0, 0.0, 1.0)
     if not POLYNOMIAL:
@@ -54,11 +54,14 @@ def slope(x, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def norm(v, scale, shift, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """act(v) * scale + shift."""
+    """Return act(v) * scale + shift."""
     return activate(v, ACT, POLYNOMIAL) * scale + shift
 
 
 @triton.jit
 def norm_backward(g, v, a, b, c, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """The gradient before act from g, that after norm. Source: arXiv 1502.03167, Sec. 3."""
+    """Return the gradient with respect to v from g, the gradient after the norm.
+
+    Source: arXiv 1502.03167, Sec. 3.
+    """
     return (g * a + (activate(v, ACT, POLYNOMIAL) * b + c)) * slope(v, ACT, POLYNOMIAL)

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels of all blocks of a ConvMixer in order: the GPU's part of `convmixer.kernels.blocks`.
 
-As on the CPU, only u and v of each block are kept. Each half passes on only partial sums: one launch adds them and
-makes the next kernel's scale and shift (see `sums`). Without gradients and with running statistics there are no sums,
-and a half is one launch.
+As on the CPU, only u and v of each block are kept, the outputs of the depthwise and of the pointwise convolution. The
+kernel of each half of a block writes partial sums; one small launch adds them and computes the scale and shift for
+the next kernel (see `sums`). Inference needs no sums, so there a half is one launch.
 """
 
 from typing import NamedTuple
@@ -137,7 +137,7 @@ def infer(v: Tensor, prepared: list[Prepared], scales: Tensor, act: int, pool: b
     Args:
         v: (N, H, W, C).
         prepared: See `prepare`.
-        scales: Scale and shift of all norms, see `running_scales`.
+        scales: Scale and shift of all norms, from `running_scales`.
         act: 0 for GELU, 1 for ReLU.
         pool: Return the mean over the image, (N, C) fp32.
     """

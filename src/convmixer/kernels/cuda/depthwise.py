@@ -1,9 +1,9 @@
 """The depthwise convolution on normalised values: forward with its statistics, input gradient, weight gradient.
 
-A program computes tiles of 2 to 4 rows and `_WIDE` columns for one block of channels, down a strip of an image. A
-thread holds two channels and keeps the whole tile's sums in registers: it goes over the input rows once, and uses
-each loaded value for all sums that need it, without shared memory and without a barrier. Only the tile is unrolled;
-unrolling more compiles for minutes.
+"Taps" are the k * k weights of a channel. A program computes tiles of 2 to 4 rows and `_WIDE` columns for one block
+of channels, down a strip of an image. A thread computes two channels, with the sums of the whole tile in registers.
+It reads each input row of the tile once, and uses a value for all sums that need it, without shared memory or
+barriers. Only the loops over the tile are unrolled; with more unrolling the compiler takes minutes.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from convmixer.kernels.cuda.activation import activate, norm
 
 _WIDE = 8
-_PROGRAMS = 1024  # at least: several for each multiprocessor of the largest GPUs
-_TAPS = 28  # of the weight gradient at once: each is a sum in a register
+_PROGRAMS = 1024  # least number of programs: several for each multiprocessor of the largest GPUs
+_TAPS = 28  # taps whose gradient is computed at once; each is a sum in a register
 
 
 def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Te
 
 
 def forward_norm(x: Tensor, taps: Tensor, bias: Tensor, scale_shift: Tensor, act: int) -> Tensor:
-    """Return h = norm(act(u)) + x: the whole half of a block, if its statistics are known."""
+    """Return h = norm(act(u)) + x, the first half of a block; the norm's statistics must be known."""
     h = torch.empty_like(x)
     _convolve(x, taps, h, act, mode="norm", bias=bias, scale_shift=scale_shift)
     return h
@@ -65,7 +65,7 @@ def weight_gradient(x: Tensor, du: Tensor, k: int) -> Tensor:
 
 
 def taps_of(weight: Tensor) -> Tensor:
-    """(C, 1, k, k) -> (k * k, C) fp32, contiguous."""
+    """Return depthwise weights (C, 1, k, k) as (k * k, C), fp32, contiguous."""
     return weight.reshape(weight.shape[0], -1).t().float().contiguous()
 
 
@@ -101,7 +101,7 @@ def _shape(x: Tensor, mode: str) -> dict[str, Any]:
     N, H, W, C = x.shape
     channels, wide = _channels(C), _wide(W)
     columns, blocks = triton.cdiv(W, wide), triton.cdiv(C, channels)
-    # as high as registers allow, including what a tile reads and writes at its end
+    # as many rows as the registers allow, with the values that a tile reads and writes at its end
     wide_values = x.dtype is torch.float32
     high = 3 if mode == "gradient" else 2 if wide_values else 4
     rows = triton.cdiv(H, high) * high
@@ -129,7 +129,7 @@ def _wide(W: int) -> int:
 
 @triton.jit
 def _row(x, row, first, W, C, c, present, COUNT: tl.constexpr):
-    """Values first .. first + COUNT of a row, 0 beyond the image, as fp32."""
+    """Return COUNT values of a row from `first` on, as fp32; values outside the image are 0."""
     values = ()
     for i in tl.static_range(COUNT):
         w = first + i
@@ -141,7 +141,7 @@ def _row(x, row, first, W, C, c, present, COUNT: tl.constexpr):
 @triton.jit
 def _add_taps(sums, values, taps, C, c, present, J: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
               HIGH: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Add the values times one row of taps to row J of the tile's sums."""
+    """Add the products of the values and one row of taps to row J of the tile's sums."""
     new = ()
     for i in tl.static_range(J * WIDE):
         new = new + (sums[i],)
@@ -173,7 +173,7 @@ def _convolve_kernel(
     image, in_image = part // per_image, part % per_image
     begin, left = in_image // strips * ROWS, in_image % strips * WIDE
     base = image.to(tl.int64) * H * W * C
-    # the gradient's convolution has its taps in reverse, and an even one its longer side at the other end
+    # the convolution of the gradient has its taps in reverse, and if k is even, the larger padding on the other side
     TOP: tl.constexpr = K // 2 if MODE == "gradient" else (K - 1) // 2
     STEP: tl.constexpr = -1 if MODE == "gradient" else 1
     if MODE == "gradient":
@@ -229,7 +229,7 @@ def _weight_gradient(
     x, du, parts, all_rows, rows, H, W, C, K: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Taps AT_ONCE * program_id(2) and the next ones, over `rows` rows of all images one after the other."""
+    """Compute the gradient of AT_ONCE taps over `rows` rows; the images are one after the other."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     present = c < C

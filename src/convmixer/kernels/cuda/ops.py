@@ -1,4 +1,4 @@
-"""The Triton kernels behind the ops of `convmixer.kernels.ops`, with the same meaning as the C++ ones."""
+"""The ops of `convmixer.kernels.ops` for CUDA, which call the Triton kernels and return the same as the C++ ops."""
 
 from collections.abc import Callable
 from typing import Any

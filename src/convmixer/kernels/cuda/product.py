@@ -1,7 +1,8 @@
 """The pointwise convolution as a multiplication of (rows, C) by (C, C), fused with the steps before and after it.
 
-16-bit multiplications use the tensor cores with fp32 sums. fp32 multiplications are cuBLAS's, with torch's own
-setting of TF32 and separate passes before and after: without tensor cores, nothing here would be faster.
+16-bit multiplications use the tensor cores with fp32 sums. fp32 multiplications are done by cuBLAS, with torch's
+setting for TF32, and the steps before and after are separate kernels: without tensor cores, a fused kernel would not
+be faster.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from convmixer.kernels.cuda import rows
 from convmixer.kernels.cuda.activation import activate, norm
 
-FUSED_WIDTH = 256  # up to this many channels one program computes whole rows, and so h only once
+FUSED_WIDTH = 256  # up to this many channels a program computes whole rows, so h is computed only once
 
 
 def forward(u: Tensor, norm_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def forward(u: Tensor, norm_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def forward_norm(h: Tensor, weight: Tensor, bias: Tensor, norm_v: Tensor, act: int) -> Tensor:
-    """Return norm(act(h weight + bias)): the whole half of a block, if its statistics are known."""
+    """Return norm(act(h weight + bias)), the second half of a block; the norm's statistics must be known."""
     if h.dtype is torch.float32:
         return rows.act_norm(_by_library(h, weight.t(), bias), norm_v, act)
     y = torch.empty_like(h)
@@ -47,7 +48,9 @@ def forward_norm(h: Tensor, weight: Tensor, bias: Tensor, norm_v: Tensor, act: i
 
 
 def input_gradient(dv: Tensor, weight: Tensor, u: Tensor, out: Tensor, act: int) -> Tensor:
-    """Write the gradient of h, dv weight, to `out`; return the parts of its sums with act(u), (P, 2, C)."""
+    """Write the gradient of h, dv weight, to `out`; return the parts of the sums of it and of it times act(u), (P, 2,
+    C).
+    """
     if dv.dtype is torch.float32:
         torch.mm(_matrix(dv), weight, out=_matrix(out))
         return rows.products(out, u, act)
@@ -100,7 +103,7 @@ def _multiply(
 
 
 def _tile(C: int, fused: bool) -> dict[str, Any]:
-    """Return the tile of a program: its rows and columns, and how many terms of the sum it takes at once."""
+    """Return the tile of a program: its rows, its columns, and how many terms of the sums it adds at once."""
     width = max(16, triton.next_power_of_2(C))
     if fused:
         return {
@@ -143,7 +146,7 @@ def _multiply_kernel(
         right = tl.load(
             b + d[:, None] * b_depth + c[None, :] * b_column, mask=(d < C)[:, None] & (c < C)[None, :], other=0.0
         )
-        if WIDEN:  # Triton's interpreter multiplies no bf16
+        if WIDEN:  # Triton's interpreter cannot multiply bf16
             left, right = left.to(tl.float32), right.to(tl.float32)
         sums = tl.dot(left, right, sums)
     at = row_at + c[None, :]

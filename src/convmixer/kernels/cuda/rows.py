@@ -1,6 +1,6 @@
-"""Passes over activations as a matrix (rows, C): the steps between the convolutions and the matrix multiplications.
+"""The element-wise steps between the convolutions and the matrix multiplications, on activations as (rows, C).
 
-A program takes whole rows of some channels, tile by tile, and writes its sums as one part, see `sums`.
+A program computes a block of rows and channels, tile by tile, and writes its sums as one part, see `sums`.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from convmixer.kernels.cuda.activation import activate, norm, norm_backward
 
-_PROGRAMS = 2048  # at least: several for each multiprocessor of the largest GPUs
-_MOST_ROWS = 512  # per program, so that fp32 sums stay short
+_PROGRAMS = 2048  # least number of programs: several for each multiprocessor of the largest GPUs
+_MOST_ROWS = 512  # most rows per program, so that fp32 sums stay short
 
 
 def statistics(v: Tensor, act: int) -> Tensor:
@@ -56,8 +56,8 @@ def operands(
     norm_before: Tensor,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the gradients of the pointwise convolution need: v's gradient, h, x, and the parts of that
-    gradient's sum, (P, 1, C).
+    """Return the tensors for the gradients of the pointwise convolution: the gradient of v, h, x, and the parts of
+    the sum of v's gradient, (P, 1, C).
     """
     dv, h, x = (torch.empty_like(v) for _ in range(3))
     parts = _with_parts(_operands, 1, v, grad, v, back, u, norm_u, before, norm_before, dv, h, x, act)
@@ -74,7 +74,7 @@ def pool(v: Tensor, scale_shift: Tensor, act: int) -> Tensor:
 
 
 def pool_backward(grad: Tensor, v: Tensor, act: int) -> tuple[Tensor, Tensor]:
-    """Return each pixel's share of the pooled gradient, and the parts of its sums with act(v), (N, 2, C)."""
+    """Return the gradient of each pixel, and the parts of the sums of it and of it times act(v), (N, 2, C)."""
     N, H, W, C = v.shape
     dy, parts = torch.empty_like(v), torch.empty((N, 2, C), dtype=torch.float32, device=v.device)
     _pool_backward[_image_grid(v)](grad, v, dy, parts, H * W, C, **_common(act, v), **_image_tile(v))
@@ -149,7 +149,7 @@ def _read(tensor, at, here):
 
 @triton.jit
 def _write(tensor, at, here, value):
-    """Store the value and return it as rounded."""
+    """Store a value, and return it rounded to the stored dtype."""
     rounded = value.to(tensor.dtype.element_ty)
     tl.store(tensor + at, rounded, mask=here)
     return rounded.to(tl.float32)

@@ -1,7 +1,7 @@
-"""Sums over the batch without atomics: each program writes its part, the kernels here add the parts in a fixed order.
+"""Sums over the batch without atomics: each program writes a part, and kernels here add the parts in a fixed order.
 
-Therefore results are the same, bit for bit, each time. One launch adds the parts of a norm and turns them into the
-next kernel's scale and shift; as separate operations on vectors of C values, each of a dozen would cost a launch.
+So results are the same every time, bit for bit. A single launch adds the parts of a norm and computes the scale and
+shift for the next kernel. As separate PyTorch operations this would take a dozen launches.
 """
 
 from typing import NamedTuple
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHANNELS = 16  # per program: 64 bytes of each part
-_PARTS = 256  # loaded at once
+_CHANNELS = 16  # channels per program: 64 bytes of each part
+_PARTS = 256  # parts that are loaded at once
 
 
 class Norm(NamedTuple):
@@ -25,7 +25,13 @@ class Norm(NamedTuple):
 
 
 def scale_shift(parts: Tensor, norm: Norm, statistics: Tensor) -> Tensor:
-    """Add (P, 2, C) sums and squares; fill float64 `statistics` (2, C); return scale and shift, fp32 (2, C)."""
+    """Return the scale and shift of a norm, fp32 (2, C), and write its mean and variance to `statistics`.
+
+    Args:
+        parts: Parts of the sums of values and of their squares, (P, 2, C).
+        norm: The norm.
+        statistics: float64 (2, C), is overwritten.
+    """
     P, _, C = parts.shape
     out = torch.empty((2, C), dtype=torch.float32, device=parts.device)
     _scale_shift[_grid(C)](
@@ -35,7 +41,7 @@ def scale_shift(parts: Tensor, norm: Norm, statistics: Tensor) -> Tensor:
 
 
 def gradients(parts: Tensor, norm: Norm, statistics: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Add (P, 2, C) sums of the gradient, and of the gradient times the activation.
+    """Add the parts (P, 2, C) of the sums of the gradient and of the gradient times the activation.
 
     Returns:
         The coefficients of `activation.norm_backward`, fp32 (3, C), and the gradients of the norm's weight and bias.
