@@ -1,1 +1,1 @@
-"""Model and images in, numbers out: accuracy with its interval, calibration, per-class results, BatchNorm."""
+"""Measures models on images: accuracy with its confidence interval, calibration, per-class results, BatchNorm."""

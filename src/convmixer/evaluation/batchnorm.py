@@ -23,7 +23,7 @@ from convmixer.preprocess import Preprocessing
 from convmixer.progress import track
 from convmixer.text import terminal
 
-BN_IMAGES, BN_BATCH = 256, 64  # enough to see bad statistics, few enough to cost little
+BN_IMAGES, BN_BATCH = 256, 64  # enough images to see bad statistics, and few enough to take little time
 
 
 def batchnorm_disagreement(model: nn.Module, batches: Batches) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def check_batchnorm(
 
     Args:
         loaded: The model.
-        images: What the model is measured on.
+        images: The images that the model is measured on.
         index: Index of the model's output (logit) that belongs to each class of the data.
         weights: Name of the weights, for the warning.
     """
@@ -113,7 +113,7 @@ def recalibrate(
         train, else test. "split" names it.
 
     Raises:
-        RequestError: Bad arguments, or the model has no BatchNorm.
+        RequestError: An argument is wrong, or the model has no BatchNorm.
     """
     if limit < 2:
         raise RequestError(f"--limit must be at least 2, not {limit}")

@@ -20,7 +20,7 @@ from convmixer.models.weights import class_names
 from convmixer.preprocess import BITS
 from convmixer.seal import is_sealed
 
-SPLITS = ("test", "val", "train")  # the first that exists is measured
+SPLITS = ("test", "val", "train")  # the first split that exists is measured
 MAX_BAD_FRACTION = 0.01
 SYNSET = re.compile(r"n\d{8}([-_ .].*)?", re.DOTALL)  # a class folder of ImageNet, with or without words after it
 
@@ -30,9 +30,9 @@ class EvaluationData:
     """Data to measure a model on.
 
     Args:
-        splits: The splits: those of the training run if `own`, else the data's own.
-        own: The model was trained on these data.
-        changed: They are the training data, but have changed since.
+        splits: The splits. If `own`, they are those of the training run, else those that the data come with.
+        own: Whether the model was trained on these data.
+        changed: Whether these are the training data, but have changed since.
     """
 
     splits: DataSplits
@@ -42,13 +42,14 @@ class EvaluationData:
     def choose(self, split: str | None) -> str:
         """Return the split to measure on.
 
-        It is the one asked for, else test; for data other than the training data, the first existing of test, val and
-        train.
+        Args:
+            split: The split that the user chose; None: test, or for data other than the training data, the first of
+                test, val and train that exists.
         """
         return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
 
     def said(self, split: str) -> list[str]:
-        """Return a line if a split is not what `--split` usually means."""
+        """Return a line for the user if all images are measured, because the data have no test split."""
         if self.own or split == "test":
             return []
         return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
@@ -66,29 +67,29 @@ class EvaluationData:
         return images
 
     def training_images(self) -> ImageSet:
-        """Return images like those in training: the train split, else the split that exists."""
+        """Return the train split, or if there is none, the split that exists."""
         return self.pick("train" if self.splits.train is not None else self.choose(None))
 
 
 def find_data(
     data: str | None, metadata: dict[str, Any], weights: str | Path, options: Options | None = None
 ) -> EvaluationData:
-    """Return the data to measure on: what the user named, or what the weights were trained on.
+    """Return the data to measure on: those that the user named, or those that the weights were trained on.
 
-    The training data are split as in training. Nothing is held out of other data. The data path in weights is used
-    only if this user trained them here: other people's weights could name any of this user's folders. Built-in data
-    are harmless, so all weights may name them.
+    The training data are split as in training; other data keep their own splits. A path in the weights is opened only
+    if this user trained them on this machine, because other people's weights could name any of this user's folders.
+    Built-in data are harmless, so all weights may name them.
 
     Args:
-        data: What the user named, or None.
+        data: The data argument of the user, or None.
         metadata: Metadata of the weights; its entry "data" holds "spec", "seal", "checksum" and the settings of the
             split.
-        weights: Name for errors.
+        weights: Name of the weights, for errors.
         options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
-        RequestError: The user named no data and those named in the weights may not be used, the data cannot be
-            loaded, or training read them with other `options`.
+        RequestError: The data cannot be loaded; training read them with other `options`; or the user named no data,
+            and those that the weights name may not be opened.
     """
     options = (options or Options()).absolute()
     trained_on = metadata.get("data")
@@ -141,10 +142,10 @@ def _load(
 
 
 def _agreed(trained_on: dict[str, Any], options: Options) -> Options:
-    """Return the options to read the training data with: those of training, or of the user if they fit.
+    """Return the options to read the training data with: those of training, and those of the user that agree.
 
     Raises:
-        RequestError: They contradict each other.
+        RequestError: The user's options contradict those of training.
     """
     known, said = _known_options(trained_on).given(), options.given()
     mine = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
@@ -160,7 +161,10 @@ def _flags(options: Options) -> str:
 
 
 def _known_options(trained_on: dict[str, Any]) -> Options:
-    """Return how training read its data, if this user trained: an untrusted pattern might run forever."""
+    """Return the options with which training read its data.
+
+    If another user trained the weights, there are none, because an untrusted regular expression might run forever.
+    """
     known = trained_on.get("options")
     trusted = is_sealed(str(trained_on.get("spec")), trained_on.get("seal"))
     return Options.of(known) if isinstance(known, dict) and trusted else Options()
@@ -184,22 +188,22 @@ def unreadable(images: ImageSet) -> list[str]:
 
 
 def match_classes(data: Sequence[str], model: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
-    """Return the model's output for each class of the data.
+    """Return the index of the model's output for each class of the data.
 
-    Classes are matched by name, after NFC normalisation, so that a name typed on a Mac is the same as elsewhere. A
-    model
-    without names (they are "0", "1", ...) is taken to have the order of the data if the numbers of classes agree.
-    ImageNet's folders (n01440764, n02085620-Chihuahua) meet the names of its 1000 classes.
+    Classes are matched by name, after Unicode (NFC) normalisation, because a Mac writes some names differently. If a
+    model has no names (they are "0", "1", ...), its classes are assumed to be in the order of the data, as long as
+    both have the same number of classes. ImageNet's folders (n01440764, n02085620-Chihuahua) are matched to the names
+    of its 1000 classes.
 
     Args:
         data: Class names of the data, by label.
         model: Class names of the model, by output.
 
     Returns:
-        int64 (classes of the data,), and lines on what was assumed.
+        The indices, int64 (classes of the data,), and a line for each assumption.
 
     Raises:
-        RequestError: The model lacks a class, or a name stands for two.
+        RequestError: The model lacks a class, or two classes have the same name.
     """
     wanted, known = [_plain(name) for name in data], [_plain(name) for name in model]
     _check_unambiguous(wanted, "the data")
@@ -233,7 +237,7 @@ def _check_unambiguous(names: Sequence[str], whose: str) -> None:
 
 
 def _imagenet_synsets(known: Sequence[str]) -> list[str]:
-    """Return ImageNet's synsets if a model has its 1000 classes under a name that timm or we give them, else []."""
+    """Return ImageNet's synsets if a model has its 1000 classes, by a common naming scheme; else []."""
     if len(known) != 1000:
         return []
     from timm.data import ImageNetInfo

@@ -20,16 +20,16 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 def evaluate(
     model: nn.Module | Logits, batches: Batches, device: torch.device | None = None, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Return the metrics of a model on labelled batches; its mode and statistics do not change.
+    """Return the metrics of a model on labelled batches; the model keeps its mode and statistics.
 
     Args:
-        model: A module that maps (B, C, H, W) to (B, classes), or a function that does so on arrays.
+        model: A module that maps (B, C, H, W) to (B, classes), or a function that does the same with arrays.
         batches: Images float32 (B, C, H, W) and labels int64 (B,).
-        device: Device that a module computes on; None: the one it is on.
-        precision: Precision of a module, see `inference.torch_logits`.
+        device: Device that the module computes on; None: the one that it is on.
+        precision: Precision of the module, see `inference.torch_logits`.
 
     Returns:
-        See `metrics`.
+        The result of `metrics`.
     """
     return metrics(*collect(model, batches, device, precision))
 

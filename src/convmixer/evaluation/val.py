@@ -1,4 +1,4 @@
-"""The command `val`: measure a model on a split, and say what may be wrong with the number."""
+"""The command `val`: measures a model on a split, and warns if the accuracy may be misleading."""
 
 import csv
 import io
@@ -52,24 +52,23 @@ def val(
         data: See `data.load_data`; None: the data that the weights were trained on.
         split: "train", "val" or "test"; None: test, or all images if data other than the training data have no test
             split.
-        limit: Evaluate on a seeded sample of this many images; None: on all.
-        batch_size: Images at once, at least 1.
+        limit: Evaluate on a random sample (with a fixed seed) of this many images; None: on all.
+        batch_size: Images per batch, at least 1.
         precision: See `inference.load_classifier`.
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
         expected: See `inference.load_classifier`.
         options: What the user said about the columns, folders and groups of `data`.
-        mistakes: Write a page with the misclassified images, and a table of them, to `out`, else to the run's folder
-            if it is measured on its own data, else to the current folder.
+        mistakes: Write a page and a table of the misclassified images. They go to `out`; if that is None, a run that
+            is measured on its own data gets them in its folder, and otherwise they go to the current folder.
         tta: Average the probabilities of each image and its mirror image (test-time augmentation).
 
     Returns:
-        See `metrics`, and "data", "split", "tta", "checksum", "per_class", "notes" (on the data), "warnings",
-        "batchnorm", and with `mistakes` "mistakes": the page, the table, and names of images that are likely labelled
-        wrong.
-        A warning says if the data have changed since the weights were trained on them.
+        The result of `metrics`, and "data", "split", "tta", "checksum", "per_class", "notes" on the data, "warnings"
+        (one says if the data have changed since training) and "batchnorm". With `mistakes` also "mistakes": the page,
+        the table, and the names of images whose label is likely wrong.
 
     Raises:
-        RequestError: Bad arguments, no such split, or classes that the model does not know.
+        RequestError: An argument is wrong, there is no such split, or the model does not know a class.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise RequestError(f"--batch-size and --limit must be at least 1, not {batch_size} and {limit}")
@@ -126,7 +125,7 @@ def _calibration(data: EvaluationData, loaded: LoadedModel) -> torch.Tensor:
 
 
 def _changed(data: EvaluationData, split: str) -> list[str]:
-    """Warn if the training data changed: its splits no longer match."""
+    """Return a warning if the training data have changed, because their splits are then different."""
     if split == "train" or not data.changed:
         return []
     return [

@@ -1,1 +1,1 @@
-"""Exported models: one file per format, which is written, checked and read there; `formats.py` lists them."""
+"""Exported models: one module per format, which writes, checks and reads it; `formats.py` lists them."""

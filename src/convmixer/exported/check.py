@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from convmixer.evaluation.data import EvaluationData
     from convmixer.models.weights import LoadedModel
 
-# Largest logit difference allowed, as a share of the largest logit, and smallest share of equal top-1. For int8 the
-# printed accuracy counts; its bound only catches a broken export.
+# The largest allowed logit difference, as a share of the largest logit, and the smallest allowed share of images with
+# the same top-1 class. For int8 the printed accuracy is what matters; the limit here only catches broken exports.
 TOLERANCE = {"fp32": (1e-3, 0.995), "fp16": (5e-2, 0.98), "int8": (float("inf"), 0.8)}
-CALIBRATION = 512  # training images; an eighth of them above SMALL_SIDE
-SMALL_SIDE = 64  # up to this input size a thousand images are checked, above it 64, to stay within a minute
+CALIBRATION = 512  # training images for int8; an eighth of them if the input is larger than SMALL_SIDE
+SMALL_SIDE = 64  # pixels; 1000 images are checked if the input is no larger, else 64, so that it takes under a minute
 
 
 class ExportError(RuntimeError):
@@ -37,9 +37,9 @@ class Images:
     """Real images for the check and the calibration.
 
     Args:
-        name: Where they are from.
+        name: Where the images are from.
         check: Images on which the file and the model are compared.
-        labels: Their classes, or None if the model has other classes.
+        labels: The classes of the `check` images, or None if the model has other classes.
         calibration: Training images, for int8; empty if there are none.
     """
 
@@ -50,7 +50,7 @@ class Images:
 
 
 def real_images(loaded: "LoadedModel", data: str | None, limit: int | None, options: Options | None = None) -> Images:
-    """Return images to check and calibrate on: those of `find_data`, else sample files saved with the weights.
+    """Return images to check and calibrate on: from `find_data`, else the samples saved with the weights.
 
     Args:
         loaded: The model; its metadata name the data set that it was trained on.
@@ -94,7 +94,7 @@ def _of_data(data: "EvaluationData", loaded: "LoadedModel", limit: int) -> Image
 
 
 def _photographs(count: int, in_chans: int) -> list[Image.Image]:
-    """Return square cut-outs of two photographs, of many sizes."""
+    """Return square crops of two photographs, in many sizes."""
     from sklearn.datasets import load_sample_images
 
     photographs = [to_mode(Image.fromarray(pixels), in_chans) for pixels in load_sample_images().images]
@@ -111,10 +111,10 @@ def _photographs(count: int, in_chans: int) -> list[Image.Image]:
 def compare(
     model: nn.Module, path: Path, preprocessing: Preprocessing, images: Images, precision: str
 ) -> dict[str, Any]:
-    """Return how an exported file's answers on real images differ from the model's.
+    """Return how the outputs of an exported file differ from the model's on real images.
 
     Args:
-        model: Maps (B, C, H, W) to a tuple whose first part is the logits.
+        model: Maps (B, C, H, W) to a tuple that begins with the logits.
         path: The file or folder.
         preprocessing: How an image becomes the input.
         images: Its `check` images are compared.
@@ -153,7 +153,7 @@ def _judge(expected: np.ndarray, got: np.ndarray, images: Images, precision: str
 
 
 def batches(images: Sequence[Image.Image], p: Preprocessing, sizes: Sequence[int] = (32,)) -> Iterator[np.ndarray]:
-    """Yield (B, C, H, W) float32 for all images; B takes the values in `sizes`, then repeats the last."""
+    """Yield all images as float32 (B, C, H, W); B is each of `sizes` in turn, and then stays the last of them."""
     start, steps = 0, list(sizes)
     while start < len(images):
         size = steps.pop(0) if len(steps) > 1 else steps[0]

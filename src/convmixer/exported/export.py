@@ -1,6 +1,7 @@
-"""Writes an export of any format, checked by the format's own reader and against the model before it is kept.
+"""Writes an export of any format. Before it is kept, the format's own reader checks it, and it is compared with the
+model on real images.
 
-The batch is dynamic, the image size fixed. The file contains class names and preprocessing, but no paths of this
+The batch size is dynamic, the image size fixed. The file contains class names and preprocessing, but no paths of this
 machine. The same weights give the same bytes.
 """
 
@@ -38,16 +39,16 @@ def export(
     expected: dict[str, Any] | None = None,
     options: Options | None = None,
 ) -> dict[str, Any]:
-    """Export weights to a file or web folder, print how well it agrees with them, and return that.
+    """Export weights to a file or web folder, and print and return how well it agrees with them.
 
     Args:
-        weights: Whatever `load_model` takes.
+        weights: See `load_model`.
         format: A name in `formats.FORMATS`.
         precision: "fp32", "fp16" or "int8".
         out: The file or folder to write; default: in the run folder's `exports`, else in the current folder.
         data: Data set for the check and for the calibration of int8; default: the one the weights were trained on.
-        limit: Images to check on; default: 1000, or 64 if the input is larger than 64 pixels.
-        samples: Pictures for the web page to offer: a run, a folder of images, or "none", which is the default.
+        limit: Number of images to check on; default: 1000, or 64 if the input is larger than 64 pixels.
+        samples: Pictures that the web page offers: a run, a folder of images, or "none", which is the default.
         expected: Overrides of the weights' input settings, see `inference.load_classifier`.
         options: What the user said about the columns, folders and groups of `data`.
 
@@ -87,25 +88,26 @@ def export_model(
     about: dict[str, Any] | None = None,
     pictures: Sequence[bytes] = (),
 ) -> dict[str, Any]:
-    """Write a model to a file (a folder for "web") that agrees with it, and return how well.
+    """Write a model to a file (for "web" a folder), check that the two agree, and return how well they do.
 
     Args:
         model: Maps (B, C, H, W) to (B, classes); it is not changed.
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the input.
         images: Real images to check on, and to calibrate int8 with.
-        path: The file or folder to write; an older export is replaced, anything else is not touched.
+        path: The file or folder to write. An older export there is replaced; anything else is an error.
         format: A name in `formats.FORMATS`.
         precision: One of the format's precisions.
-        about: Further facts to store with it, e.g. the architecture.
-        pictures: PNG or JPEG files for the web page to offer.
+        about: Further facts to store in the file, e.g. the architecture.
+        pictures: PNG or JPEG files that the web page offers.
 
     Returns:
         `file`, `size_bytes`, `images`, `max_logit_difference`, `top1_agreement` (percent) and, if the labels are
         known, `top1_model` and `top1_export` (percent).
 
     Raises:
-        RequestError: The format has no such precision, int8 has no training images, or the path is taken.
+        RequestError: The format has no such precision, there are no training images for int8, or something else is at
+            the path.
         ExportError: The file does not agree with the model.
     """
     kind = format_named(format)
@@ -132,7 +134,7 @@ def export_model(
 
 
 def default_path(weights: str, kind: Format, precision: str) -> Path:
-    """Return where an export goes if `--out` is not given: RUN/exports/, or the current folder for other weights."""
+    """Return the path of an export without `--out`: in RUN/exports/, or for other weights in the current folder."""
     stem = Path(weights).name.removesuffix(".safetensors").replace("/", "-") or "model"
     return (RunFolder(weights).exports if is_run(weights) else Path()) / f"{stem}-{precision}{kind.suffix}"
 
@@ -178,7 +180,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _check_target(path: Path, kind: Format) -> None:
-    """Raise an error instead of overwriting anything but an export of the same format.
+    """Check that nothing is at a path, or an export of the same format, which may be replaced.
 
     Raises:
         RequestError: Something else is at the path.
@@ -192,7 +194,7 @@ def _check_target(path: Path, kind: Format) -> None:
 
 
 def _publish(draft: Path, path: Path, kind: Format) -> None:
-    """Move what was written into place."""
+    """Move a finished export to its final path."""
     if kind.folder and path.exists():
         old = draft.with_name(f"{draft.name}.old")
         path.rename(old)

@@ -1,4 +1,4 @@
-"""The table of export formats. Imports nothing heavy, so that `--help` and running ONNX files need no torch.
+"""The table of export formats. It imports nothing heavy, because `--help` and running ONNX files need no torch.
 
 To add a format, add a row here and a module in this folder with `write`, `check` and `read`; if it needs a package,
 add an extra to pyproject.toml.
@@ -17,14 +17,14 @@ class Format:
     """One way to export a model.
 
     Args:
-        name: What `--format` takes, e.g. "onnx".
-        module: The file in this folder that writes and reads it.
-        suffix: How the name of the file (or folder) ends.
-        precisions: What `--precision` takes for it.
-        extra: The extra of this package that installs what it needs; "" if torch is enough.
-        summary: What it is for, in a few words.
-        more_suffixes: Suffixes of the additional files next to it.
-        folder: If the export is a folder, the file that marks it.
+        name: Its name for `--format`, e.g. "onnx".
+        module: The module in this folder that writes and reads it.
+        suffix: The end of the name of the file or folder.
+        precisions: The values of `--precision` that it supports.
+        extra: The extra of convmixer that installs the packages it needs; "" if torch is enough.
+        summary: A description in a few words.
+        more_suffixes: Suffixes of further files that belong to an export.
+        folder: If the export is a folder, a file by which it is recognised.
     """
 
     name: str
@@ -71,7 +71,7 @@ def format_named(name: str) -> Format:
 
 
 def format_of(path: str | Path) -> Format | None:
-    """Return the format that a path's suffix or contents announce, or None."""
+    """Return the format of a file or folder, by its suffix or contents; None if it is not an export."""
     path = Path(path)
     for row in FORMATS.values():
         if (path / row.folder).is_file() if row.folder else path.suffix == row.suffix:

@@ -1,4 +1,4 @@
-"""Loads exported files, which are not trusted: read, checked and run in a process with limits (`process.py`).
+"""Loads exported files. They are not trusted: a process with limits reads, checks and runs them (`process.py`).
 
 An exported file contains its class names and preprocessing, so it is used like weights. ONNX files and web folders
 run without torch. Telemetry of ONNX Runtime and OpenVINO is switched off before they are imported.
@@ -28,12 +28,12 @@ class Exported:
     """An exported model, ready to run.
 
     Args:
-        run: (B, C, H, W) float32 -> logits (B, classes) and class-activation maps (B, k, h, w) of the k likeliest
-            classes in descending order, or None if the file has no maps. Logits may be NaN for some images: callers
-            check those of each image, so that one image does not fail its whole batch.
+        run: (B, C, H, W) float32 -> logits (B, classes), and class-activation maps (B, k, h, w) of the k likeliest
+            classes in descending order, or None if the file has no maps. Logits of an image may be NaN: callers check
+            them per image, so that one image does not make its whole batch fail.
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
-        describe: What is in the file: source, format, precision, architecture, and what it was trained on.
+        describe: Facts about the file: source, format, precision, architecture, and the training data.
     """
 
     run: Run
@@ -52,12 +52,12 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 
     Args:
         path: A .onnx, .xml (OpenVINO) or .pt2 (torch.export) file, or a web folder.
-        threads: Processor threads for the runtime; 0: its choice.
+        threads: Processor threads for the runtime; 0: the runtime's choice.
         limits: `memory_bytes` and `load_seconds` of `process.Confined`.
 
     Raises:
-        RequestError: There is no such file, it cannot be read, it is not what `convmixer export` writes, it takes too
-            long or too much memory, or its runtime is not installed.
+        RequestError: There is no such file, it cannot be read, `convmixer export` does not write such files, it takes
+            too long or too much memory, or its runtime is not installed.
     """
     path = _regular(Path(path))
     confined = Confined(path, threads, **limits)
@@ -69,8 +69,9 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 
 
 def open_exported(path: str | Path, threads: int = 0) -> Exported:
-    """Return what `load_exported` returns, but running in this process: for the limited process, and for files just
-    written.
+    """Return the same as `load_exported`, but run the model in this process.
+
+    It is for the limited process itself, and for files that were just written.
 
     Raises:
         RequestError: As for `load_exported`.
@@ -108,7 +109,7 @@ def _regular(path: Path) -> Path:
     """Return the path.
 
     Raises:
-        RequestError: It is neither a file of a known suffix nor a folder with a page: a pipe would never end.
+        RequestError: It is neither a regular file nor a folder with a page; reading a pipe could never end.
     """
     if not path.exists():
         raise RequestError(f"{path} does not exist")

@@ -32,7 +32,7 @@ OPERATORS = frozenset(_OPERATORS.split())
 
 
 def import_onnxruntime() -> Any:
-    """Return the onnxruntime module with its telemetry off (it reads the variable when it is imported)."""
+    """Return the onnxruntime module with its telemetry off."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -61,7 +61,7 @@ def check_bytes(content: bytes) -> None:
 
 
 def to_bytes(source: "Source") -> bytes:
-    """Return a model as ONNX, with the metadata that `load.py` and Ultralytics' readers look for."""
+    """Return a model as the bytes of an ONNX file, with the metadata that `load.py` and Ultralytics' tools read."""
     import onnx
 
     model = to_model(source)
@@ -78,7 +78,7 @@ def to_bytes(source: "Source") -> bytes:
 
 
 def to_model(source: "Source") -> Any:
-    """Return a model as an ONNX graph in the precision wanted, without metadata."""
+    """Return a model as an ONNX graph in the source's precision, without metadata."""
     model = _from_torch(source)
     if source.precision == "fp16":
         return _to_fp16(model)
@@ -102,7 +102,7 @@ def _from_torch(source: "Source") -> Any:
 
 
 def _without_notes(model: Any) -> Any:
-    """Drop the exporter's notes (local paths, source lines), half of the size of a small file."""
+    """Return the model without the exporter's notes (local paths, source lines): half of the size of a small file."""
     graph = model.graph
     parts = (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph)
     for part in parts:
@@ -176,11 +176,11 @@ def read_bytes(content: bytes, path: Path, threads: int) -> tuple[Callable[[np.n
 
     Args:
         content: The model.
-        path: Where it is from, for messages; no file next to it is read.
+        path: Path of the file, for messages; no file next to it is read.
         threads: Processor threads; 0: the runtime's choice.
 
     Raises:
-        RequestError: The model contains something that our exports do not.
+        RequestError: The model contains something that our exports do not contain.
     """
     import onnx
 
@@ -200,7 +200,7 @@ def check_graph(model: Any, path: Path) -> None:
     """Check that an ONNX model is one graph of plain operators that holds all of its weights.
 
     Raises:
-        RequestError: It loops, branches, calls functions or custom operators, or takes weights from other files.
+        RequestError: The model has loops, branches, functions, custom operators, or weights in other files.
     """
     from onnx import AttributeProto
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from convmixer.exported.source import Source
 
 XML_BYTES = 256 * 2**20
-# As for ONNX: layers that compute tensors from tensors in one step, without loops, branches and files.
+# As for ONNX: layers that neither loop, branch nor read files.
 _LAYERS = """
     Abs Add AvgPool BatchNormInference Broadcast Ceiling Clamp Concat Const Convert ConvertLike Convolution
     ConvolutionBackpropData Cos CumSum DepthToSpace Divide Einsum Elu Equal Erf Exp FakeConvert FakeQuantize Floor
@@ -70,7 +70,7 @@ def check(path: Path) -> None:
 
 
 def _model_info(source: "Source") -> dict[str, str]:
-    """Return what OpenVINO's Model API reads: values of 0 to 255, and labels without spaces."""
+    """Return the metadata for OpenVINO's Model API: mean and scale for values of 0 to 255, labels without spaces."""
     p = source.preprocessing
     return {
         "model_type": "Classification",
@@ -97,8 +97,9 @@ def _to_int8(model: Any, source: "Source") -> Any:
 
 
 def _not_pointwise(model: Any) -> list[str]:
-    """Return the names of an OpenVINO model's matrix multiplications and convolutions that `onnx._pointwise` leaves
-    out.
+    """Return the names of an OpenVINO model's convolutions and multiplications that are not pointwise convolutions.
+
+    They are not quantised, see `onnx._pointwise`.
     """
     names, depthwise = [], False
     for op in model.get_ops():
@@ -111,7 +112,7 @@ def _not_pointwise(model: Any) -> list[str]:
 
 
 def _name_by_place(model: Any) -> None:
-    """Name the layers by kind and position: OpenVINO's names count all layers that the process has ever made."""
+    """Name the layers by kind and position, because OpenVINO's names depend on all layers the process has made."""
     seen: Counter[str] = Counter()
     for op in model.get_ordered_ops():
         kind = op.get_type_name()
@@ -121,10 +122,10 @@ def _name_by_place(model: Any) -> None:
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs an OpenVINO model, and its metadata.
+    """Return a function that runs an OpenVINO model on a batch, and the model's metadata.
 
     Raises:
-        RequestError: The files contain something that our exports do not.
+        RequestError: The files contain something that our exports do not contain.
     """
     openvino = import_openvino()
     graph, weights = _graph(path), _weights(path)
@@ -148,7 +149,7 @@ class _NoEntities(ElementTree.TreeBuilder):
 
 
 def _graph(path: Path) -> ElementTree.Element:
-    """Return the XML of a graph whose layers are all plain ones."""
+    """Return the XML of a graph, after checking that all of its layers are in `LAYERS`."""
     if path.stat().st_size > XML_BYTES:
         raise RequestError(f"{path} is larger than {XML_BYTES >> 20} MiB")
     root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoEntities()))

@@ -1,8 +1,8 @@
-"""Runs an exported file in a separate process that is ended if it takes too long or too much memory.
+"""Runs an exported file in a separate process, which is ended if it takes too long or too much memory.
 
 An untrusted graph can use endless time or memory in more ways than a check can foresee: when it is parsed, when its
-constants are folded, or only at one batch size. The process limits all of them. `worker.py` is the code that runs in
-it. They exchange one line of JSON, then raw float32 values, and never pickled objects.
+constants are folded, or only at one batch size. The limits on the process stop all of them. `worker.py` is the code
+that runs in it. The two processes exchange one line of JSON and then raw float32 values, never pickled objects.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from convmixer.device import total_bytes
 from convmixer.errors import RequestError
 from convmixer.processes import child_environment
 
-LOAD_SECONDS = 180.0  # OpenVINO may compile for this long on a busy machine
-RUN_SECONDS, IMAGE_SECONDS = 60.0, 20.0  # limit of a batch: RUN + B * IMAGE, 100 times what a model takes
-LINE_BYTES = 64 * 2**20  # names of a hundred thousand classes fit
-OUTPUT_VALUES = 2**28  # per batch
+LOAD_SECONDS = 180.0  # on a busy machine, OpenVINO may compile for this long
+RUN_SECONDS, IMAGE_SECONDS = 60.0, 20.0  # a batch of B may take RUN + B * IMAGE, 100 times as long as a model needs
+LINE_BYTES = 64 * 2**20  # room for the names of a hundred thousand classes
+OUTPUT_VALUES = 2**28  # most output values per batch
 
 
 class Confined:
@@ -35,8 +35,8 @@ class Confined:
 
     Args:
         path: The file or folder.
-        threads: Processor threads for the runtime; 0: its choice.
-        memory_bytes: Memory limit of the process; default: half of the machine's memory.
+        threads: Processor threads for the runtime; 0: the runtime's choice.
+        memory_bytes: Memory limit of the process; None: half of the machine's memory.
         load_seconds: Time limit of loading.
 
     Raises:
@@ -112,7 +112,7 @@ class Confined:
 
 
 class _Ended(Exception):
-    """The process ended (no arguments), or was ended (the reason)."""
+    """The process has ended. The argument is the reason if we ended it; otherwise there is no argument."""
 
 
 class _Timed:
@@ -156,10 +156,10 @@ def send(pipe: IO[bytes], facts: dict[str, Any], arrays: Sequence[np.ndarray] = 
 
 
 def receive(pipe: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Return what `send` wrote, from anything with `readline` and `read`.
+    """Return the facts and arrays that `send` wrote; `pipe` needs the methods `readline` and `read`.
 
     Raises:
-        ValueError: It is not what `send` writes, or is too large.
+        ValueError: `send` does not write such data, or they are too large.
         EOFError: The pipe was closed.
     """
     line = pipe.readline(LINE_BYTES)

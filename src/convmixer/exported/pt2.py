@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_MEMBERS = 20_000
 MAX_GRAPH_BYTES = 64 * 2**20
-# What a .pt2 may contain: PyTorch unpickles, evaluates or looks up by name everything else.
+# Texts that a .pt2 may contain. PyTorch unpickles, evaluates or looks up all other texts by name.
 _MEMBERS = r"(data/weights/\w+|data/constants/tensor_\w+|data/\w+/model_\w+_config\.json"
 _MEMBERS += r"|data/sample_inputs/model\.pt|models/model\.json|extra/convmixer\.json"
 _MEMBERS += r"|archive_format|archive_version|byteorder|\.data/\w+)"
@@ -51,10 +51,10 @@ def check(path: Path) -> None:
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs a torch.export program, and its metadata.
+    """Return a function that runs a torch.export program on a batch, and the program's metadata.
 
     Raises:
-        RequestError: The file contains something that our exports do not.
+        RequestError: The file contains something that our exports do not contain.
     """
     checked = _without_code(path)
     import torch
@@ -72,10 +72,11 @@ def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[st
 
 
 def _without_code(path: Path) -> io.BytesIO:
-    """Return a copy of a .pt2 file that holds tensors and a graph of PyTorch's operations, and nothing pickled.
+    """Return a copy of a .pt2 file with its tensors and its graph of PyTorch's operations, and nothing pickled.
 
     Raises:
-        RequestError: The file holds anything else, which may run code when loaded, or unpacks to more than its size.
+        RequestError: The file holds anything else, which could run code when it is loaded, or it unpacks to more
+            bytes than it has.
     """
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as out:
@@ -103,7 +104,7 @@ def _without_code(path: Path) -> io.BytesIO:
 
 
 def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Refuse an archive that unpacks to more than its own size: torch.export stores without compression."""
+    """Raise RequestError if an archive unpacks to more bytes than it has; torch.export does not compress."""
     names = {member.filename.partition("/")[2] for member in members}
     if not len(members) == len(names) <= MAX_MEMBERS:
         raise RequestError(f"{path} holds more than {MAX_MEMBERS} members, or one twice")
@@ -116,7 +117,7 @@ def _check_sizes(path: Path, members: list[zipfile.ZipInfo]) -> None:
 
 
 def _check_graph(part: Any, path: Path, key: str = "") -> None:
-    """Drop the notes on the source code of a graph, and refuse texts that our exports would not contain.
+    """Remove the notes on source code from a graph, and refuse texts that our exports do not contain.
 
     Args:
         part: The graph or a part of it, as JSON.

@@ -1,4 +1,4 @@
-"""Other libraries' progress lines and warnings kept off the terminal while they convert a model."""
+"""Keeps progress lines and warnings of other libraries off the terminal while they convert a model."""
 
 import logging
 import warnings

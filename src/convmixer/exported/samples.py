@@ -1,4 +1,4 @@
-"""The pictures that a page offers to try. They may be private, so they are shown only if the user asks for it."""
+"""The sample pictures that a page offers. They may be private, so they are shown only if the user asks for them."""
 
 import io
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from convmixer.preprocess import SUFFIXES, load_image
 from convmixer.run_folder import RunFolder, is_run
 
 MOST, SIDE = 8, 640
-LOSSLESS_SIDE = 64  # up to this side a PNG is small
+LOSSLESS_SIDE = 64  # pixels; images that are no larger are PNG, others JPEG
 
 
 def choose_samples(choice: str | None, default: Sequence[Path] = ()) -> tuple[list[bytes], str]:
     """Return PNG and JPEG files for a page to offer, and a line that says which they are.
 
-    They are encoded again, at most 640 pixels wide or high, without the place and time in a photo's metadata.
+    The files are encoded again, at most 640 pixels wide and high, without a photo's metadata (place and time).
 
     Args:
-        choice: A run folder, a folder of images, "none", or None for the default.
-        default: Image files to take if there is no choice.
+        choice: A run folder, a folder of images, or "none"; None: use `default`.
+        default: Image files to use if `choice` is None.
 
     Raises:
         RequestError: The folder does not exist or holds no image that can be read.

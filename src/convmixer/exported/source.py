@@ -1,4 +1,4 @@
-"""What is exported: the model as a function of only the images, and everything stored with it."""
+"""`Source`: a model as a function of images alone, and the facts that are stored with it in an export."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from convmixer.preprocess import Preprocessing
 
 @dataclass(frozen=True)
 class Source:
-    """A model to write to a file, in the form that every format starts from.
+    """A model to write to a file; the modules of all formats start from it.
 
     Args:
         model: Maps images (B, C, H, W) to a tuple of outputs; float32, on the CPU, in eval mode.
@@ -26,7 +26,7 @@ class Source:
         about: Further facts to store, JSON values.
         precision: "fp32", "fp16" or "int8".
         calibration: For int8: batches (B, C, H, W) float32 of training images.
-        pictures: PNG or JPEG files for a page to offer.
+        pictures: PNG or JPEG files that a page offers.
     """
 
     model: nn.Module
@@ -40,13 +40,13 @@ class Source:
 
     @property
     def texts(self) -> dict[str, str]:
-        """What `load.py` reads back, by name, as JSON texts."""
+        """The metadata that `load.py` reads: name -> JSON text."""
         facts = {"classes": self.classes, "preprocessing": asdict(self.preprocessing), "about": self.about}
         return {name: json.dumps(value) for name, value in facts.items()}
 
     @property
     def example(self) -> torch.Tensor:
-        """Zeros of the input's shape; two images, because the exporters would take a batch of one as fixed."""
+        """Two images of zeros; with a single one, the exporters would assume a fixed batch size."""
         p = self.preprocessing
         return torch.zeros(2, p.in_chans, p.img_size, p.img_size)
 
@@ -63,7 +63,7 @@ class _Logits(nn.Module):
 
 
 def prepared(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a copy of a model in the form of `Source.model`, and the names of its outputs."""
+    """Return a copy of a model as `Source.model` needs it, and the names of its outputs."""
     model = copy.deepcopy(model).eval().float().cpu()
     if has_maps(model):
         return WithMaps(model).eval(), ("logits", "maps")

@@ -1,4 +1,4 @@
-"""The web folder: a page that classifies in the browser, with the ONNX model as base64 text in its `model.js`."""
+"""The web folder: a page that classifies images in the browser. `model.js` holds the ONNX model as base64 text."""
 
 import base64
 import gzip
@@ -70,7 +70,7 @@ def data_uri(image: bytes) -> str:
 
 
 def read(path: Path, threads: int) -> tuple[Callable[[np.ndarray], Any], dict[str, str]]:
-    """Return what runs the model in a web folder, and its metadata; only the folder's ONNX model is run.
+    """Return a function that runs the ONNX model of a web folder on a batch, and the model's metadata.
 
     Raises:
         RequestError: The folder holds no model.

@@ -1,6 +1,6 @@
 """The process that runs one exported file for `process.py`: `python -m convmixer.exported.worker PATH THREADS BYTES`.
 
-It takes no more memory than it was allowed, and ends when its parent does.
+It stays within its memory limit, and ends when its parent ends.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""Records and run folders in; tables, plots, verdicts and reports out. Reads files, never a model."""
+"""Makes tables, plots, verdicts and reports from records and run folders. No model is loaded here."""

@@ -1,4 +1,4 @@
-"""Compares the user's own runs: a table of settings that differ and of results, and plots of accuracy and curves."""
+"""Compares the user's own runs: a table of their results and of settings that differ, and plots."""
 
 import functools
 import sys
@@ -27,15 +27,15 @@ def compare_runs(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
 
     Args:
         paths: Run folders, finished or not.
-        out: Folder of the page and the pictures; None: `comparison` here.
+        out: Folder of the page and the pictures; None: `comparison` in the current folder.
 
     Returns:
-        "page", "pictures", "differs" (settings that are not the same in all runs), "notes", and "runs": a list of
-        "run", "settings" (those that differ), "test_top1", "ci95", "val_top1", "epochs", "parameters", "seconds",
-        "images_per_second", "finished".
+        "page", "pictures", "differs" (names of settings that are not the same in all runs), "notes", and "runs", a
+        list of dicts with "run", "settings" (those that differ), "test_top1", "ci95", "val_top1", "epochs",
+        "parameters", "seconds", "images_per_second" and "finished".
 
     Raises:
-        RequestError: A folder cannot be read, is named twice, or there are fewer than two.
+        RequestError: A folder cannot be read or is named twice, or there are fewer than two folders.
     """
     folders = [path.resolve() for path in paths]
     twice = next((path for path in paths if folders.count(path.resolve()) > 1), None)
@@ -75,7 +75,7 @@ class _Comparison:
         self.notes = self._notes()
 
     def _notes(self) -> list[str]:
-        """Return what makes the accuracies hard to compare."""
+        """Return notes on why the accuracies are hard to compare, if they are."""
         notes = []
         if len({run.data for run in self.runs}) > 1:
             notes.append("The runs are of different data: their accuracies cannot be compared.")
@@ -115,7 +115,7 @@ class _Comparison:
         ]
 
     def own(self, run: RunSummary) -> str:
-        """Return in words those settings of a run that are not the same in all runs."""
+        """Return the settings of a run that are not the same in all runs, as a text."""
         return ", ".join(f"{name} {plain_value(run.settings[name])}" for name in self.differs if name in run.settings)
 
     def print(self) -> None:
@@ -145,7 +145,7 @@ class _Comparison:
         )
 
     def pictures(self) -> dict[str, tuple[str, str]]:
-        """Return name -> (what it shows, SVG in the page's colours) of every picture that the runs allow."""
+        """Return name -> (title, SVG in the page's colours) of every picture for which the runs have numbers."""
         shown, drawn = self.runs[:DRAWN], {}
         labels = [as_drawn(run.label, 28) for run in shown]
         tall = 3.6 + 0.2 * ((len(shown) + 1) // 2)  # with room for the legend

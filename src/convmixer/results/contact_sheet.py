@@ -1,4 +1,4 @@
-"""A contact sheet: one row of small images per class, with its name, on white so that it is legible on any page."""
+"""A contact sheet: one row per class, with its name and small images, on a white background."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Fonts for names in any script: characters that matplotlib's font lacks are looked up in the installed fonts."""
+"""Fonts for names in any script: installed fonts are used for characters that matplotlib's font lacks."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
-    """Draw with a style and with fonts that hold the texts. If no font holds a script, a line says so once.
+    """Draw with a style and with fonts that have the characters of the texts; a line says once if no font has them.
 
     Args:
         style: Matplotlib settings.
@@ -37,12 +37,12 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
 
 
 def as_drawn(text: str, most: int = 14) -> str:
-    """Return a name to draw with `parse_math=False`: shortened, and made valid text, which a file name may not be."""
+    """Return a name as it is drawn with `parse_math=False`: shortened, and without bytes that are not valid text."""
     return shortened(text.encode(errors="replace").decode(), most)
 
 
 def told_apart(names: Sequence[str], most: int = 14) -> list[str]:
-    """Return names as they are drawn; those that would look alike get their place in the list in front."""
+    """Return names as they are drawn; names that would look alike begin with their position in the list."""
     drawn = [as_drawn(name, most) for name in names]
     seen = Counter(drawn)
     return [
@@ -52,7 +52,7 @@ def told_apart(names: Sequence[str], most: int = 14) -> list[str]:
 
 
 def families_for(text: str) -> tuple[list[str], str]:
-    """Return font families that together hold the text, matplotlib's own first, and the characters none holds."""
+    """Return font families that together have the characters of a text, and the characters that no font has."""
     wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()} - _holds(font_manager.findfont(OWN))
     families = [OWN]
     for name, path in _installed() if wanted else ():
@@ -67,7 +67,7 @@ def families_for(text: str) -> tuple[list[str], str]:
 
 @functools.cache
 def _installed() -> list[tuple[str, str]]:
-    """Return (family, file) of upright, regular fonts, those made for many scripts first."""
+    """Return (family, file) of the upright, regular fonts; fonts for many scripts come first."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in set(font_manager.findSystemFonts()[:MOST_FILES]) - known:  # installed after matplotlib made its list
         with contextlib.suppress(OSError, RuntimeError, ValueError):
@@ -92,7 +92,7 @@ def _holds(path: str) -> frozenset[int]:
 
 
 def font_file(text: str) -> str:
-    """Return the file of one font that holds as much of a text as any: matplotlib's own if it holds all."""
+    """Return the file of the font that has most characters of a text; matplotlib's own if it has all."""
     wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()}
     own = font_manager.findfont(OWN)
     if wanted <= _holds(own):

@@ -12,11 +12,11 @@ LEAST_SIDE, MOST_SIDE = 240, 4096
 
 
 def with_labels(image: Image.Image, labels: Sequence[tuple[str, float]]) -> Image.Image:
-    """Return an image in RGB with one line per label, the likeliest first, scaled so that they are legible.
+    """Return an image in RGB with one line per label, scaled so that the labels are legible.
 
     Args:
-        image: Of any mode and size.
-        labels: Class names with probabilities, 0 to 1.
+        image: An image of any mode and size.
+        labels: Class names with probabilities, 0 to 1, the likeliest first.
     """
     picture = _sized(image.convert("RGB"))
     width, height = picture.size

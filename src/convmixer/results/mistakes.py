@@ -1,7 +1,7 @@
 """The mistakes of a model on one page: likely label errors, classes that are confused, images with the largest loss.
 
-For any number of images and classes, the page shows at most about 180 small pictures. Numbers and a function that
-reads an image go in, HTML and CSV come out.
+For any number of images and classes, the page shows at most about 180 small pictures. The functions here get numbers
+and a function that reads an image, and write HTML and CSV.
 """
 
 import csv
@@ -21,7 +21,7 @@ from convmixer.text import html as escape_html
 
 LABEL_ERRORS, WORST = 36, 48  # pictures shown at most
 PAIRS, IN_PAIR = 12, 8  # pairs of classes, and pictures of each
-SIDE = 160  # of a picture in the page, pixels
+SIDE = 160  # longer side of a picture in the page, pixels
 
 Read = Callable[[int], Image.Image | None]
 
@@ -46,7 +46,7 @@ class Answers:
 
     @classmethod
     def of(cls, logits: np.ndarray, labels: np.ndarray, places: np.ndarray | None = None) -> "Answers":
-        """Return the answers in logits (N, classes) to images with these labels (N,); places default to 0, 1, ..."""
+        """Return the answers that logits (N, classes) give to images with labels (N,); places default to 0, 1, ..."""
         places = np.arange(len(labels)) if places is None else places
         if len(places) != len(labels):
             raise ValueError(f"{len(labels)} answers to {len(places)} images: some could not be read every time")
@@ -58,7 +58,7 @@ class Answers:
 
     @classmethod
     def from_table(cls, table: np.ndarray, places: np.ndarray) -> "Answers":
-        """Return the answers in a table (N, 4) as `table` gives it."""
+        """Return the answers in a table (N, 4) that `table` returned."""
         labels, predicted = table[:, :2].astype(np.int64).T
         return cls(places, labels, predicted, table[:, 2], table[:, 3])
 
@@ -82,12 +82,13 @@ class Answers:
 
 
 def label_errors(answers: Answers) -> np.ndarray:
-    """Return which images are likely labelled wrong, int64, the likeliest first.
+    """Return the positions of images whose label is likely wrong, int64, the likeliest first.
 
-    Those are the misclassified images whose predicted class is at least as probable as it is, on average, for the
-    images that carry its label. They are sorted by the probability of the prediction less that of the label.
+    For each class, take the mean probability of the class over the images with its label. A misclassified image is
+    listed if the probability of its predicted class is at least that mean. The images are sorted by the probability
+    of the prediction minus that of the label.
 
-    Source: confident learning, arXiv 1911.00068, Sec. 3.1; stricter in that only the predicted class counts.
+    Source: confident learning, arXiv 1911.00068, Sec. 3.1; here only the predicted class counts, which is stricter.
     """
     own = answers.label_probability
     classes = int(max(answers.labels.max(), answers.predicted.max())) + 1
@@ -115,10 +116,10 @@ def write_mistakes(
         path: The HTML file.
         answers: The model's answers, for at least one image.
         classes: Class names by label.
-        read: Gives the image at a place of the split, or None if it cannot be read.
-        name: Gives what to call that image.
-        about: What was measured on what, for the top of the page.
-        seconds: Time limit for reading images; the page leaves out the rest and says so.
+        read: Index in the split -> the image, or None if it cannot be read.
+        name: Index in the split -> the name of the image.
+        about: A sentence for the top of the page: which model was measured on which data.
+        seconds: Time limit for reading images; the page says how many are left out because of it.
     """
     write_atomic(path, _Page(answers, classes, _Pictures(read, seconds), name).html(about).encode(errors="replace"))
 

@@ -1,4 +1,4 @@
-"""Whether the order of the arms that two studies share is the same in both, as after 10 and after 100 epochs."""
+"""Compares the order of the arms in two studies, for instance after 10 and after 100 epochs."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from convmixer.results.study import StudyResults
 
 
 def shared_arms(here: StudyResults, there: StudyResults) -> list[str]:
-    """Return the arms of the same name and model that have test accuracies in both studies, the best here first.
+    """Return the arms with the same name and model that have test accuracies in both studies, the best first.
 
     Raises:
-        RequestError: The studies were run on other data, or share fewer than two such arms.
+        RequestError: The studies have different data, or share fewer than two such arms.
     """
     if here.plan["data"]["checksum"] != there.plan["data"]["checksum"]:
         raise RequestError(f"{there.folder} was run on other data than {here.folder}")
@@ -32,7 +32,7 @@ def shared_arms(here: StudyResults, there: StudyResults) -> list[str]:
 
 
 def order_table(here: StudyResults, there: StudyResults) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Return heads and rows: a shared arm, its rank and mean test accuracy in each study."""
+    """Return the heads and rows of a table: each shared arm, with its rank and mean test accuracy in each study."""
     arms = shared_arms(here, there)
     before = sorted(arms, key=lambda arm: -_mean(there, arm))
     rows: list[Sequence[str]] = [
@@ -49,7 +49,7 @@ def order_table(here: StudyResults, there: StudyResults) -> tuple[Sequence[str],
 
 
 def order_sentences(here: StudyResults, there: StudyResults) -> list[str]:
-    """Return a sentence for each pair of arms whose order differs, or one that says that none does.
+    """Return a sentence for each pair of arms whose order differs, or one sentence if the order is the same.
 
     A change is clear if the 95% intervals of both differences exclude 0.
     """

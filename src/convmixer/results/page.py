@@ -9,7 +9,7 @@ from PIL import Image
 
 from convmixer.text import html as escape_html
 
-SMALL = 64  # a picture with at most this side keeps its pixels, pixels
+SMALL = 64  # pixels; a picture that is no wider and no higher is not compressed as JPEG
 
 
 def html_page(title: str, body: str) -> str:
@@ -27,9 +27,9 @@ def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -
     """Return a table that scrolls sideways on a narrow screen.
 
     Args:
-        heads: Texts above the columns; all empty: no head.
+        heads: Texts above the columns; if all are empty, the table has no head.
         rows: Texts of the cells.
-        kind: Its class in the style sheet.
+        kind: The table's class in the style sheet.
     """
     head = "".join(f"<th>{escape_html(h)}</th>" for h in heads) if any(heads) else ""
     lines = "".join("<tr>" + "".join(_cell(cell, heads[i]) for i, cell in enumerate(row)) + "</tr>" for row in rows)
@@ -63,9 +63,9 @@ def thumbnail(image: Image.Image, title: str, side: int) -> str:
     """Return an image as a small img element: PNG up to `SMALL` pixels, else JPEG.
 
     Args:
-        image: Of any mode and size.
-        title: Plain text, for those who do not see the image.
-        side: Pixels that its longer side has at most.
+        image: An image of any mode and size.
+        title: Alternative text of the image, plain.
+        side: Largest allowed width and height, pixels.
     """
     small = image.convert("L" if image.mode == "L" else "RGB")
     if max(image.size) > side:

@@ -1,7 +1,7 @@
 """Pictures of a single run, made only from numbers: curves, grids of images, filters and kernels.
 
-Charts have a white background and dark text. Filters and kernels have no background and grey text, so that they are
-legible on a light and on a dark page without a glaring frame.
+Charts have a white background and dark text. Pictures of filters and kernels have a transparent background and grey
+text, so they are legible on light and on dark pages.
 """
 
 import math
@@ -224,8 +224,8 @@ def explanation(
     Args:
         photo: (H, W) grey or (H, W, 3), 0 to 1.
         framed: The same photo cut to what the network saw, square, in any resolution.
-        seen: (S, S) or (S, S, 3), what the network saw.
-        evidence: (h, w), what each patch adds to the logit of the likeliest class; None leaves the panel out.
+        seen: (S, S) or (S, S, 3), the image that the network got.
+        evidence: (h, w), what each patch adds to the logit of the likeliest class; None: no panel for it.
         classes: Names in descending order of probability.
         shares: Their probabilities.
         path: The PNG to write.
@@ -250,7 +250,7 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarray, side: int, name: str) -> None:
-    """Colour a pale grey photo: the weaker the evidence of a patch, the clearer the photo."""
+    """Draw the evidence in colour over a pale grey photo; where the evidence is weak, the photo shows through."""
     grey = framed if framed.ndim == 2 else framed @ np.array([0.299, 0.587, 0.114])
     _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 22)}")
     axes.title.set_parse_math(False)
@@ -281,8 +281,8 @@ def _probabilities(axes: Axes, classes: Sequence[str], shares: Sequence[float]) 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Draw the confusion matrix, next to a list of the pairs confused most.
 
-    Up to 15 classes keep their order, and their cells hold the numbers. With more than 15, classes often confused
-    with each other are put side by side. With more than 60, only the 40 confused most are shown.
+    Up to 15 classes keep their order, and the cells hold numbers. If there are more, classes that are often confused
+    with each other are put side by side. If there are more than 60, only the 40 that are confused most are shown.
 
     Args:
         counts: (classes, classes) numbers of images, row: true, column: predicted.

@@ -1,4 +1,4 @@
-"""A study's report: one self-contained HTML file, and the same as Markdown. Files in, files out."""
+"""Writes a study's report: one self-contained HTML file, and the same contents as Markdown."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ def write_report(folder: Path, against: Path | None = None) -> dict[str, Any]:
 
     Args:
         folder: The study folder, with its plan and records.
-        against: Another study's folder; the report then says whether the order of the shared arms is the same there.
+        against: Another study's folder; the report then compares the order of the arms that both share.
 
     Returns:
         `report` (the HTML file), `verdicts`, `missing` (run names), and `lines` to print.

@@ -1,4 +1,4 @@
-"""Finished and unfinished runs, read from their folders: settings, results, rows of metrics. Nothing here draws."""
+"""Reads settings, results and metrics of finished and unfinished runs from their folders."""
 
 import csv
 import math
@@ -17,7 +17,7 @@ COLUMNS = ("epoch", "train_loss", "val_loss", "top1", "seconds")
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:
-    """Return what a run measured at each epoch: epoch, losses, val top-1 and seconds, if they were measured."""
+    """Return a row per epoch of a run: its number, losses, val top-1 and seconds, as far as they were measured."""
     with run.metrics.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: float(row[key]) for key in COLUMNS if row.get(key)} for row in rows]
@@ -25,20 +25,20 @@ def read_metrics(run: RunFolder) -> list[dict[str, float]]:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. Fields are None if they are not measured, or not yet.
+    """One run. A field is None if it was not measured, or has not been measured yet.
 
     Args:
-        path: Its folder.
-        label: What to call it.
-        settings: All of them, by name, and the arguments of the model.
-        data: Name and checksum of its data.
+        path: The run folder.
+        label: Name of the run in tables.
+        settings: All settings by name, and the arguments of the model.
+        data: Name and checksum of the data.
         parameters: Number of the model's parameters.
         epochs: Epochs trained so far.
-        test_top1, val_top1: Percent; of an unfinished run the best validation so far.
-        test_n, val_n: Images.
+        test_top1, val_top1: Accuracy in percent; for an unfinished run, val_top1 is the best so far.
+        test_n, val_n: Number of images in the test and the val split.
         seconds: Training time.
         images_per_second: Training speed.
-        rows: See `read_metrics`.
+        rows: The result of `read_metrics`.
         finished: Whether it has a record.
     """
 
@@ -59,7 +59,7 @@ class RunSummary:
 
 
 def read_run(path: Path, label: str) -> RunSummary:
-    """Return what a run folder holds.
+    """Return the summary of a run folder.
 
     Raises:
         RequestError: A file of the folder is damaged.

@@ -34,7 +34,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
     Args:
         values: At least one number.
-        level: Share of such intervals that cover the true mean if the values are normal and independent.
+        level: Confidence level, 0 to 1; it is exact for independent, normally distributed values.
 
     Raises:
         ValueError: There is no value.
@@ -94,7 +94,7 @@ def verdict(difference: Interval | None, relation: str, matters: float) -> str:
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a share of `correct` in `n`, 0 to 1; 95% by default."""
+    """Return the Wilson score interval of the share correct / n, 0 to 1; its default level is 95%."""
     share, spread = correct / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)

@@ -17,12 +17,12 @@ class ArmRow:
     """One line of the table of arms; None if nothing is measured yet.
 
     Args:
-        name, label: The arm's.
-        parameters, macs: The model's; macs are per image.
+        name, label: Name and label of the arm.
+        parameters, macs: Parameters of the model, and its MACs per image.
         test: Interval of test top-1 in percent over the seeds.
         train_speed, infer_speed: Images per second, from the probe.
         seconds: Time of one run at that speed.
-        memory: Bytes that training needs beyond libraries and data, from the probe.
+        memory: Bytes that training needs, without libraries and data, from the probe.
     """
 
     name: str
@@ -68,7 +68,7 @@ class StudyResults:
 
     @property
     def tune(self) -> dict[str, Any] | None:
-        """What the trials try, as the plan holds it; None if the study tunes nothing."""
+        """The plan's entry on trials; None if the study tunes nothing."""
         found: dict[str, Any] | None = self.plan.get("tune")
         return found
 
@@ -78,17 +78,17 @@ class StudyResults:
         return sorted(found, key=lambda record: record.seed or 0)
 
     def tried(self, arm: str) -> dict[int, float | None]:
-        """Return trial -> validation top-1 in percent of an arm's trials that have ended; None if it diverged."""
+        """Return trial -> validation top-1 in percent, for an arm's trials that have ended; None: it diverged."""
         found = [t.results for t in self.trials if t.results["arm"] == arm]
         return {r["trial"]: r["val_top1"] for r in sorted(found, key=lambda r: int(r["trial"]))}
 
     def chosen(self, arm: str) -> int | None:
-        """Return the trial with an arm's best validation accuracy, the first of equal ones; None if none has one."""
+        """Return the trial with an arm's best validation accuracy, of equal ones the first; None if there is none."""
         values = {trial: value for trial, value in self.tried(arm).items() if value is not None}
         return max(values, key=lambda trial: values[trial]) if values else None
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
-        """Return seed -> value of a measure of an arm; for a speed: turn of the probe -> value."""
+        """Return seed -> value of an arm's measure. For a speed, the keys are the rounds of the probe."""
         if measure in SPEEDS:
             return {i: float(turn[measure]) for i, turn in enumerate(self.plan["probes"][arm]["rounds"])}
         return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
@@ -140,7 +140,7 @@ class StudyResults:
         }
 
     def curve(self, arm: str, key: str) -> tuple[list[float], list[list[float]]]:
-        """Return epochs and, for each, the values of all seeds; empty if the key was not measured."""
+        """Return the epochs, and for each epoch the values of all seeds; both are empty if `key` was not measured."""
         by_epoch: dict[float, list[float]] = {}
         for record in self.of_arm(arm):
             for row in record.results["history"]:

@@ -1,7 +1,8 @@
-"""Pictures of a study as SVG: legible on light and dark pages, in print, and without distinguishing colours.
+"""Pictures of a study as SVG, legible on light and dark pages, in print, and for colour-blind readers.
 
-Ink and grid are CSS variables of the page; `standalone` replaces them by fixed colours on white, for separate files.
-Colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm also has its own marker and line style.
+Text and grid lines have colours that the page sets with CSS variables; `standalone` replaces them with fixed colours
+on white, for separate files. The arms' colours are Okabe and Ito's (jfly.uni-koeln.de/color), and every arm also has
+its own marker and line style.
 """
 
 import io
@@ -63,7 +64,7 @@ def style_of(index: int) -> dict[str, Any]:
 
 
 def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
-    """Return name -> (what it shows, themed SVG) of every picture that the records allow."""
+    """Return name -> (title, themed SVG) of every picture for which the records have numbers."""
     drawn: dict[str, tuple[str, str]] = {}
 
     def add(name: str, title: str, plot: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
