@@ -13,9 +13,10 @@ first: without it no speed counts. `--try` runs every stage on tiny sizes on a C
 #    timm, pytorch-lightning, torchmetrics, scikit-learn, tensorboard, safetensors, huggingface-hub, fsspec, pyarrow,
 #    packaging, matplotlib, rich, pyyaml and pytest (pytest-xdist if it is there). The stage "needs" names what is
 #    missing; everything else then runs as far as it can.
-# 2. CIFAR-10 has to be brought along: `python benchmarks/small_cifar10.py FROM TO --part-mb 30` writes it lossless in
-#    105 MB, in parts for machines that take only so much at once. Put the parts together in one folder there, for
-#    example build/cifar10. Without it, the stages "cifar10-..." fail and nothing else does.
+# 2. CIFAR-10 has to be brought along: `python benchmarks/small_cifar10.py pack FROM TO --parts 2` writes it lossless
+#    in 98 MB, in parts for machines that take only so much at once. There:
+#    `python3 benchmarks/small_cifar10.py unpack PART-0 PART-1 build/cifar10` (half a minute on one core). Without it,
+#    the stages "cifar10-..." fail and nothing else does.
 # 3. python3 benchmarks/gpu.py --data build/cifar10 --seconds 570 --bundle RESULTS/gpu.tar.gz
 #    All stages together end after --seconds. The bundle holds all that has to come back.
 # 4. What a first call did not reach, a second one does: the same command with --stages A,B (names as printed). On the
@@ -129,9 +130,7 @@ torch.cuda.synchronize()
 print(json.dumps({"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated(),
                   "limit": limit, "graph": bool(module._update.possible), "loss": float(module.loss_sum) / 6}))
 """
-RUN = (
-    "--model convmixer_64_4_p1_k5 --epochs {epochs} --batch-size 64 --workers 2 --checkpoint-seconds 0.2 --draw false"
-)
+RUN = "--model {model} --epochs 8 --batch-size 64 --workers 2 --checkpoint-seconds 0.2 --draw false"
 KEPT = ("records.jsonl", "summary.json", "*.json", "*.log", "*/metrics.csv", "*/record.jsonl", "*/log.jsonl")
 
 
@@ -210,7 +209,7 @@ def _train(convmixer: list[str], data: str, out: Path, device: str, seed: int, t
     folder = out / f"cifar10-{seed}-{int(time.time())}"
     command = [*convmixer, "train", data, "--recipe", "authors-cifar10", "--device", device, "--seed", str(seed)]
     command += ["--out", str(folder), "--draw", "false", "--json"]
-    tiny = "--model convmixer_8_1_p4_k3 --epochs 1 --batch-size 64 --img-size 8 --mean 0.5 --std 0.5"
+    tiny = "--model convmixer_8_1_p4_k3 --epochs 1 --batch-size 64"
     return command + (tiny.split() if tried else [])
 
 
@@ -286,7 +285,7 @@ def resume_check(out: Path, device: str) -> int:
     """Train, train again with a SIGKILL in between, and compare the last weights in every bit."""
     from convmixer.models.weights import load_model
 
-    run = RUN.format(epochs=8 if device == "cuda" else 4).split()
+    run = RUN.format(model="convmixer_64_4_p1_k5" if device == "cuda" else "convmixer_8_1_p2_k3").split()
     base = [sys.executable, "-m", "convmixer", "train"]
     folders = [out / f"resume-{name}-{int(time.time())}" for name in ("whole", "killed")]
     commands = [[*base, "digits", "--device", device, "--out", str(folder), *run] for folder in folders]
