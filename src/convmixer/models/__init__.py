@@ -1,1 +1,1 @@
-"""Models: the paper's ConvMixer, the registry that names its variants, and the weights they load."""
+"""Models: the paper's ConvMixer, the models that it is compared with, their names, and their weights."""

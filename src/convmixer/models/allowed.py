@@ -1,8 +1,8 @@
 """Which models and arguments a weights file may name; each argument is checked for type and range.
 
-Weights are untrusted. The functions behind a model's name also take arguments that fetch a URL, write a folder
-or read another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). So a file may name
-only models of the registries, and only the arguments listed below; every other one is refused.
+Weights are untrusted. The functions that build models also take arguments that fetch a URL, write a folder or read
+another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). So a weights file may name
+only known models, and only the arguments listed below; all others are refused.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from convmixer.preprocess import MAX_SIDE
 
 MAX_CLASSES = 1_000_000
 MAX_WIDTH = 65_536
-_MANY = 16  # numbers in a list, one for each stage
+_MANY = 16  # most numbers in a list, which has one per stage
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ def check_build(name: Any, args: Any, num_classes: Any, in_chans: int, tensors: 
         args: The arguments in the file.
         num_classes: Outputs, from the file.
         in_chans: Channels of the image, from the file's preprocessing.
-        tensors: Number of tensors in the file; no model has more layers than that.
+        tensors: Number of tensors in the file; a model has at most as many layers.
 
     Returns:
-        "convmixer", a name in `registry.SKELETONS` or one that timm builds; and the arguments, with all sizes.
+        The name ("convmixer", a name in `registry.SKELETONS`, or one that timm knows), and the arguments with all
+        sizes.
 
     Raises:
-        RequestError: The model is not known, or an argument is not on the list, of the wrong type or out of range.
+        RequestError: The model is not known; or an argument is not listed, has the wrong type or is out of range.
     """
     if not isinstance(name, str) or not isinstance(args, Mapping):
         raise RequestError("architecture must be a name and model_args a table")
@@ -150,7 +151,7 @@ def _arguments(name: str) -> Mapping[str, _Rule]:
 
 
 def _rules(names: Iterable[str]) -> dict[str, _Rule]:
-    """Return the rules for arguments; one without a rule may not be set by a file."""
+    """Return the rules for arguments; a file may not set an argument that has no rule."""
     return {name: _RULES[name] for name in names if name in _RULES}
 
 

@@ -1,4 +1,4 @@
-"""ConvMixer in plain PyTorch: the reference that everything fast must match. Names and sizes are in registry.py."""
+"""ConvMixer in plain PyTorch: the reference for all kernels. Names and sizes are in registry.py."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,9 +27,9 @@ class ConvMixer(nn.Module):
         act: "gelu" as in the paper, or "relu" as in the authors' 768/32 weights.
         drop_rate: Dropout before the classifier, 0 to 1; the paper has none.
         global_pool: "avg" as in the paper, "max", or "" for features (B, dim, h, w); num_classes is then 0.
-        act_layer: timm's spelling of `act`: `nn.GELU`, `nn.ReLU` or a name.
-        norm_layer: What takes the place of `nn.BatchNorm2d`: a class or function of the number of channels, or one of
-            timm's names, e.g. "layernorm2d". The kernels know BatchNorm only.
+        act_layer: The same as `act` in timm's interface: `nn.GELU`, `nn.ReLU` or a name.
+        norm_layer: The norm to use instead of `nn.BatchNorm2d`: a class or function of the number of channels, or one
+            of timm's names, e.g. "layernorm2d". The kernels support only BatchNorm.
         device, dtype: Device and dtype of the parameters.
 
     Raises:
@@ -126,12 +126,12 @@ class ConvMixer(nn.Module):
             indices: An int n: the last n blocks. A sequence: the blocks of these numbers, negative ones counted from
                 the end. None: all.
             norm: Accepted for timm's interface; there is no final norm to apply.
-            stop_early: Do not run the blocks after the last one asked for.
+            stop_early: Do not run the blocks after the last chosen one.
             output_fmt: Only "NCHW".
             intermediates_only: Return only the list, without the final features.
 
         Returns:
-            Final features and a list of (B, dim, h, w), one for each block asked for, in order, or only the list.
+            The final features, and a list of features (B, dim, h, w) of the chosen blocks in order; or only the list.
 
         Raises:
             RequestError: An index is out of range or the format is not NCHW.
@@ -175,7 +175,7 @@ class ConvMixer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one asked for, and return the indices of those asked for.
+        """Drop the blocks after the last chosen one, and return the indices of the chosen blocks.
 
         Args:
             indices: See `forward_intermediates`.
@@ -194,7 +194,7 @@ class ConvMixer(nn.Module):
         return take
 
     def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Return the numbers of the blocks asked for, counted from 0."""
+        """Return the numbers of the chosen blocks, counted from 0."""
         last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
         wanted = list(range(self.depth) if last_n is None else last_n)
         if any(not -self.depth <= i < self.depth for i in wanted):

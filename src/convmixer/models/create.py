@@ -1,4 +1,4 @@
-"""New models by name, with or without released weights; built on `registry` and `weights`."""
+"""Creates models by name, with or without released weights."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ def create_model(
     """Return a new model that maps (B, in_chans, H, W) to (B, num_classes).
 
     Args:
-        name: A ConvMixer (see `list_models`), any `convmixer_<dim>_<depth>_p<p>_k<k>`, or a name that timm knows.
+        name: A name from `list_models`, any `convmixer_<dim>_<depth>_p<p>_k<k>`, or a name that timm knows.
         pretrained: Load the released weights (from the package or timm's hub).
         num_classes: Outputs; None: the variant's default (1000, or 10 for the CIFAR sizes).
         in_chans: Channels of the image.
-        **kwargs: Passed to the model, e.g. act="relu", or img_size=32 for timm's ViT.
+        **kwargs: Further arguments of the model, e.g. act="relu", or img_size=32 for timm's ViT.
 
     Raises:
-        RequestError: The name is not known, the model does not take an argument, or it has no released weights.
+        RequestError: The name is not known, the model has no such argument, or it has no released weights.
     """
     if pretrained and name in SKELETONS:
         raise RequestError(f"{name} has no released weights")
@@ -36,7 +36,7 @@ def create_model(
 
 
 def load_pretrained(model: nn.Module, name: str) -> None:
-    """Fill a ConvMixer with the released weights of that name, from the package or timm's hub.
+    """Load the released weights of a name into a ConvMixer, from the package or timm's hub.
 
     If the number of classes differs, the classifier keeps its random weights. If the number of channels differs, the
     weights of the stem are adapted.

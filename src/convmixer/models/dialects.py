@@ -1,7 +1,7 @@
-"""Read checkpoints of other programs ("dialects"): rename their keys to timm's and find the sizes from the tensors.
+"""Reads checkpoints of other programs ("dialects"): renames their keys to timm's, and finds sizes from the tensors.
 
-The authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's are read, plain or inside a training
-checkpoint, under any prefix. weights.py reads our format.
+These are the authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's, as plain weights or inside a
+training checkpoint, with any prefix before the keys. weights.py reads our own format.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from convmixer.preprocess import FILTERS
 
 AVERAGES = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)", re.IGNORECASE)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # added anywhere in a key
-MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # of nested dicts, and of all dicts
+MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # limits on how deep dicts are nested, and on their number
 _OWN = ("stem", "blocks", "head")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A foreign ConvMixer checkpoint.
+    """A ConvMixer from another program's checkpoint.
 
     Args:
-        state: Tensors under timm's keys, fp32.
-        args: Arguments of `ConvMixer` found from the tensors.
-        said: The fields of `Preprocessing` that the file gives.
-        found: What was found and what was left out, in words.
+        state: Tensors with timm's keys, fp32.
+        args: Arguments of `ConvMixer`, found from the tensors.
+        said: Fields of `Preprocessing` that the file contains.
+        found: A text that says what was found and what was left out.
     """
 
     state: State
@@ -46,7 +46,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One ConvMixer inside a checkpoint: its tensors under timm's keys, and the keys that are not part of it."""
+    """A possible ConvMixer inside a checkpoint: its tensors with timm's keys, and keys that do not belong to it."""
 
     place: str
     dialect: str
@@ -59,13 +59,14 @@ class _Candidate:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return the ConvMixer in a checkpoint of any known dialect, under any prefix, in any container.
+    """Return the ConvMixer in a checkpoint of any known dialect, with any prefix, in any container.
 
-    If there are several, an average of the weights comes first (EMA or SWA, known by its name), then the largest.
+    If there are several, an average of the weights is preferred (EMA or SWA, recognised by its name), then the
+    largest model.
 
     Raises:
-        RequestError: The file cannot be read or holds code, it holds no ConvMixer or several that cannot be told
-            apart, or tensors are missing or of the wrong shape.
+        RequestError: The file cannot be read or contains code; it has no ConvMixer, or several that are equally
+            likely; or tensors are missing or have the wrong shape.
     """
     content = read_file(path)
     chosen, others = _choose(list(_candidates(content, path)), content, path)
@@ -85,7 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Candidate, list[_Candidate]]:
-    """Return the candidate to take and the others.
+    """Return the candidate to use, and the others.
 
     Raises:
         RequestError: There is none, or several that are equally likely.
@@ -207,12 +208,12 @@ def _from_authors(key: str, depth: int) -> str:
 
 
 def find_args(state: State, path: Path) -> dict[str, Any]:
-    """Return the arguments of `ConvMixer` that the tensors of a state dict with timm's keys imply.
+    """Return the arguments of `ConvMixer` for the tensors of a state dict with timm's keys.
 
-    The activation leaves no tensor: it is ReLU for the 768/32 sizes of the released weights, else GELU.
+    No tensor shows the activation: ReLU is assumed for the 768/32 sizes of the released weights, else GELU.
 
     Raises:
-        RequestError: The tensors that show the sizes are missing or of the wrong shape.
+        RequestError: The tensors that show the sizes are missing or have the wrong shape.
     """
     stem, kernel = state.get("stem.0.weight"), state.get("blocks.0.0.fn.0.weight")
     if stem is None or kernel is None or stem.ndim != 4 or kernel.ndim != 4:

@@ -1,4 +1,7 @@
-"""Digests in weights files, to notice one wrong bit. Files of other programs have none and are not checked."""
+"""Digests in weights files, which detect a single wrong bit.
+
+Files of other programs have none and are not checked.
+"""
 
 import hashlib
 import json
@@ -39,7 +42,7 @@ def with_digest(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Return a config without its digest, checked against it if it has one.
+    """Return a config without its digest, after checking the digest if there is one.
 
     Raises:
         RequestError: They do not match.

@@ -1,6 +1,6 @@
-"""Register our ConvMixer with timm, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load what we save.
+"""Registers our ConvMixer with timm, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load our weights.
 
-timm has three of the ImageNet sizes already; for every other size, import this module first.
+timm itself has three of the ImageNet sizes; for all other sizes, import this module first.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model has learned, as arrays: patch filters, depthwise kernels and their size, its receptive field."""
+"""Returns as arrays what a model has learned: patch filters, depthwise kernels and their size, receptive field."""
 
 import re
 
@@ -31,8 +31,9 @@ def kernel_growth(model: nn.Module) -> dict[str, dict[str, float]]:
     """Return the size of the kernels of each depthwise layer.
 
     Returns:
-        Layer -> "norm", the root mean square over channels of a kernel's Euclidean norm, and "radius", in patches:
-        the root mean square distance from the kernel's centre, each weight counted by its square.
+        Layer -> "norm" and "radius". "norm" is the root mean square over channels of the kernels' Euclidean norms.
+        "radius", in patches, is the root mean square distance of the weights from the kernel's centre, where each
+        weight counts by its square.
     """
     growth = {}
     for name, kernels in depthwise_kernels(model).items():
@@ -50,8 +51,8 @@ def receptive_field(model: ConvMixer, images: torch.Tensor, seed: int = 0) -> di
     """Return how strongly each pixel affects the features in the middle of the image, after some of the blocks.
 
     Args:
-        model: In eval mode.
-        images: Preprocessed, (B, C, H, W).
+        model: A ConvMixer in eval mode.
+        images: Preprocessed images, (B, C, H, W).
         seed: Seed of the random directions in feature space.
 
     Returns:

@@ -1,6 +1,6 @@
-"""ConvMixer with exactly one part replaced, for controlled comparisons.
+"""ConvMixer with single parts replaced, for controlled comparisons.
 
-Models of other families are in `peers`, sizes and matching in `convmixer.studies`.
+Models of other families are in `peers`; sizes are chosen in `convmixer.studies`.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias[:, cast(torch.Tensor, self.offset)].to(q.dtype)  # (heads, N, N)
-        # written out: to train a bias on a CPU, torch's attention does the same and two steps more, for masked rows
+        # written out: with a trainable bias on a CPU, torch's attention does this and two more steps for masked rows
         scores = q * (C // self.heads) ** -0.5 @ k.transpose(2, 3) + bias  # (B, heads, N, N)
         out = scores.softmax(3) @ v  # (B, heads, N, C // heads)
         out = self.proj(out.transpose(1, 2).reshape(B, H * W, C))
@@ -82,15 +82,15 @@ class TokenMixing(nn.Module):
 
 
 def _over_positions(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(M, N), (B, N, C), (M) -> (B, M, C): without a copy of x in either memory layout."""
+    """Return matrix (M, N) times x (B, N, C) plus bias (M,): (B, M, C). x is not copied in either memory layout."""
     matrices = matrix.expand(x.shape[0], -1, -1)
     return torch.bmm(matrices, x) if bias is None else torch.baddbmm(bias[:, None], matrices, x)
 
 
 class AveragePooling(nn.Module):
-    """Average over the part of a window around every position that is inside the image: keeps (B, dim, H, W).
+    """Average over a window around every position: keeps (B, dim, H, W). Positions outside the image do not count.
 
-    Computed as one multiplication by a fixed matrix, which trains about three times as fast on a CPU as torch's
+    It is computed as a multiplication by a fixed matrix, which on a CPU trains about three times as fast as torch's
     pooling.
 
     Args:
@@ -192,7 +192,7 @@ class Isotropic(ConvMixer):
             _replace_norms(self, NORMS[norm])
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of all biases; judged by shape, attention's position biases would be decayed."""
+        """Return the names of all biases; by its shape, attention's position bias would otherwise be decayed."""
         return {name for name, _ in self.named_parameters() if name.endswith(".bias")}
 
 

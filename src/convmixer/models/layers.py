@@ -24,7 +24,7 @@ def activation(name: str) -> nn.Module:
 
 
 def activation_name(layer: str | type[nn.Module]) -> str:
-    """Return the name of an activation that is given as timm takes it: a class or a name.
+    """Return the name of an activation that is given as in timm: a class or a name.
 
     Raises:
         RequestError: It is neither GELU nor ReLU.
@@ -37,7 +37,7 @@ def activation_name(layer: str | type[nn.Module]) -> str:
 
 
 def norm_maker(layer: str | Callable[..., nn.Module] | None) -> tuple[str, Callable[..., nn.Module]]:
-    """Return the name of a norm that is given as in timm, and what makes one from its number of channels.
+    """Return the name of a norm that is given as in timm, and a function that makes it for a number of channels.
 
     Args:
         layer: A class or function, or one of timm's names, e.g. "layernorm2d"; None: `nn.BatchNorm2d`.
@@ -97,7 +97,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class Residual(nn.Module):
-    """x -> fn(x) + x."""
+    """Computes fn(x) + x."""
 
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ class WithMaps(nn.Module):
         model = cast(ConvMixer, self.model)
         features = model.forward_features(images)  # (B, D, h, w)
         kind = images.device.type
-        # bf16 logits have steps of 1/16, so asking for a map would change the answer
+        # without autocast: bf16 logits have steps of 1/16, so the logits would differ from those without maps
         plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with plain:
             features = features.float()

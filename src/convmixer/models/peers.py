@@ -1,4 +1,4 @@
-"""timm's ResNet, ResMLP and MLP-Mixer at any size, to compare with ConvMixer; timm's own have fixed sizes."""
+"""timm's ResNet, ResMLP and MLP-Mixer at any size, to compare with ConvMixer; in timm they have fixed sizes."""
 
 from collections.abc import Sequence
 from typing import Any, cast

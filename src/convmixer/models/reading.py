@@ -1,4 +1,4 @@
-"""Read untrusted weights files: no code is run, and the size of the file bounds time and memory.
+"""Reads untrusted weights files: no code is run, and time and memory are limited by the size of the file.
 
 `dialects` and `weights` decide what the tensors mean.
 """
@@ -25,7 +25,7 @@ from convmixer.models.digest import check_weights
 State = dict[str, torch.Tensor]
 
 MAX_TENSORS = 20_000
-MAX_TEXT_BYTES = 16 * 2**20  # a config, the header of a .safetensors file, the pickle that describes the tensors
+MAX_TEXT_BYTES = 16 * 2**20  # limit on a config, on the header of a .safetensors file, and on a pickle
 MAX_PICKLE_STEPS = 2_000_000
 SPARE_BYTES = 256 * 2**20  # tensors may share memory in the file (tied weights), and buffers need not be in it
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,12 +42,12 @@ _GLOBALS = (
 def read_file(path: Path) -> Any:
     """Return the contents of a .safetensors file, or of a pickle written by torch, without running any code in it.
 
-    Besides tensors and plain types only `argparse.Namespace` is allowed: timm's training checkpoints (and so the
-    authors') contain one, and it has only attributes.
+    Only tensors, plain types and `argparse.Namespace` are allowed. timm's training checkpoints, and so the authors',
+    contain a Namespace, which has only attributes.
 
     Raises:
-        RequestError: The file is missing, truncated or not a checkpoint, holds other objects, or would need more
-            memory than it has bytes.
+        RequestError: The file is missing, truncated or not a checkpoint, contains other objects, or needs more memory
+            than it has bytes.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
@@ -133,7 +133,7 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def check_count(tensors: int, path: Path) -> None:
-    """Raise an error if there are more tensors than any model has.
+    """Check that there are not more tensors than any model has.
 
     Raises:
         RequestError: There are more than MAX_TENSORS.
@@ -143,7 +143,7 @@ def check_count(tensors: int, path: Path) -> None:
 
 
 def check_tensors(state: Mapping[str, Any], path: Path) -> State:
-    """Return plain tensors, checked to be dense and to need no more memory than the file's size allows.
+    """Return plain tensors, after checking that they are dense and fit into the memory that the file's size allows.
 
     Raises:
         RequestError: A tensor is sparse, quantised or without data, or they need more memory than the file has bytes.
@@ -163,7 +163,7 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
 
 
 def check_values(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raise an error for weights that cannot give a meaningful answer.
+    """Check that the values of weights can give a meaningful result.
 
     Raises:
         RequestError: A tensor holds NaN or infinity, or a BatchNorm has a negative variance.

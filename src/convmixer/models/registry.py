@@ -1,4 +1,4 @@
-"""Model names and what they build: the paper's variants, SKELETONS, and timm for every other name.
+"""Model names: the paper's variants, models of any size (SKELETONS), and timm's for every other name.
 
 A name is `convmixer_<dim>_<depth>_p<patch>_k<kernel>`. The paper's sizes also have a name without `_p` and `_k`: it
 stands for the ImageNet setting, or p1 k9 for a CIFAR-10 size. timm's spellings of the released weights work too
@@ -80,7 +80,7 @@ def shipped() -> list[str]:
 
 
 def list_models(pattern: str = "convmixer*") -> list[str]:
-    """Return the names that match a shell pattern, of ours, or of timm's if none of ours match."""
+    """Return the names of our models that match a shell pattern; if none do, those of timm's."""
     ours = [name for name in (*VARIANTS, *shipped()) if fnmatch.fnmatch(name, pattern)]
     if ours:
         return ours
@@ -90,7 +90,7 @@ def list_models(pattern: str = "convmixer*") -> list[str]:
 
 
 def model_args(name: str) -> dict[str, Any] | None:
-    """Return the ConvMixer arguments behind a name, or None if the name is not a ConvMixer's.
+    """Return the arguments of the ConvMixer of a name, or None if the name is not a ConvMixer's.
 
     Raises:
         RequestError: The name starts with convmixer but is not known.
@@ -111,7 +111,7 @@ def model_args(name: str) -> dict[str, Any] | None:
 
 
 def args_of(model: ConvMixer) -> dict[str, Any]:
-    """Return the arguments that build a ConvMixer again, besides num_classes and in_chans.
+    """Return the arguments to build a ConvMixer again, without num_classes and in_chans.
 
     Raises:
         RequestError: Its norm is a class without a name.
@@ -120,7 +120,7 @@ def args_of(model: ConvMixer) -> dict[str, Any]:
     usual = {"global_pool": "avg", "norm_layer": "batchnorm2d"}
     args |= {name: getattr(model, name) for name, value in usual.items() if getattr(model, name, value) != value}
     if args.get("norm_layer") == "":
-        raise RequestError("a file names the norm of its model: use one that timm has a name for")
+        raise RequestError("the norm of the model cannot be saved: use one that timm has a name for")
     return args
 
 

@@ -1,7 +1,7 @@
-"""Model surgery: another patch size, kernel size, set of classes or number of channels for trained ConvMixer weights.
+"""Model surgery: changes the patch size, kernel size, classes or image channels of trained ConvMixer weights.
 
-What can be kept is kept, so that fine-tuning starts near the old model. `convert` also writes checkpoints of other
-programs in our format.
+As much as possible of the weights is kept, so that fine-tuning starts near the old model. `convert` also writes
+checkpoints of other programs in our format.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def convert(
     img_size: int | None = None,
     act: str | None = None,
 ) -> dict[str, Any]:
-    """Write weights of any known format in our format, resized if asked, and print what was changed.
+    """Write weights of any known format in our format, with other sizes if given, and print the changes.
 
     Args:
         source: See `weights.load_model`.
@@ -42,7 +42,7 @@ def convert(
         act: See `weights.load_model`.
 
     Returns:
-        "weights" (the folder), "found" (what the source was), "changes" (one line each), "parameters".
+        "weights" (the folder), "found" (a description of the source), "changes" (one line each), "parameters".
 
     Raises:
         RequestError: The source cannot be loaded or changed this way, or `out` is a run.
@@ -72,16 +72,16 @@ def resize(
     in_chans: int | None = None,
     img_size: int | None = None,
 ) -> tuple[LoadedModel, list[str]]:
-    """Return a model with other sizes that keeps what it can of the weights, and a line for each change.
+    """Return a model with other sizes, which keeps as much as possible of the weights, and a line for each change.
 
     Args:
         loaded: The model; it is not changed. Only a ConvMixer can be resized.
         patch_size: See `resize_patches`. None, here and below: unchanged.
         kernel_size: See `resize_kernels`.
         num_classes: Outputs; the classes are then called "0", "1", ... unless `classes` names them.
-        classes: Names of the outputs. Classifier rows of names that the model knows are kept, the others are new.
+        classes: Names of the outputs. The classifier keeps its weights for names that the model knows.
         in_chans: Channels of the image, 1 or 3, see `weights.adapt_channels`.
-        img_size: Side of the input in pixels; only preprocessing changes.
+        img_size: Width and height of the input in pixels; only the preprocessing changes.
 
     Raises:
         RequestError: A size is out of range, or the model is not a ConvMixer.
@@ -120,7 +120,8 @@ def resize(
 def resize_patches(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Return patch-embedding filters (dim, C, p, p) of another size.
 
-    The response to an image that is resized with the patches stays as close as least squares can make it.
+    If an image is resized in the same ratio as the patches, the filters respond to it as before, in the least-squares
+    sense.
 
     Source: FlexiViT, arXiv 2212.08013, Sec. 3.4 (pseudo-inverse resize), in timm.
     """
@@ -134,8 +135,8 @@ def resize_kernels(weight: torch.Tensor, kernel_size: int, same_grid: bool = Tru
     """Return depthwise kernels (dim, 1, k, k) of another size.
 
     If the kernels grow and the grid of patches stays, zeros are added around them: the model's outputs do not change.
-    Otherwise the kernel is stretched or shrunk by bicubic interpolation and multiplied by (k / new k)², which keeps
-    its sum, and so the response to a constant image, as nearly as interpolation does.
+    Otherwise the kernel is resized by bicubic interpolation and multiplied by (k / new k)², which approximately keeps
+    its sum, and so its response to a constant image.
 
     Measured on models with k=5, top-1 after recalibrating BatchNorm: digits (99.4%) to k=7 99.4% with zeros, 79.7%
     interpolated; to k=4 84.4% cropped, 79.7% interpolated; to k=3 35.0% and 38.9%. A short CIFAR-10 run (54.4%) to
@@ -161,7 +162,7 @@ def resize_kernels(weight: torch.Tensor, kernel_size: int, same_grid: bool = Tru
 def resize_head(
     weight: torch.Tensor, bias: torch.Tensor, old: Sequence[str], new: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a classifier's weight (classes, dim) and bias for other classes; rows of known names are kept."""
+    """Return a classifier's weight (classes, dim) and bias for other classes; known names keep their weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = torch.nn.Linear(weight.shape[1], len(new))

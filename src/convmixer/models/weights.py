@@ -1,8 +1,8 @@
-"""Save weights in our format; load it, checkpoints of other programs, and names from the package or the hub.
+"""Saves weights in our format, and loads weights: ours, checkpoints of other programs, shipped ones, and the hub's.
 
-Our format is timm's hub layout: a folder with tensors and a config. The config also holds, under the
-key "convmixer", what timm does not need: the model's full arguments, the recipe, the data. The same JSON is kept
-inside the .safetensors file, so that the file alone still knows its classes and preprocessing.
+Our format is timm's hub layout: a folder with tensors and a config. The config's key "convmixer" holds what timm does
+not need: the model's full arguments, the recipe, the data. The same JSON is stored inside the .safetensors file, so
+that file alone has the class names and the preprocessing.
 """
 
 import itertools
@@ -36,8 +36,8 @@ TIMM_NAMES = {
     "convmixer_768_32": "convmixer_768_32",
     "convmixer_1024_20": "convmixer_1024_20_ks9_p14",
 }
-WRAPPED = "timm_model."  # what transformers' TimmWrapper puts before every key
-OLD_MODEL = "pytorch_model.bin"  # what timm's save_for_hf and older tools write instead of MODEL
+WRAPPED = "timm_model."  # the prefix of every key in files of transformers' TimmWrapper
+OLD_MODEL = "pytorch_model.bin"  # the file that timm's save_for_hf and older tools write instead of MODEL
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
 # how messages name the fields of Preprocessing that --img-size and the other flags set
 _MEANING = {
@@ -55,12 +55,12 @@ class LoadedModel:
     """A model with its classes, preprocessing and metadata.
 
     Args:
-        model: In eval mode, on the CPU, fp32.
+        model: The model in eval mode, on the CPU, fp32.
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the model's input.
-        metadata: What was saved with it: "name", "model_args", "version", and what `save_model` was given.
-        source: The folder or file the weights came from.
-        found: What was found there, in words.
+        metadata: The metadata saved with the model: "name", "model_args", "version", and those given to `save_model`.
+        source: The folder or file that the weights came from.
+        found: A text that says what the file contains.
     """
 
     model: nn.Module
@@ -81,22 +81,22 @@ def save_model(
     preprocessing: Preprocessing,
     **metadata: Any,
 ) -> None:
-    """Write tensors and config so that we and timm can load them; an interrupted write leaves no partial file.
+    """Write tensors and config so that convmixer and timm can load them; an interrupted write leaves no partial file.
 
     `val` and `recalibrate` find the data of a run by metadata["data"]: a dict with "spec" (as `train` was given it)
     and the keyword arguments "val_fraction", "seed", "max_bad_fraction", "img_size" of `load_data`.
 
     Args:
-        folder: Where to write; created if it is missing.
-        model: The model; its device and memory format do not matter.
-        architecture: Its name for `create_model`.
+        folder: The folder to write; it is created if it is missing.
+        model: The model, on any device and in any memory format.
+        architecture: The model's name for `create_model`.
         model_args: The arguments of `create_model` besides num_classes and in_chans; a ConvMixer knows its own.
         classes: Class names in the order of the outputs.
-        preprocessing: What the model expects of its input.
-        **metadata: Plain JSON values to keep: recipe, data, results.
+        preprocessing: How an image becomes the model's input.
+        **metadata: Plain JSON values to store: recipe, data, results.
 
     Raises:
-        ValueError: The number of class names is not that of the outputs.
+        ValueError: The number of class names differs from the number of outputs.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     config = hub_config(model, architecture, model_args, classes, preprocessing, metadata)
@@ -156,9 +156,9 @@ def save_changed(folder: Path, loaded: LoadedModel, **metadata: Any) -> None:
     """Save a loaded model after a change, as `save_model` does, with its metadata.
 
     Args:
-        folder: Where to write.
+        folder: The folder to write.
         loaded: The model with its metadata.
-        **metadata: What was done to it, added to its metadata.
+        **metadata: A description of the change, added to the metadata.
     """
     kept = {key: value for key, value in loaded.metadata.items() if key not in ("name", "model_args", "version")}
     save_model(
@@ -207,10 +207,11 @@ def _load(source: str | Path) -> LoadedModel:
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return patch-embedding weights (dim, C, p, p) for a different number of channels, scaled to give the same
-    response.
+    """Return patch-embedding weights (dim, C, p, p) for another number of channels, with the same response to grey.
 
-    Source: timm's `adapt_input_conv`: summed over colours for one channel, else repeated.
+    They are summed over the colours for one channel, else repeated and scaled.
+
+    Source: timm's `adapt_input_conv`.
     """
     from timm.models import adapt_input_conv
 
@@ -219,9 +220,9 @@ def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def _load_newest(path: Path) -> LoadedModel:
-    """Return the first intact weights of a folder: the best, the last, then those in the folder itself.
+    """Return the first intact weights of a folder: the best, else the last, else those in the folder itself.
 
-    A line is printed for damaged ones.
+    Damaged weights are named in a line.
     """
     folders = weights_folders(path)
     if not folders and (path / OLD_MODEL).is_file():
@@ -390,10 +391,10 @@ def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -
 
 
 def _check_size(loaded: LoadedModel, asked: Preprocessing) -> None:
-    """Check that the model takes the image size asked for: many of timm's, and those with attention, take only one.
+    """Check that the model takes the chosen image size; many models of timm take only one.
 
     Raises:
-        RequestError: The model takes images of the size in its weights, but not of the size asked for.
+        RequestError: The model takes images of the size in its weights, but not of the chosen size.
     """
     problem = _size_problem(loaded.model, asked)
     if problem and not _size_problem(loaded.model, loaded.preprocessing):
@@ -460,7 +461,7 @@ def class_names(num_classes: int) -> tuple[str, ...]:
 
 
 def _hub_id(name: str) -> str:
-    """Return the hub repository behind a name.
+    """Return the hub repository that a name stands for.
 
     Raises:
         RequestError: No weights of that name are known.
@@ -483,7 +484,7 @@ def _hub_id(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Return whether a name that does not exist was meant as a path and not as OWNER/NAME on the hub."""
+    """Return whether a name that does not exist looks like a path, and not like OWNER/NAME on the hub."""
     beside = Path(name).parent
     known = Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
     return known or name.startswith((".", "/", "~")) or name.count("/") > 1 or (beside != Path() and beside.is_dir())

@@ -1,1 +1,1 @@
-"""The command `predict`: files, folders, patterns, URLs, videos and a camera in; classes, tables and pictures out."""
+"""The command `predict`: classifies files, folders, patterns, URLs, videos and a camera."""

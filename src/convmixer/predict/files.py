@@ -1,4 +1,4 @@
-"""Classify files, folders, URLs and videos: predictions as a table, a file, and pictures with their labels."""
+"""Classifies files, folders, URLs and videos; writes predictions as a table, a file, and pictures with labels."""
 
 import csv
 import io
@@ -34,8 +34,8 @@ class Watching:
     """How videos are read.
 
     Args:
-        every: Seconds between two predictions; 0: every frame.
-        most: Seconds to read of each video, or of the camera; None: all, and the camera until Ctrl-C.
+        every: Seconds between two predictions; 0: predict every frame.
+        most: Seconds to read of each video or camera; None: the whole video, and the camera until Ctrl-C.
     """
 
     every: float = 0.5
@@ -71,11 +71,11 @@ def predict_files(
         tta: Average the probabilities of each image and its mirror image (test-time augmentation).
 
     Returns:
-        "predictions": a list of {"file", "classes", "probabilities"}, for a video also "second", or {"file",
-        "error"} if it cannot be read; "drawn": the pictures and videos written; and "tta".
+        "predictions": a list of {"file", "classes", "probabilities"}, for a video also "second"; for a file that
+        cannot be read {"file", "error"}. "drawn": the pictures and videos that were written. "tta": as the argument.
 
     Raises:
-        RequestError: Bad arguments, or nothing to classify.
+        RequestError: An argument is wrong, or there is nothing to classify.
         RuntimeError: None of the files can be read.
     """
     if min(topk, batch_size) < 1:
@@ -125,9 +125,8 @@ class _Pictures:
     """Writes images and videos with labels.
 
     Args:
-        path: A folder, a video file, or None: nothing is drawn.
-        sources: What is classified; a video file holds one video.
-
+                path: A folder or a video file; None: nothing is drawn.
+        sources: The images and videos that are classified; if `path` is a video file, they must be one video.
     Attributes:
         written: The pictures and videos that were written.
         video: Whether they go into a video.
@@ -197,7 +196,7 @@ def _watch(
 def _predict_each(
     classifier: Classifier, stills: Sequence[Still], topk: int, batch_size: int, pictures: _Pictures
 ) -> Iterator[Prediction]:
-    """Decode the next batch in threads while the model computes this one."""
+    """Yield a prediction per image. The next batch is decoded in threads while the model computes the current one."""
     batches = [stills[i : i + batch_size] for i in range(0, len(stills), batch_size)]
     p, keep = classifier.preprocessing, pictures.path is not None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -214,7 +213,7 @@ def _predict_each(
 
 @dataclass(frozen=True)
 class _Read:
-    """An image as model input and, if it will be drawn, as decoded."""
+    """An image as model input, and if it will be drawn, also as a picture."""
 
     array: np.ndarray
     image: Image.Image | None

@@ -1,4 +1,4 @@
-"""Resolves the arguments of `predict`: files, folders, patterns, URLs, videos, a camera. Nothing is decoded here."""
+"""Finds the images and videos that the arguments of `predict` name. Nothing is decoded here."""
 
 import glob
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ class Still:
     """One image.
 
     Args:
-        name: What the user calls it: a path or a URL.
-        read: Gives the decoded image for a model's input; raises OSError or ValueError.
+        name: Its path or URL.
+        read: Preprocessing -> the decoded image; raises OSError or ValueError.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Video:
 
 
 def sources_of(arguments: Sequence[str | Path], network: bool = False) -> tuple[list[Still | Video], Unused]:
-    """Return what to classify, in the order given, and what was passed over.
+    """Return the images and videos to classify, in the order of the arguments, and the files that were skipped.
 
-    A name that exists is that file or folder, even if it looks like something else. Otherwise it may be a pattern
-    such as `photos/*.jpg` (`**` matches any folders), `camera:0`, or a URL.
+    If a file or folder of the name exists, the name means that, even if it looks like something else. Otherwise it
+    may be a pattern such as `photos/*.jpg` (`**` matches any folders), `camera:0`, or a URL.
 
     Args:
         arguments: What the user named.
@@ -76,9 +76,9 @@ def sources_of(arguments: Sequence[str | Path], network: bool = False) -> tuple[
 
 
 def expand(paths: Sequence[Path]) -> tuple[list[Path], Unused]:
-    """Return files in the order given, each folder replaced by the image files below it in sorted order.
+    """Return the files, with each folder replaced by the image files below it, sorted; and the skipped files.
 
-    Folders are read as `train` reads them, see `data.walk`; the second value counts what was passed over.
+    Folders are read in the same way as by `train`, see `data.walk`.
 
     Raises:
         RequestError: A folder holds no image files.

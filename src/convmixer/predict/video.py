@@ -1,7 +1,7 @@
 """Frames of videos and cameras, and videos with labels, through PyAV (the extra `video`).
 
-Videos are untrusted: only the containers listed here are opened, so that no playlist leads to other files or to the
-network, and size and number of frames are limited. It is decoded in this process, by FFmpeg.
+Videos are untrusted. Only the containers listed here are opened, because a playlist could lead to other files or to
+the network, and the size and number of frames are limited. FFmpeg decodes videos in this process.
 """
 
 import sys
@@ -23,8 +23,8 @@ CONTAINERS = "mov,matroska,avi,mpegts,mpeg,ogg,asf"  # FFmpeg's names; mov is MP
 MOST_PIXELS = 50_000_000  # largest frame
 MOST_FRAMES = 10_000_000  # two days at 60 frames per second
 STALL_SECONDS = 30.0
-TICKS = 90_000  # per second, the clock of the videos that we write
-FORMATS = {".mkv": "matroska", ".webm": "webm", ".mov": "mov", ".avi": "avi"}  # that we can write, besides MP4
+TICKS = 90_000  # clock ticks per second in the videos that we write
+FORMATS = {".mkv": "matroska", ".webm": "webm", ".mov": "mov", ".avi": "avi"}  # formats that we write, besides MP4
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 
 
@@ -48,15 +48,15 @@ class Frame:
 
 
 def frames(video: Video, most_seconds: float | None = None) -> Iterator[Frame]:
-    """Yield the frames of a video file or a camera, in order. For a camera, Ctrl-C only ends the reading.
+    """Yield the frames of a video file or a camera, in order. Ctrl-C ends the reading of a camera, not the program.
 
     Args:
-        video: What to read.
-        most_seconds: Time at which to stop; None: at the end.
+        video: The video or camera.
+        most_seconds: Seconds of the video after which to stop; None: read it to its end.
 
     Raises:
         RequestError: PyAV is missing, or there is no such camera.
-        OSError, ValueError: It is not a video, it is damaged, or its frames are too large.
+        OSError, ValueError: The file is not a video, is damaged, or its frames are too large.
     """
     av = _av()
     try:
@@ -100,7 +100,7 @@ def _open(av: Any, video: Video) -> Any:
 
 
 class Writer:
-    """A video with labels, with the size and speed of the given frames; the file appears when it is complete.
+    """Writes a video with labels, with the size and speed of the frames; the file appears when it is complete.
 
     Args:
         path: The file; its suffix names the container.
@@ -136,7 +136,7 @@ class Writer:
         self._stream.codec_context.time_base = Fraction(1, TICKS)
 
     def close(self) -> bool:
-        """Finish the file, and return whether there is one: without frames there is none."""
+        """Finish the file, and return whether it was written; without frames it is not."""
         if self._container is None:
             return False
         self._container.mux(self._stream.encode())

@@ -1,9 +1,9 @@
 """Fetches one image from a URL that the user typed, within limits of time and size, and from no unintended address.
 
-Redirects go only to http or https, and never from https back to http. An address that is not public (this machine,
-the local network, a cloud's metadata) is used only if the URL itself names it, as localhost or as a number: a host
-name or a redirect chosen by others cannot lead there. The connection goes to exactly the address that was checked.
-Proxies and cookies are not used. Standard library only.
+Redirects are followed only to http or https, and never from https to http. Some addresses are not public: this
+machine, the local network, a cloud's metadata. They are used only if the URL that the user typed names them, as
+localhost or as an IP address, so a host name or a redirect of others cannot lead there. The connection goes to
+exactly the address that was checked. Proxies and cookies are not used. Standard library only.
 """
 
 import http.client
@@ -31,11 +31,11 @@ def is_url(text: str) -> bool:
 
 
 def fetch(url: str) -> bytes:
-    """Return the body behind a URL.
+    """Return the contents of a URL.
 
     Raises:
-        OSError: It cannot be fetched, takes too long, or leads to a forbidden address.
-        ValueError: It is not a URL, or the body is too large.
+        OSError: The URL cannot be fetched, takes too long, or leads to a forbidden address.
+        ValueError: It is not a URL, or the contents are too large.
     """
     deadline, typed = time.monotonic() + SECONDS, urlsplit(url)
     parts, plain = typed, _is_plain(typed)
@@ -48,7 +48,7 @@ def fetch(url: str) -> bytes:
 
 
 def _is_plain(url: SplitResult) -> bool:
-    """Return whether a URL names its address directly: localhost, or a number."""
+    """Return whether a URL names its address directly, as localhost or as an IP address."""
     return url.hostname == "localhost" or _address(url.hostname or "") is not None
 
 
@@ -95,7 +95,7 @@ def _get(url: SplitResult, plain: bool, deadline: float) -> bytes | str:
 
 @contextmanager
 def _answer(url: SplitResult, plain: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Yield the answer to a request; when the time is up, the connection is closed, whatever it waits for."""
+    """Yield the answer to a request; at the deadline the connection is closed, so that nothing waits longer."""
     assert url.hostname
     port = url.port or (443 if url.scheme == "https" else 80)
     left = max(0.1, deadline - time.monotonic())

@@ -1,1 +1,1 @@
-"""One HTTP server and its page."""
+"""`convmixer serve`: an HTTP server for one model, and its web page."""

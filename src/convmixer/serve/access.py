@@ -1,4 +1,4 @@
-"""Access control: the host names this server answers to, the pages of other origins, and the token."""
+"""Access control: the server's host names, pages of other origins, and the bearer token."""
 
 import hmac
 import ipaddress
@@ -23,11 +23,11 @@ class Access:
     """Access control.
 
     Args:
-        token: Bearer token that clients of /v1 and /metrics must send; None: none needed.
-        hosts: Host names that the server answers to, besides localhost and IP addresses. Another site can point its
-            own name at this machine (DNS rebinding), but not these.
-        origins: Pages of other sites that may use the API, such as https://example.org; "*": all.
-        root_path: URL prefix under which a proxy serves this, such as /classify.
+        token: Bearer token that clients of /v1 and /metrics must send; None: no token is needed.
+        hosts: Host names that the server answers to, besides localhost and IP addresses. Other names are refused,
+            because another site could point its own name at this machine (DNS rebinding).
+        origins: Sites whose pages may use the API, such as https://example.org; "*": all.
+        root_path: URL prefix under which a proxy serves this server, such as /classify.
     """
 
     token: str | None = None
@@ -46,10 +46,10 @@ class Access:
             raise RequestError(f"--root-path {self.root_path!a} must look like /classify")
 
     def check_host(self, scope: Scope) -> None:
-        """Check that a request is for this server.
+        """Check that a request is addressed to this server.
 
         Raises:
-            Refusal: 421 it is for another server, 400 it has no Host header or several.
+            Refusal: 421 if it is addressed to another server; 400 if it has no Host header or several.
         """
         given = _values(scope, b"host")
         if not given and scope["http_version"] == "1.0":
@@ -61,10 +61,10 @@ class Access:
             raise Refusal(421, "wrong_host", text)
 
     def check_origin(self, scope: Scope) -> None:
-        """Check that no page of another site uses the API through its visitor's browser.
+        """Check that the request does not come from a page of another site in a visitor's browser.
 
         Raises:
-            Refusal: 403 one does.
+            Refusal: 403 if it does.
         """
         for origin in _values(scope, b"origin"):
             netloc = origin.partition("://")[2]
@@ -78,7 +78,7 @@ class Access:
         """Check the bearer token.
 
         Raises:
-            Refusal: 401 it is missing or wrong.
+            Refusal: 401 if the token is missing or wrong.
         """
         if self.token is None:
             return
@@ -124,7 +124,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(p for p in self.pairs if p[0] not in present)]
-                # the route, not the path: each requested path would become a new series
+                # count by route, not by path: each path that is requested would become a new series
                 self.count(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 
@@ -134,7 +134,7 @@ class Guard:
                 await drain(Request(scope, receive))
                 return await refusal(scope, receive, with_headers)
             await self.app(scope, receive, with_headers)
-        except Exception:  # answered further out, as a 500
+        except Exception:  # the outer application answers it with a 500
             self.count(getattr(scope.get("route"), "path", "other"), 500)
             raise
 

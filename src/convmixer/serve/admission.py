@@ -1,4 +1,4 @@
-"""Admission: limits requests and the bytes of their bodies, in all and for each client."""
+"""Admission: limits the number of requests and the bytes of their bodies, in total and per client."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ def client_of(request: Request) -> str:
 
 
 class Slot:
-    """The place of one request, and the bytes it holds.
+    """An admitted request, and the bytes of its body that are in memory.
 
     Args:
-        admission: Where it is counted.
+        admission: The object that counts it.
         client: Address of its client.
     """
 
@@ -32,10 +32,10 @@ class Slot:
         self.admission, self.client, self.bytes = admission, client, 0
 
     def charge(self, size: int) -> None:
-        """Count bytes that have arrived; bytes that are only announced do not count.
+        """Count bytes that have arrived, not bytes that are only announced.
 
         Raises:
-            Refusal: 503 all clients together hold too many bytes, 429 this one does.
+            Refusal: 503 if all clients together have too many bytes in memory; 429 if this client has.
         """
         held, limits = self.admission.bytes, self.admission.limits
         if held.total() + size > limits.held_bytes:
@@ -48,7 +48,7 @@ class Slot:
 
 
 class Admission:
-    """Counts the requests being read or decoded, and their bytes, in all and for each client.
+    """Counts the requests being read or decoded, and their bytes, in total and per client.
 
     Args:
         limits: The limits.
@@ -64,7 +64,7 @@ class Admission:
         """Admit a request, and count it until the context ends.
 
         Raises:
-            Refusal: 503 there are too many requests, 429 this client has too many.
+            Refusal: 503 if there are too many requests; 429 if this client has too many.
         """
         if self.requests.total() >= self.limits.queue:
             raise busy()

@@ -5,10 +5,10 @@
     GET  /healthz      the process runs             GET  /readyz       the model answers
     GET  /metrics      Prometheus                   GET  /openapi.json
 
-A request holds one image as its body, or up to 32 as files of a multipart form. `Limits` holds the limits of a
-request, `Access` says who may send one. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get a
-plain 400. Concurrent requests are batched. File names and paths in a request are never used, and no image content is
-logged.
+The body of a request is one image, or a multipart form with up to 32 images as files. `Limits` holds the limits of a
+request, `Access` decides who may send one. Every refusal is JSON: {"error": {"code", "message"}}; non-HTTP bytes get
+a plain 400. Concurrent requests are batched. File names and paths in a request are never used, and no image content
+is logged.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -47,7 +47,7 @@ def create_app(
     access: Access | None = None,
     samples: Sequence[bytes] = (),
 ) -> FastAPI:
-    """Return the application. The model runs once first, so a broken one fails before listening.
+    """Return the application. The model runs once when it starts, so a broken one fails before the server listens.
 
     Args:
         classifier: The model to serve.
@@ -103,7 +103,7 @@ def _refuse_in_json(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        # starlette sends 500s outside Guard
+        # starlette sends this answer outside of Guard, so the headers are added here
         return JSONResponse(reason("internal", "the request failed; the server's log says why"), 500, HEADERS)
 
 
@@ -157,7 +157,7 @@ def _add_api(app: FastAPI, service: Service, access: Access) -> None:
             bool | None, Query(description="add what the network saw, and class-activation maps")
         ] = None,
     ) -> Response:
-        # straight to JSON: validating our own answer costs as much as decoding the image
+        # written as JSON directly: letting FastAPI validate our own answer takes as long as decoding the image
         answer = await service.predict(request, topk, explain)
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
@@ -187,6 +187,6 @@ def _model_info(service: Service, guarded: bool) -> ModelInfo:
 
 
 def _warm(classifier: Classifier) -> None:
-    """Run the model once, to check that it works and so that the first request does not wait for one-time setup."""
+    """Run the model once, to check that it works, and to do its one-time setup before the first request."""
     p = classifier.preprocessing
     classifier.explained(np.zeros((1, p.in_chans, p.img_size, p.img_size), np.float32), True)

@@ -1,4 +1,4 @@
-"""Batches concurrent requests: a queue, one worker, no waiting for a batch to fill."""
+"""Batches concurrent requests with a queue and one worker, which never waits for a batch to fill."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,12 +24,13 @@ class _Item:
 
 
 class Batcher:
-    """Runs a model in one thread on whatever is waiting, so that a batch forms while the previous one is computed.
+    """Runs a model in one thread on all images that wait, up to `max_batch`.
 
-    A lone request is computed at once: nothing waits for a timer.
+    A batch forms while the previous one is computed. There is no timer: a single request is computed at once.
 
     Args:
-        compute: (B, C, H, W) and whether maps are wanted -> logits (B, classes) and maps (B, k, h, w) or None.
+        compute: Images (B, C, H, W), and whether maps are wanted -> logits (B, classes), and maps (B, k, h, w) or
+            None.
         max_batch: Images computed at once.
         max_queue: Images that may wait.
         on_batch: Called with the size of each batch.
@@ -44,7 +45,7 @@ class Batcher:
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, arrays: list[np.ndarray], explain: bool) -> list[tuple[np.ndarray, Maps]]:
-        """Return logits (classes,) and maps (k, h, w) or None for each (C, H, W) array, in order.
+        """Return for each array (C, H, W) its logits (classes,), and its maps (k, h, w) or None, in order.
 
         Raises:
             QueueFull: The images do not fit into the queue.
@@ -62,7 +63,7 @@ class Batcher:
         self._worker = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
-        """Stop the worker; what is being computed is finished first."""
+        """Stop the worker after the batch that it is computing."""
         if self._worker:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -73,7 +74,7 @@ class Batcher:
             items = [await self.waiting.get()]
             while len(items) < self.max_batch and not self.waiting.empty():
                 items.append(self.waiting.get_nowait())
-            items = [item for item in items if not item.answer.done()]  # without those whose requests gave up
+            items = [item for item in items if not item.answer.done()]  # a request that gave up is done already
             if items:
                 await self._answer(items)
 

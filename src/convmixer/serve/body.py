@@ -1,4 +1,4 @@
-"""A request's body: read within limits of time and size, and split if it is a multipart form."""
+"""Reads a request's body within limits of time and size, and splits it if it is a multipart form."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from convmixer.serve.admission import Slot
 from convmixer.serve.http import Refusal, drain
 from convmixer.serve.limits import Limits
 
-PART_HEAD_BYTES = 4096  # of a part's headers, and of the Content-Type
-BOUNDARY_BYTES = 200  # the standard allows 70
+PART_HEAD_BYTES = 4096  # limit on a part's headers, and on the Content-Type
+BOUNDARY_BYTES = 200  # limit on the boundary; the standard allows 70
 FIELDS = ("topk", "explain")
 FIELD_BYTES = 100
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a body holds: image files, and the text of form fields by name."""
+    """The contents of a body: image files, and the text of form fields by name."""
 
     images: list[bytes]
     fields: dict[str, str]
 
 
 async def read_form(request: Request, limits: Limits, slot: Slot) -> Form:
-    """Return what a request's body holds.
+    """Return the contents of a request's body.
 
     Raises:
-        Refusal: It is of an unsupported type, too large, too slow, malformed or empty.
+        Refusal: The body has an unsupported type, or is too large, too slow, malformed or empty.
     """
     try:
         kind = _check_type(request)
@@ -58,11 +58,11 @@ def _check_type(request: Request) -> str:
 
 
 async def read_body(request: Request, limits: Limits, slot: Slot) -> bytes:
-    """Return the body of a request, charged to its slot as it arrives.
+    """Return the body of a request; its bytes are counted in the slot as they arrive.
 
     Raises:
-        Refusal: 400 it is empty or its length is not a number, 408 it comes too slowly, 413 it is too large,
-            429 or 503 there is no room for it.
+        Refusal: 400 if the body is empty or its length is not a number; 408 if it arrives too slowly; 413 if it is
+            too large; 429 or 503 if there is no room for it.
     """
     too_large = Refusal(413, "body_too_large", f"the body may have at most {limits.body_bytes} bytes")
     if _declared_length(request) > limits.body_bytes:
@@ -94,12 +94,12 @@ def _declared_length(request: Request) -> int:
 
 
 def split_form(body: bytes, content_type: str, max_images: int) -> Form:
-    """Return what a multipart body holds. A part with a file name is an image; the name itself is not used.
+    """Return the contents of a multipart body. A part with a file name is an image; the name is not used.
 
-    The size of the body bounds the work: it ends at the first error.
+    The work grows only with the size of the body, and ends at the first error.
 
     Raises:
-        Refusal: 400 it is malformed or has no images, 413 it has too many, 422 it has fields of other names.
+        Refusal: 400 if the body is malformed or has no images; 413 if it has too many; 422 if it has other fields.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary or len(boundary) > BOUNDARY_BYTES:
@@ -146,10 +146,15 @@ def _add_part(form: Form, head: bytes, content: bytes, max_images: int) -> None:
 
 
 def chosen(fields: dict[str, str], topk: int | None, explain: bool | None, classes: int) -> tuple[int, bool]:
-    """Return `topk` and `explain` from the query (if not None) or the form's fields, else their defaults.
+    """Return `topk` and `explain` from the query or from the form's fields; otherwise their defaults.
+
+    Args:
+        fields: The form's fields.
+        topk, explain: Values from the query, or None.
+        classes: Number of classes of the model.
 
     Raises:
-        Refusal: A field has an invalid value, or is in the query too.
+        Refusal: A value is invalid, or is in both the query and the form.
     """
     for name, given in (("topk", topk), ("explain", explain)):
         if name in fields and given is not None:

@@ -1,4 +1,4 @@
-"""The form of a refusal, and the headers of every answer."""
+"""Refusals, and the headers that every answer has."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-DRAIN_SECONDS = 2.0  # how long to go on reading a refused body, so that the client can read the answer
+DRAIN_SECONDS = 2.0  # how long a refused body is still read, so that the client can read the answer
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -38,7 +38,9 @@ def reason(code: str, message: str) -> dict[str, Any]:
 
 
 async def drain(request: Request) -> None:
-    """Read and drop the rest of a body for a moment: closing early would hide the answer from the client."""
+    """Read and drop the rest of a body for a moment; if the connection closed at once, the client might lose the
+    answer.
+    """
     with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
         async with asyncio.timeout(DRAIN_SECONDS):
             async for _ in request.stream():

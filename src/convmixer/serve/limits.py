@@ -10,17 +10,17 @@ class Limits:
     """Limits of requests.
 
     Args:
-        body_bytes: Size of a body.
+        body_bytes: Size of a body in bytes.
         pixels: Pixels of one image, width times height, as its header says.
         images: Images in one request.
-        queue: Images waiting to be computed, and requests being read or decoded.
+        queue: Images that wait to be computed, and also requests that are read or decoded at once.
         batch: Images computed at once.
-        send_seconds: Time for a request's head, and again for its body, to arrive.
-        answer_seconds: Time from a whole request to its answer.
-        held_bytes: Bodies being read or decoded, together.
+        send_seconds: Time for a request's head to arrive, and the same again for its body.
+        answer_seconds: Time from the end of a request to its answer.
+        held_bytes: Bytes of all bodies that are read or decoded at once.
         connections: Open connections.
 
-    Each client is limited to half of the connections, of the requests being read or decoded, and of the bytes.
+    Each client gets at most half of the connections, of the requests being read or decoded, and of the bytes.
     """
 
     body_bytes: int = 16 << 20

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with bounds on connections, on a request's head, and on waiting for a client to read."""
+"""uvicorn's HTTP protocol, with limits on connections, on a request's head, and on how slowly a client reads."""
 
 import json
 import socket
@@ -8,8 +8,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from convmixer.serve.http import reason
 
-HEAD_BYTES = 65_536  # of a request's head, trailers and chunk framing
-PACE_BYTES = 65_536  # of an answer, which a client must read within `Protocol.seconds`
+HEAD_BYTES = 65_536  # limit on a request's head, trailers and chunk framing together
+PACE_BYTES = 65_536  # bytes of an answer that a client must read within `Protocol.seconds`
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -17,8 +17,8 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     Attributes:
         seconds: Time for a request's head to arrive, and for PACE_BYTES of the answer to be read.
-        most: Most open connections.
-        most_per_client: Most open connections of one address.
+        most: Limit on open connections.
+        most_per_client: Limit on open connections of one address.
     """
 
     seconds = 10.0
@@ -27,7 +27,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio sets this only on sockets made for TCP by name, which uvicorn's are not: answers would wait 40 ms
+        # without TCP_NODELAY answers would wait 40 ms; asyncio does not set it on the sockets that uvicorn makes
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unsent = self._received = self._body = 0
         self._head_timer = self.loop.call_later(self.seconds, self._head_late)

@@ -1,4 +1,4 @@
-"""The shape of requests and answers, as /openapi.json describes it."""
+"""The types of requests and answers, as /openapi.json describes them."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class Error(BaseModel):
 
 
 class Evidence(BaseModel):
-    """What the network saw, and how much each patch adds to the logits of the classes predicted."""
+    """The image that the network got, and how much each patch adds to the logits of the predicted classes."""
 
     seen: str
     maps: list[list[list[float]]] | None
@@ -34,14 +34,14 @@ class Prediction(BaseModel):
 
 
 class Predictions(BaseModel):
-    """One prediction per image, in the order sent."""
+    """One prediction per image, in the order of the images."""
 
     predictions: list[Prediction]
     milliseconds: float
 
 
 class ModelInfo(BaseModel):
-    """What is served."""
+    """The model that is served."""
 
     name: str
     version: str

@@ -1,4 +1,4 @@
-"""The server process: its address, its token, its shutdown."""
+"""Runs the server process: its address, its token, its shutdown."""
 
 import ctypes
 import ipaddress
@@ -95,21 +95,21 @@ def serve(
     samples: str | None = None,
     expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Serve weights until SIGTERM or SIGINT; requests that were accepted are finished first.
+    """Serve weights until SIGTERM or SIGINT; requests that were accepted are then finished.
 
     Args:
-        weights: Whatever `load_classifier` takes.
-        host: Address to listen on; with anything but a loopback address, other machines can connect.
-        port: Port; 0: any free one, which is printed.
+        weights: See `load_classifier`.
+        host: Address to listen on. Other machines can connect, unless it is a loopback address.
+        port: Port; 0: any free port, which is printed.
         precision: See `load_classifier`.
-        access: Who may send requests; None: anyone who can connect. The host is added to the names it answers to.
-        limits: Limits of requests.
-        samples: Pictures that the page offers: a run, a folder of images, or "none"; default: those saved with the
+        access: Who may send requests; None: anyone who can connect. `host` is added to its host names.
+        limits: Limits of requests; None: the defaults.
+        samples: Pictures that the page offers: a run, a folder of images, or "none". None: those saved with the
             weights if only this machine can connect, else none.
         expected: Overrides of the weights' input settings, see `load_classifier`.
 
     Raises:
-        RequestError: The weights or samples cannot be loaded, or the address cannot be listened on.
+        RequestError: The weights or samples cannot be loaded, or the server cannot listen on the address.
     """
     limits, access = limits or Limits(), access or Access()
     if not 0 <= port <= 65535:
@@ -144,7 +144,7 @@ def serve(
         flush=True,
     )
     _give_memory_back()
-    # uvicorn raises the signal once more after it has shut down; by then all is done, and the exit status is to be 0
+    # uvicorn raises the signal again after it has shut down; then all is done, and the exit status should be 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: None)
     uvicorn.Server(config).run([socket])

@@ -1,4 +1,4 @@
-"""One model behind a queue: bodies in, predictions out."""
+"""One model behind a queue: reads and decodes request bodies, and returns predictions."""
 
 import asyncio
 import ctypes
@@ -28,13 +28,13 @@ from convmixer.serve.http import Refusal
 from convmixer.serve.limits import Limits
 from convmixer.serve.schema import Evidence, Prediction, Predictions
 
-DECODING_PIXELS = 100_000_000  # of all images being decoded at once; a pixel takes up to 12 bytes meanwhile
+DECODING_PIXELS = 100_000_000  # pixels of all images that are decoded at once; each takes up to 12 bytes
 MAX_SLOW_IMAGES = 16  # images whose decoding may take long, in their one queue; further ones are refused
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 
 
 class Service:
-    """One model behind a queue, with its limits, its metrics and the threads that decode.
+    """One model behind a queue, with limits, metrics and the threads that decode images.
 
     Args:
         classifier: The model.
