@@ -158,12 +158,27 @@ def _norms_reason(model: Any) -> str | None:
             return "a BatchNorm has no weight, no running statistics or no momentum"
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             return "a BatchNorm has no running statistics"
-        if (norm.eps, norm.training) != (first.eps, first.training):
-            return "the BatchNorms differ in eps or mode"
+        if norm.eps != first.eps:
+            return "the BatchNorms differ in eps"
         tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         if any(tuple(t.shape) != tuple(first.weight.shape) for t in tensors):
             return "the BatchNorms differ in size"
-    return None
+    modes = [norm.training for norm in norms_of(model)]
+    return None if len(set(modes)) == 1 or frozen_blocks(model) is not None else "the BatchNorms differ in mode"
+
+
+def frozen_blocks(model: Any) -> int | None:
+    """Return how many leading blocks have norms in eval mode, as the stem's is, while all later ones train.
+
+    None if the norms are in one mode, or in different modes in any other way. The kernels then run the first blocks
+    without gradients.
+    """
+    modes = [norm.training for norm in norms_of(model)]
+    first = modes.index(True) if True in modes else 0
+    if first % 2 == 0 or not all(modes[first:]):  # the stem has one norm, each block two
+        return None
+    patches = len(model.stem) == 3 and is_patches(model.stem[0])
+    return first // 2 if patches and all_depthwise(model.blocks) else None
 
 
 def plain_blocks(model: Any) -> int:
@@ -217,6 +232,10 @@ class Found:
         self.copies = [dict(d) for d in self.dicts]
         self.weights = [p for p in own if p.ndim == 4]
         self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
+        self.frozen: list[Tensor] = []  # parameters that get no gradients, see `frozen_blocks`
+        if not self.reason and (blocks := frozen_blocks(model)) is not None:
+            parts = [model.stem, *list(model.blocks)[:blocks]]
+            self.frozen = [parameter for part in parts for parameter in part.parameters()]
 
     def holds(self) -> bool:
         """Return whether nothing has changed since."""

@@ -13,7 +13,7 @@ from torch.utils._device import DeviceContext
 
 from convmixer import kernels
 from convmixer.device import native_bf16
-from convmixer.fast.structure import QUIETLY, all_depthwise, forwards_replaced, found, unusual
+from convmixer.fast.structure import QUIETLY, all_depthwise, forwards_replaced, found, frozen_blocks, unusual
 
 DTYPES = {
     "fp32": torch.float32,
@@ -70,13 +70,16 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
         return QUIETLY  # fx passes proxies, and other tools pass tensor subclasses
     if torch.compiler.is_compiling():  # torch.compile guards on each value read here
-        known = unusual(model) or (None if all_depthwise(model.blocks) and not forwards_replaced() else QUIETLY)
+        usual = all_depthwise(model.blocks) and not forwards_replaced() and frozen_blocks(model) is None
+        known = unusual(model) or (None if usual else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x)
     if tools_at_work():
         return QUIETLY
     about = found(model)
     if about.reason:
         return about.reason
+    if about.frozen and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *about.frozen)):
+        return "the first BatchNorms are in eval mode, but their layers are trained"
     weight = about.weights[0]
     dtypes = {weight.dtype, _computed_in(weight)}
     kernels_reason = next(filter(None, (why_not(weight.device, dtype) for dtype in dtypes)), None)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from convmixer.fast.structure import ACTS, all_depthwise, is_patches, norms_of, plain_blocks, unusual
+from convmixer.fast.structure import ACTS, all_depthwise, frozen_blocks, is_patches, norms_of, plain_blocks, unusual
 from convmixer.fast.support import dtype_of, emulates_bf16, say_once, unfit, why_not
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
@@ -93,8 +93,10 @@ class _OnKernels(ConvMixer):
         model: Any = self
         norms, plain = norms_of(self), plain_blocks(self)
         v = _stem(self, x)
-        if norms[0].training and v.numel() == v.shape[3]:
+        if norms[-1].training and v.numel() == v.shape[3]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        if norms[-1].training and not norms[0].training:
+            return _partly_frozen(v, norms, model, pool)
         # if the first block ran as torch modules, the stem's norm is already applied: skip it
         return _features(v, norms[plain:], type(model.stem[1]), list(model.blocks)[plain:], pool)
 
@@ -142,6 +144,23 @@ def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any]
         y = y.mean((1, 2), dtype=torch.float32) if pool else y
     if training:
         _update_running(norms, statistics.detach(), v.numel() // v.shape[3])
+    return y
+
+
+def _partly_frozen(v: Tensor, norms: list[Any], model: Any, pool: bool) -> Tensor:
+    """Run the first blocks with their running statistics and without gradients, and train the others."""
+    from convmixer.kernels import blocks
+
+    count, every = frozen_blocks(model), list(model.blocks)
+    assert count is not None
+    first = 2 * count + 1  # norm that trains
+    running = [t.float() for norm in norms[:first] for t in (norm.running_mean, norm.running_var)]
+    settings = norms[0].eps, ACTS[type(model.stem[1])]
+    v = blocks.frozen(v, block_parameters(norms[0], every[:count]), running, *settings)
+    weight, bias, *trained = block_parameters(norms[first - 1], every[count:])
+    fixed = blocks.frozen_norm(v, weight, bias, running[-2:], *settings)
+    y, statistics = blocks.features(v, [*fixed, *trained], [], *settings, True, pool)
+    _update_running(norms[first:], statistics.detach()[1:], v.numel() // v.shape[3])
     return y
 
 

@@ -50,6 +50,48 @@ def features(
     return y[..., :C].contiguous(), kept[-1][..., :C]
 
 
+@torch.no_grad()
+def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int) -> Tensor:
+    """Run the stem's activation and norm, then blocks that are not trained, up to the last pointwise convolution.
+
+    Args:
+        v, parameters, eps, act: As in `features`.
+        running: Running mean and variance of each norm.
+
+    Returns:
+        The v that the last block's own norm follows, to go on with in `features`; v itself if there is no block.
+    """
+    C = len(parameters[0])
+    if more := wide(C) - C:
+        v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
+        parameters, running = _wider(parameters, running, more)
+    for i in range((len(parameters) - 2) // PER_BLOCK):
+        block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # with the norm before it
+        # one block at a time, so that not all of them are kept; the pool costs less than an image
+        _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, True)
+    return v
+
+
+@torch.no_grad()
+def frozen_norm(
+    v: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], eps: float, act: int
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias with which a norm that uses the batch's statistics equals one with running ones.
+
+    Args:
+        v: What the activation and the norm follow, (N, H, W, C) or wider.
+        weight, bias: The norm's, fp32 (C,).
+        running: Its running mean and variance.
+        eps: BatchNorm's.
+        act: 0 for GELU, 1 for ReLU.
+    """
+    scale, shift = scale_shift(weight, bias, torch.stack(running).double(), eps).double()
+    mean, variance = statistics_of(_kernels.act_statistics(v, act), v.numel() // v.shape[3], running)[
+        :, : len(weight)
+    ]
+    return (scale * (variance + eps).sqrt()).float(), (shift + mean * scale).float()
+
+
 def wide(channels: int) -> int:
     """Return `channels` rounded up to a multiple of 8, the length of an fp32 vector of AVX2.
 
