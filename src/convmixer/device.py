@@ -4,7 +4,7 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+GROUPS, PROCESS_GROUPS = "/sys/fs/cgroup", "/proc/self/cgroup"  # control groups of Linux
 
 
 def choose_device(name: str = "auto") -> "torch.device":
@@ -123,17 +124,53 @@ def count_memory(device: "torch.device") -> Callable[[], int]:
 
 
 def available_bytes() -> int:
-    """Return the free memory, without swapping; if the system does not report it, all memory."""
+    """Return the free memory, without swapping; if the system does not report it, all memory.
+
+    In a container or another control group with a memory limit this is at most what the limit leaves.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return total_bytes()
+        free = total_bytes()
+    return min([free, *(left for _, left in _memory_limits())])
 
 
 def total_bytes() -> int:
-    """Return the memory of the machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the memory of the machine, or the limit of the container or control group that this process is in."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *(limit for limit, _ in _memory_limits())])
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """Return the limit, and what of it is left, in bytes, for each control group around this process that has one."""
+    found = []
+    for folder, maximum, current, cached in _control_groups():
+        try:
+            limit, used = (int((folder / name).read_text()) for name in (maximum, current))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or "max": it has no limit
+            continue
+        # the kernel gives files that were not used lately back before it refuses memory
+        found.append((limit, max(0, limit - used + int(stat.get(cached, 0)))))
+    return found
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Give the folder of each control group of memory around this process, and its files' names: versions 1 and 2."""
+    try:
+        lines = Path(PROCESS_GROUPS).read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = Path(GROUPS) / "memory" if kinds else Path(GROUPS)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        inside = Path(path.lstrip("/"))
+        for part in (inside, *inside.parents):  # a container often shows its own group as the root
+            yield (root / part, *(names if kinds else ("memory.max", "memory.current", "inactive_file")))
 
 
 def _status(field: str) -> int:
