@@ -1,5 +1,7 @@
 """Shards from a server that fails, stalls, cuts off and changes: complete and right, or refused in one line."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +170,20 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: FileServer, monkey
     with pytest.raises(RequestError, match=r"GB would be fetched into .* set XDG_CACHE_HOME to a larger disk"):
         find(server.url + ONE)
     assert not gets(server)
+
+
+def test_copies_not_used_for_a_week_make_room(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        find(f"{server.url}/set/digits-train-{number:03}.tar")
+    old, fresh = copies()
+    os.utime(old, (0, time.time() - 8 * 86400))
+    monkeypatch.setattr(fetch, "MOST_SHARE", 0.0)
+    find(server.url + ONE)  # asked for, so it counts as used now
+    assert copies() == [old, fresh]
+    os.utime(old, (0, time.time() - 8 * 86400))
+    find(f"{server.url}/set/digits-train-002.tar")
+    assert old not in copies()
+    assert fresh in copies()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.cache_folder() == tmp_path / ".cache" / "convmixer"
+
+
+def test_the_files_used_last_stay_and_those_of_this_week_too(tmp_path: Path) -> None:
+    now = time.time()
+    for day in range(6):
+        path = tmp_path / str(day)
+        path.write_bytes(bytes(100))
+        os.utime(path, (now, now - day * 86400))
+    files.prune([*tmp_path.iterdir(), tmp_path / "gone"], 150, unused_seconds=2.5 * 86400)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+    files.prune(tmp_path.iterdir(), 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

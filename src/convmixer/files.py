@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -95,6 +96,27 @@ def remove_leftovers(folder: Path) -> None:
         name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
         if name.endswith(f".{host}") and number.isdecimal() and not process_exists(int(number)):
             path.unlink(missing_ok=True)
+
+
+def prune(files: Iterable[Path], most_bytes: float, unused_seconds: float = 0.0) -> None:
+    """Delete the least recently used of some files beyond a total size.
+
+    Args:
+        files: The files of a cache; whoever uses one sets its time to now.
+        most_bytes: Size of all that stay.
+        unused_seconds: A file used within so many seconds stays in any case.
+    """
+    known = []
+    for path in files:
+        with contextlib.suppress(OSError):  # another process deleted it
+            status = path.stat()
+            known.append((status.st_mtime, status.st_size, path))
+    total = 0
+    for used, size, path in sorted(known, reverse=True):
+        total += size
+        if total > most_bytes and time.time() - used >= unused_seconds:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def cached_file(folder: str, key: bytes, suffix: str) -> Path:

@@ -13,14 +13,14 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from convmixer.errors import RequestError
-from convmixer.files import cache_folder, sync_folder
+from convmixer.files import cache_folder, prune, sync_folder
 from convmixer.processes import one_at_a_time
 from convmixer.progress import track
 from convmixer.text import terminal
@@ -33,6 +33,8 @@ SLOWEST = 10_000
 CHUNK = 1 << 20
 AT_ONCE = 8  # files
 SPARE_BYTES = 1 << 30  # bytes of the disk that are left free
+MOST_SHARE = 0.5  # of the disk that is free without them, for all copies
+UNUSED_SECONDS = 7 * 86400.0  # a run may still read copies that it asked for in this time
 LOCAL_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 PASSING = (408, 425, 429)  # 4xx statuses after which another try may succeed
 CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # packages after whose errors to try again
@@ -74,6 +76,8 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
     stop = threading.Event()
     found, notes = _split_notes(_side_by_side(lambda url: _look(url, stop), urls, stop))
     missing = [file for file in found if isinstance(file, RemoteFile) and not file.place.exists()]
+    if missing:
+        _forget_old_copies({file.place if isinstance(file, RemoteFile) else file for file in found}, missing)
     _check_sizes(missing, most_bytes)
     if missing and most_bytes is None:
         size = sum(file.size for file in missing) / 1e6
@@ -127,6 +131,17 @@ def _check_sizes(missing: Sequence[RemoteFile], most: int | None) -> None:
             f"{needed / 1e9:.1f} GB would be fetched into {folder}, where {free / 1e9:.1f} GB are free, and "
             f"{SPARE_BYTES / 1e9:.1f} GB must stay free: free some, or set XDG_CACHE_HOME to a larger disk"
         )
+
+
+def _forget_old_copies(wanted: Container[Path], missing: Sequence[RemoteFile]) -> None:
+    """Delete copies not used for a week, the oldest first, if with the new ones they would take half the disk."""
+    folder = cache_folder("shards")
+    copies = {path: size for path in folder.rglob("*") if path.is_file() and (size := _size(path))}
+    if copies:
+        room = MOST_SHARE * (shutil.disk_usage(folder).free + sum(copies.values()))
+        others = [path for path in copies if path not in wanted]
+        taken = sum(size for path, size in copies.items() if path in wanted) + sum(file.size for file in missing)
+        prune(others, room - taken, UNUSED_SECONDS)
 
 
 # Ask for a file

@@ -15,12 +15,13 @@ import numpy as np
 
 from convmixer.data.sources import Arrays, Files, Shards, Source
 from convmixer.data.status import file_status, settled
-from convmixer.files import atomic_file, cached_file
+from convmixer.files import atomic_file, cached_file, prune
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
 CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
+CACHE_BYTES = 1 << 30  # of all scans; beyond it the oldest are deleted
 PART = 256
 
 
@@ -96,7 +97,8 @@ class _Kept:
     def load(cls, source: Files | Shards) -> "_Kept":
         """Return the cached headers and digests; none if the cache is damaged or belongs to other files."""
         try:
-            with _cache_file(source).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            os.utime(path := _cache_file(source))  # marks it used
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 table = {name: file[name].astype(kind) for name, kind in _COLUMNS} | {"modes": file["modes"]}
         except Exception:  # missing, truncated, or of another version
             return cls(source, None)
@@ -128,8 +130,10 @@ class _Kept:
         """Write the cache if it has changed; if it cannot be written, nothing is cached."""
         if not self.changed:
             return
-        with contextlib.suppress(OSError), atomic_file(_cache_file(self.source)) as file:
+        path = _cache_file(self.source)
+        with contextlib.suppress(OSError), atomic_file(path) as file:
             np.savez(file, **self.table)  # type: ignore[arg-type]  # its stubs know no names of arrays
+        prune(path.parent.glob("*.npz"), CACHE_BYTES)
         self.changed = False
 
     def digest_whole(self, index: int) -> int:

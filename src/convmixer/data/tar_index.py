@@ -16,9 +16,10 @@ import numpy as np
 from convmixer.data.status import file_status, settled
 from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
-from convmixer.files import atomic_file, cached_file
+from convmixer.files import atomic_file, cached_file, prune
 
 CACHED_FROM = 1 << 20  # bytes; the index of a smaller file is not kept, because it is made in no time
+CACHE_BYTES = 1 << 30  # of all indexes; beyond it the oldest are deleted
 TEXT_BYTES = 256
 VERSION = 1
 
@@ -61,11 +62,14 @@ def _members(path: Path) -> list[Member]:
         return list(_read(path))
     cache = cached_file("tars", os.fsencode(path.absolute()), ".npz")
     with contextlib.suppress(Exception):  # not there, cut short, or of another version
-        return _load(cache, status)
+        found = _load(cache, status)
+        os.utime(cache)  # marks it used
+        return found
     members = list(_read(path))
     if settled(status[:, 1]).all():
         with contextlib.suppress(OSError):  # if the cache cannot be written, nothing is cached
             _save(cache, status, members)
+            prune(cache.parent.glob("*.npz"), CACHE_BYTES)
     return members
 
 

@@ -30,7 +30,7 @@ from convmixer.device import available_bytes
 from convmixer.errors import RequestError
 from convmixer.fast import optimize_for_inference
 from convmixer.fast.inference import PlainInference
-from convmixer.files import cache_folder, write_atomic
+from convmixer.files import cache_folder, prune, write_atomic
 from convmixer.models.digest import digest_weights
 from convmixer.progress import track
 from convmixer.train.distributed import world_size
@@ -138,7 +138,7 @@ def compute(job: Job) -> Features:
     with _trunk(job) as trunk:
         train = [keep.get("train", view, trunk) for view in views]
         val = keep.get("val", None, trunk) if job.data.val else None
-    _prune(keep.folder)
+    prune(keep.folder.glob("*.safetensors"), CACHE_BYTES)
     count = sum(len(part[1]) for part in (*train, *([val] if val else [])))
     seconds = time.perf_counter() - began
     how = "from the cache" if keep.hits == len(train) + bool(val) else f"computed in {seconds:.1f} s"
@@ -284,14 +284,3 @@ def _read(path: Path) -> Part | None:
         return tuple(found[str(number)] for number in range(len(found)))
     except Exception:  # missing, truncated, or written by another program
         return None
-
-
-def _prune(folder: Path) -> None:
-    """Delete the least recently used features beyond `CACHE_BYTES`."""
-    with contextlib.suppress(OSError):
-        files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
-        total = 0
-        for path in files:
-            total += path.stat().st_size
-            if total > CACHE_BYTES:
-                path.unlink(missing_ok=True)
