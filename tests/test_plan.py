@@ -1,6 +1,7 @@
 """The plan of a run: counts are exact, memory and time are measured and grow with the work."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str]) -> N
     assert "settings that fit 1h" in shown
     assert "10 classes" in shown
     assert "longest side 8 px" in shown
+
+
+def test_a_frozen_run_costs_its_features_and_its_classifier(
+    digits_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"weights": str(digits_weights), "epochs": 4}
+    frozen = _plan(**weights, freeze="all", views=3, unfreeze_epochs=2)
+    all_layers = _plan(**weights)
+    parts = frozen["seconds_of_features"] + 4 * frozen["seconds_per_epoch"] + 2 * frozen["seconds_unfrozen"]
+    assert frozen["seconds_total"] == pytest.approx(parts + frozen["seconds_at_end"])
+    assert frozen["seconds_of_features"] > frozen["seconds_at_end"] > 0  # three views of more images
+    assert frozen["seconds_per_epoch"] == frozen["steps_per_epoch"] * frozen["seconds_per_step"]
+    assert frozen["seconds_per_step"] < all_layers["seconds_per_step"]
+    assert all_layers["seconds_of_features"] == all_layers["seconds_unfrozen"] == 0
+    shown = capsys.readouterr().out
+    assert "once; an epoch then trains the classifier on them" in shown
+    assert "4 epochs, then 2 of all layers" in shown
 
 
 def test_fewer_epochs_by_hand() -> None:

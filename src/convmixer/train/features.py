@@ -7,8 +7,10 @@ augmentation.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from convmixer.files import cache_folder, prune, write_atomic
 from convmixer.models.digest import digest_weights
 from convmixer.progress import track
 from convmixer.train.distributed import world_size
+from convmixer.train.engine import measure_speed
 from convmixer.train.freeze import ALL, classifier_of
 from convmixer.train.module import TrainingModule
 from convmixer.train.optim import is_muon
@@ -143,6 +146,28 @@ def compute(job: Job) -> Features:
     seconds = time.perf_counter() - began
     how = "from the cache" if keep.hits == len(train) + bool(val) else f"computed in {seconds:.1f} s"
     return Features(train, val, f"{count} images, {how}")
+
+
+def measure(job: Job, most_seconds: float = 10.0) -> tuple[float, float]:
+    """Return the seconds that the features of an image take, with reading it, and those of a step on features.
+
+    Args:
+        job: What would be trained.
+        most_seconds: About how long to measure.
+    """
+    assert job.data.train is not None
+    loader, parts, began = _loader(job, job.data.train, 0 if job.config.views else None), [], time.perf_counter()
+    with _trunk(job) as trunk, torch.no_grad():
+        for images, *rest in loader:
+            parts.append((trunk(images.to(job.device)).float().cpu(), *rest))
+            if time.perf_counter() - began > most_seconds / 2:
+                break
+    loader.close()
+    part = tuple(map(torch.cat, zip(*parts, strict=True)))
+    per_image = (time.perf_counter() - began) / len(part[0])
+    chosen = torch.arange(job.batch_size) % len(part[0])
+    steps = (tuple(values[chosen] for values in part) for _ in itertools.count())
+    return per_image, statistics.median(measure_speed(head_module(job, 1.0), steps, 20, most_seconds / 2))
 
 
 class _Cache:

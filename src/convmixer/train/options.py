@@ -17,14 +17,13 @@ from convmixer.device import count_memory
 from convmixer.errors import RequestError
 from convmixer.models.registry import shipped
 from convmixer.probe import fresh
-from convmixer.train.budget import seconds_per_image
+from convmixer.train import features
 from convmixer.train.engine import measure_speed
 from convmixer.train.fits import FEWEST_EPOCHS, smaller_model, smaller_size
 from convmixer.train.freeze import ALL
 from convmixer.train.setup import Job, prepare
 
 SURE = 0.9  # share of the time to plan for: a speed that was measured in seconds drifts over hours
-HEAD_STEP_SECONDS = 0.003  # a training step of a classifier on features, an upper bound
 MOST = 3
 
 
@@ -103,7 +102,7 @@ def _option(
     once = test * cost["per_image"]
     if config.freeze == ALL:
         once += (train * max(1, config.views) + val) * cost["per_image"]
-        epoch = job.steps_per_epoch * HEAD_STEP_SECONDS
+        epoch = job.steps_per_epoch * cost["step"]
     else:
         epoch = job.steps_per_epoch * cost["step"] + val * cost["per_image"]
     asked = config.epochs or Config().epochs
@@ -154,9 +153,10 @@ def _measure(data: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _cost(data: str, config: Config, timed: bool) -> dict[str, Any]:
     job = prepare(data, config)
     module, cost = job.module(1.0), {}
+    on_features = not features.why_not(job)
     peak = count_memory(job.device)
-    if config.freeze == ALL:
-        cost["per_image"] = seconds_per_image(module, job, 4.0) if job.data.val or job.data.test else 0.0
+    if on_features:
+        cost["per_image"], cost["step"] = features.measure(job, 4.0)
     else:
         cost["step"] = statistics.median(measure_speed(module, job.train_loader(workers=0), 2 if timed else 1, 4.0))
         cost["per_image"] = cost["step"] / job.batch_size / 2  # a forward pass is a third of a step

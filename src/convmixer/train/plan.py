@@ -15,10 +15,11 @@ from convmixer.data.summary import show, summarise
 from convmixer.device import available_bytes
 from convmixer.probe import macs
 from convmixer.text import duration, markup
-from convmixer.train import options
+from convmixer.train import features, options
 from convmixer.train.budget import seconds_per_image
 from convmixer.train.engine import measure_speed
-from convmixer.train.setup import prepare
+from convmixer.train.freeze import freeze
+from convmixer.train.setup import Job, prepare
 
 EVENING = "3h"  # the time for which `plan` proposes settings if no max_time is given
 
@@ -32,22 +33,19 @@ def plan(data: str, config: Config) -> dict[str, Any]:
 
     Returns:
         Among others: `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes` of
-        training, without the loaded libraries, data and model; `seconds_per_epoch` with validation; `seconds_total`;
-        `options`, up to three settings that fit into `budget` (max_time, else 3 hours), each with `what`, `flags`,
+        training, without the loaded libraries, data and model; `seconds_per_epoch` with validation;
+        `seconds_of_features`, which `freeze` computes once; `seconds_unfrozen`, of an epoch of all layers after that;
+        `seconds_at_end`, of the last evaluation; `seconds_total`; `options`, up to three settings that fit into `budget` (max_time, else 3 hours), each with `what`, `flags`,
         `epochs`, `seconds` and `memory`.
 
     Raises:
         RequestError: The settings or the data cannot be used.
     """
     job = prepare(data, config)
-    module = job.module(config.epochs or 1)
-    loader = job.train_loader()
-    step = statistics.median(measure_speed(module, loader))
-    per_image = seconds_per_image(module, job) if job.data.val or job.data.test else 0.0
-    val, test = (len(split) if (split := getattr(job.data, name)) else 0 for name in ("val", "test"))
-    per_epoch = job.steps_per_epoch * step + val * per_image
+    cost = _measure(job)
+    per_epoch, budget = cost["seconds_per_epoch"], config.max_time or EVENING
     epochs = config.epochs or int(parse_seconds(str(config.max_time)) / per_epoch)  # as many as fit
-    once, budget = test * per_image, config.max_time or EVENING
+    once = cost["seconds_of_features"] + cost["seconds_at_end"] + config.unfreeze_epochs * cost["seconds_unfrozen"]
     memory, others = options.measure(data, config, job, per_epoch * epochs + once, parse_seconds(budget))
     first = options.fewer_epochs(per_epoch, once, epochs, parse_seconds(budget), budget)
     result = {
@@ -55,17 +53,16 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in job.model.parameters()),
         "macs": macs(job.build, job.preprocessing.img_size, job.preprocessing.in_chans, len(job.data.classes)),
         "peak_memory_bytes": memory,
-        "seconds_per_epoch": per_epoch,
         "seconds_total": per_epoch * epochs + once,
-        "seconds_per_step": step,
-        "images_per_second": job.batch_size / step,
+        "images_per_second": job.batch_size / cost["seconds_per_step"],
         "batch_size": job.batch_size,
         "epochs": epochs,
+        "unfreeze_epochs": config.unfreeze_epochs,
         "steps_per_epoch": job.steps_per_epoch,
         "kernels": job.kernels,
         "device": job.device.type,
         "precision": job.config.precision,
-    }
+    } | cost
     result["budget"] = budget
     result["options"] = [options.plain(option) for option in ([first] if first else []) + others][: options.MOST]
     summary = summarise(job.data)
@@ -74,6 +71,34 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     result["advice"] = _advice(result, config)
     _show(result, data)
     return result
+
+
+def _measure(job: Job) -> dict[str, float]:
+    """Return what the parts of a run take in seconds, measured by a few real steps."""
+    config, data = job.config, job.data
+    train, val, test = (len(split) if split else 0 for split in (data.train, data.val, data.test))
+    features_seconds = later = 0.0
+    if features.why_not(job):
+        module = job.module(1.0)
+        step = statistics.median(measure_speed(module, job.train_loader()))
+        per_image = seconds_per_image(module, job) if val or test else 0.0
+        epoch = job.steps_per_epoch * step + val * per_image
+    else:
+        per_image, step = features.measure(job)
+        features_seconds = (train * max(1, config.views) + val) * per_image
+        epoch = job.steps_per_epoch * step
+    if config.unfreeze_epochs:
+        freeze(job.model, None)
+        later = job.steps_per_epoch * statistics.median(measure_speed(job.module(1.0), job.train_loader()))
+        later += val * per_image
+        freeze(job.model, config.freeze)
+    return {
+        "seconds_per_step": step,
+        "seconds_per_epoch": epoch,
+        "seconds_of_features": features_seconds,
+        "seconds_unfrozen": later,
+        "seconds_at_end": test * per_image,
+    }
 
 
 def _advice(result: dict[str, Any], config: Config) -> list[str]:
@@ -88,9 +113,8 @@ def _advice(result: dict[str, Any], config: Config) -> list[str]:
             )
     budget = parse_seconds(config.max_time) if config.max_time else None
     if budget and result["seconds_total"] > budget:
-        advice.append(
-            f"max_time {config.max_time} will cut it to about {budget / result['seconds_per_epoch']:.1f} epochs"
-        )
+        epochs = max(0.0, budget - result["seconds_of_features"]) / result["seconds_per_epoch"]
+        advice.append(f"max_time {config.max_time} will cut it to about {epochs:.1f} epochs")
     elif result["seconds_total"] > 12 * 3600:
         fits = max(1, int(8 * 3600 / result["seconds_per_epoch"]))
         advice.append(f"over half a day: --epochs {fits} or --max-time 8h fits into a night; see below")
@@ -112,8 +136,15 @@ def _show(result: dict[str, Any], data: str) -> None:
     table.add_row(
         "speed", f"{result['images_per_second']:,.0f} images/s, {result['seconds_per_step'] * 1e3:.1f} ms/step"
     )
+    if result["seconds_of_features"]:
+        seconds = duration(result["seconds_of_features"], 1)
+        table.add_row("features", f"{seconds}, once; an epoch then trains the classifier on them")
     table.add_row("an epoch", f"{duration(result['seconds_per_epoch'], 1)} ({result['steps_per_epoch']} steps)")
-    table.add_row("total", f"{duration(result['seconds_total'], 1)} ({result['epochs']} epochs)")
+    epochs = f"{result['epochs']} epochs"
+    if result["unfreeze_epochs"]:
+        table.add_row("an epoch of all layers", duration(result["seconds_unfrozen"], 1))
+        epochs += f", then {result['unfreeze_epochs']} of all layers"
+    table.add_row("total", f"{duration(result['seconds_total'], 1)} ({epochs})")
     for line in result["advice"]:
         table.add_row("advice", line)
     console = Console(soft_wrap=True, highlight=False)
