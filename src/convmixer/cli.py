@@ -199,6 +199,11 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--resume", type=Path, metavar="RUN", help="continue the run in this folder; give DATA if its data have moved"
     )
+    sub.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="train no model: draw the loss over 100 steps with a growing learning rate, and suggest --lr",
+    )
     _add_settings(sub)
 
 
@@ -209,6 +214,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         flags = {key.removeprefix("set_"): value for key, value in vars(args).items() if key.startswith("set_")}
         given = ["--" + key.replace("_", "-") for key in flags if key not in CHANGEABLE]
         given += [f"--{key}" for key in ("recipe", "config", "out") if getattr(args, key) is not None]
+        given += ["--find-lr"] * args.find_lr
         if given:
             raise RequestError(
                 f"--resume continues with the settings of {args.resume}: leave out {' and '.join(given)}"
@@ -216,6 +222,10 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         return resume(args.resume, args.data, changes=flags)
     args.data = args.data or "digits"
     name, recipe, config = _settings(args)
+    if args.find_lr:
+        from convmixer.train.find_lr import find_lr
+
+        return find_lr(args.data, config, args.out, f"{name}-lr")
     return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name, started=STARTED)
 
 

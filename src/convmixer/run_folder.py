@@ -19,6 +19,7 @@ STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl
 STUDY_TRIALS = "trials.jsonl"
 SEARCH = "tune.json"
 MISTAKES = "mistakes.html"
+RATES, RATES_PICTURE = "lr.json", "lr.png"  # of the learning-rate finder
 
 _DIGEST = "# sha256: "  # begins the last line of the settings
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -118,6 +119,11 @@ def is_search(path: Path | str) -> bool:
     return _is_file(Path(path) / SEARCH) and _exists(Path(path) / STUDY_QUEUE)
 
 
+def is_rates(path: Path | str) -> bool:
+    """Return whether a folder is what `convmixer train --find-lr` wrote."""
+    return all(_is_file(Path(path) / name) for name in (RATES, RATES_PICTURE))
+
+
 def is_web_export(path: Path | str) -> bool:
     """Return whether a folder is a web page that `convmixer export` wrote."""
     return all(_is_file(Path(path) / name) for name in ("index.html", "model.js", "local.js"))
@@ -131,7 +137,8 @@ def is_weights(path: Path | str) -> bool:
 def is_own_output(path: Path | str) -> bool:
     """Return whether convmixer wrote this folder, so that its pictures are not data.
 
-    It is a run, study, search, export or weights. A folder that holds only such folders, like `runs`, counts too.
+    It is a run, study, search, export, weights or learning rates. A folder that holds only such folders, like `runs`,
+    counts too.
     """
     path = Path(path)
     return _is_output(path) or _holds_only_outputs(path)
@@ -171,7 +178,8 @@ def sample_files(source: Path | str, most: int = 12) -> list[Path]:
 
 
 def _is_output(path: Path) -> bool:
-    return is_run(path) or is_study(path) or is_search(path) or is_web_export(path) or is_weights(path)
+    kinds = (is_run, is_study, is_search, is_web_export, is_weights, is_rates)
+    return any(kind(path) for kind in kinds)
 
 
 def _holds_only_outputs(path: Path) -> bool:

@@ -89,6 +89,32 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mappin
         save(figure, path)
 
 
+def learning_rates(
+    rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, chosen: float | None, path: Path
+) -> None:
+    """Draw the loss of steps against their learning rate.
+
+    Args:
+        rates: (N,), growing.
+        losses: (N,), of each step.
+        smoothed: (N,).
+        chosen: The rate to mark; None: none.
+        path: The PNG to write.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        axes.semilogx(rates, losses, ".", color=GREY, ms=3, label="of each step")
+        axes.semilogx(rates, smoothed, color=BLUE, label="smoothed")
+        if chosen is not None:
+            axes.axvline(chosen, color=ORANGE, ls="--", label=f"steepest fall: lr {chosen:g}")
+        low, first = float(smoothed.min()), float(smoothed[0])
+        span = max(first - low, 0.1 * abs(first))
+        axes.set(title="Loss by learning rate", xlabel="learning rate", ylabel="training loss")
+        axes.set_ylim(low - 0.2 * span, first + 0.6 * span)  # not the heights to which it diverges
+        axes.legend(loc="lower left")
+        save(figure, path)
+
+
 def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str, columns: int = 8) -> None:
     """Draw images in a grid, each with its title above.
 
