@@ -8,8 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from convmixer.results import fonts, plots
+from convmixer.results.labelled import with_labels
 
 
 def confused(n: int, seed: int = 0) -> np.ndarray:
@@ -86,6 +88,14 @@ def test_a_script_without_a_font_is_said_once_and_breaks_nothing(
             plots.confusion_matrix(np.eye(2, dtype=int), ["犬", "猫"], tmp_path / name)
     assert capsys.readouterr().out.count("no font here draws 犬猫") == 1
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_labels_on_photos_say_it_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(fonts, "_installed", list)
+    monkeypatch.setattr(fonts, "_said", set())
+    for _ in range(2):
+        with_labels(Image.new("RGB", (300, 300)), [("犬", 0.9), ("cat", 0.1)])
+    assert capsys.readouterr().out.count("no font here draws 犬,") == 1
 
 
 def test_an_installed_font_draws_what_the_own_one_lacks() -> None:

@@ -26,14 +26,18 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
         texts: Names in the picture.
     """
     families, missing = families_for("".join(texts))
+    _say_once(missing)
+    with plt.rc_context(style | {"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
+        yield
+
+
+def _say_once(missing: str) -> None:
     if missing and missing not in _said:
         _said.add(missing)
         print(
             f"note     no font here draws {missing[:20]}, so pictures show boxes: install one, such as Noto Sans CJK"
         )
-    with plt.rc_context(style | {"font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
-        yield
 
 
 def as_drawn(text: str, most: int = 14) -> str:
@@ -92,10 +96,14 @@ def _holds(path: str) -> frozenset[int]:
 
 
 def font_file(text: str) -> str:
-    """Return the file of the font that has most characters of a text; matplotlib's own if it has all."""
+    """Return the file of the font that has most characters of a text; matplotlib's own if it has all. If it lacks some, a
+    line says so once.
+    """
     wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()}
     own = font_manager.findfont(OWN)
     if wanted <= _holds(own):
         return own
     files = [path for _, path in _installed()]
-    return max([own, *files], key=lambda path: len(wanted & _holds(path)))
+    best = max([own, *files], key=lambda path: len(wanted & _holds(path)))
+    _say_once("".join(map(chr, sorted(wanted - _holds(best)))))
+    return best

@@ -66,9 +66,10 @@ def style_of(index: int) -> dict[str, Any]:
 def figures(results: StudyResults) -> dict[str, tuple[str, str]]:
     """Return name -> (title, themed SVG) of every picture for which the records have numbers."""
     drawn: dict[str, tuple[str, str]] = {}
+    texts = [str(arm["label"]) for arm in results.plan["arms"].values()]
 
     def add(name: str, title: str, plot: Callable[[StudyResults, Axes], bool], height: float = 3.9) -> None:
-        svg = draw(name, height, lambda axes: plot(results, axes))
+        svg = draw(name, height, lambda axes: plot(results, axes), texts)
         if svg:
             drawn[name] = (title, svg)
 
