@@ -29,6 +29,7 @@ RUN = {
     r"convmixer (plan|train) flowers .*--model convmixer_64_\d_p\d_k5.*": SMALL,
     r"convmixer train flowers --weights .*": SMALL,
     r"convmixer train flowers --find-lr .*": TINY,
+    r"convmixer train flowers --logger .*": [*TINY, "--logger", "none"],  # test_train_loggers.py logs
     r"convmixer train --resume runs/flowers": [],
     r"convmixer train --resume runs/flowers --epochs 60": ["--epochs", "2"],
     r"convmixer (val runs|predict|plot|explain|models|info)\b.*": [],

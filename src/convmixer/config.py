@@ -28,6 +28,8 @@ def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | 
     return field(default=default, metadata={"doc": doc, "choices": choices, "alone": alone})
 
 
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow", "none")
+
 # settings, the check of their values, and the check in words
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -46,6 +48,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("val_fraction test_fraction max_bad_fraction", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("drop_rate ema_decay smoothing", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("hflip vflip random_erasing mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("logger", lambda x: set(x.split(",")) <= {*LOGGERS}, f"of {', '.join(LOGGERS)}, or several with commas between"),
     ("betas", lambda pair: all(0 <= x < 1 for x in pair), "two numbers from 0 to below 1"),
 )
 
@@ -180,6 +183,11 @@ class Config:
     )
     test: bool = setting(True, "read the test split once, at the end")
     draw: bool = setting(True, "draw pictures of the data and the result into the run folder")
+    logger: str = setting(
+        "tensorboard",
+        "where metrics go besides metrics.csv: tensorboard, wandb (Weights & Biases), mlflow, or several with commas "
+        "between; csv or none: nowhere",
+    )
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
     checkpoint_seconds: float = setting(
         60.0, "time between checkpoints inside an epoch; each epoch ends with one too"

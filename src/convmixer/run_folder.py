@@ -62,6 +62,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.exports = self.path / "exports"
         self.tensorboard = self.path / "tensorboard"
+        self.loggers = self.path / "loggers"
         self.mistakes = self.path / MISTAKES
 
     def weights(self, which: str) -> Path:

@@ -149,50 +149,6 @@ def check_empty(path: Path) -> None:
         raise RequestError(f"{path} is not empty: {hint}")
 
 
-class Board:
-    """TensorBoard's event files with the metrics; they are made at the first row. If they cannot be written, the run
-    continues.
-
-    Args:
-        path: Their folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._writer: Any = None
-        self._purge: int | None = None
-        self._failed = False
-
-    def rewind(self, step: int) -> None:
-        """Make TensorBoard ignore the rows that were written after a step."""
-        self._purge = step + 1
-
-    def add_row(self, row: Mapping[str, Any]) -> None:
-        """Write one epoch's numbers."""
-        if self._failed:
-            return
-        try:
-            self._add_row(row)
-        except (OSError, RuntimeError) as error:
-            self._failed = True
-            print(f"the TensorBoard files in {self.path} can no longer be written ({error}); the run continues")
-
-    def _add_row(self, row: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.path), purge_step=self._purge)
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._writer.add_scalar(key, value, row["step"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """End the file."""
-        if self._writer is not None and not self._failed:
-            self._writer.close()
-
-
 def describe(
     config: Config,
     asked: Config,

@@ -17,11 +17,13 @@ from convmixer.train.checkpoint import load_checkpoint
 from convmixer.train.distributed import check_equal, everywhere, on_first, process_group, rank
 from convmixer.train.folder import RunFiles, check_empty, describe
 from convmixer.train.lock import RunLock
+from convmixer.train.loggers import check_loggers
 from convmixer.train.plans import schedule_of
 from convmixer.train.session import OnEpoch, Run, summary
 from convmixer.train.setup import Build, Job, prepare
 
-CHANGEABLE = ("epochs", "max_time", "workers", "device", "max_bad_fraction")  # settings that `resume` may change
+# settings that `resume` may change
+CHANGEABLE = ("epochs", "max_time", "workers", "device", "max_bad_fraction", "logger")
 LEAST_SECONDS = 2.0  # least time that a run needs after its data are read
 
 
@@ -63,6 +65,7 @@ def train(
     with _processes(config) as restarted:
         if out is not None and restarted and on_first(lambda: is_run(out)):
             return _continue(RunFiles(out), data, None, on_epoch, callbacks)
+        on_first(lambda: check_loggers(config.logger))
         if out is not None:
             on_first(lambda: check_empty(out))  # checked now and below, so that an error leaves no folder
         job = everywhere(lambda: prepare(data, config, build))
@@ -149,6 +152,7 @@ def _continue(
         return summary(folder, results)
     before = override(Config(), contents["settings"])
     config = override(before, changes or {})
+    on_first(lambda: check_loggers(config.logger))
     with _alone(folder) as lock:
         state = on_first(lambda: load_checkpoint(folder.checkpoints))
         if config != before:
@@ -199,7 +203,7 @@ def _check_equal(job: Job) -> None:
     """Raise RequestError if the processes would train on different data, or with different settings or versions."""
     facts = {"version": __version__, "data": job.data.checksum, "model": job.build, "precision": job.config.precision}
     settings = to_dict(job.config)
-    check_equal(facts | {name: settings[name] for name in settings if name not in ("device", "workers")})
+    check_equal(facts | {name: settings[name] for name in settings if name not in ("device", "workers", "logger")})
 
 
 def _processes(config: Config) -> contextlib.AbstractContextManager[bool]:

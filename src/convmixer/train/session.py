@@ -29,9 +29,10 @@ from convmixer.train.checkpoint import save_checkpoint
 from convmixer.train.distributed import any_process, copy_from_first, rank, sum_over_processes, world_size
 from convmixer.train.engine import StopSignals, fit
 from convmixer.train.fits import FEWEST_EPOCHS, what_fits
-from convmixer.train.folder import Board, RunFiles, model_card
+from convmixer.train.folder import RunFiles, model_card
 from convmixer.train.freeze import ALL
 from convmixer.train.lock import RunLock
+from convmixer.train.loggers import open_loggers
 from convmixer.train.messages import epoch_line, say_results, say_settings, slow_loading
 from convmixer.train.module import TrainingModule, autocast
 from convmixer.train.plans import plans_of
@@ -90,8 +91,8 @@ class Run:
         self.budget = Budget(seconds, self._seconds, folder.checkpoints / SHARES) if seconds else None
         self._weights_at = -math.inf
         self._saved_at = time.monotonic()
-        self._out_of_time = self._told_to_stop = self._best_is_new = self._said_length = False
-        self._board = Board(folder.tensorboard)
+        self._out_of_time = self._told_to_stop = self._best_is_new = self._said_length = self._finished = False
+        self._loggers = open_loggers(self.config.logger, folder, contents, self._say_of_logger)
         self._watch = Watch(job.spec, job.data.checksum, job.data.options) if self.writes else None
         self.data_changed: list[float] = []  # epochs at whose end the data were found changed
 
@@ -149,13 +150,21 @@ class Run:
         if self.writes:
             self.folder.rewind_log(step)
             self.folder.write_metrics(self.rows)
-            self._board.rewind(step)
+            for logger in self._loggers:
+                logger.rewind(step)
             self.folder.log("resume", step, {"command": records.command_line()})
             if state is None:  # the first session may have ended before it wrote them
                 self._show_images()
 
     def to_the_end(self) -> dict[str, Any]:
         """Train what is left, measure the chosen weights, and return the result."""
+        try:
+            return self._to_the_end()
+        finally:
+            for logger in self._loggers:
+                logger.close(self._finished)
+
+    def _to_the_end(self) -> dict[str, Any]:
         with self.signals, Progress(self.console, self.job.batch_size) as self.bar:
             self._train()
             while self.stage_number + 1 < len(self.plans) and not self._out_of_time:
@@ -216,6 +225,9 @@ class Run:
         self.console.print(f"loader   {line}")
         if self.writes:
             self.folder.log("loader", self.module.steps_done, {"line": line})
+
+    def _say_of_logger(self, line: str) -> None:
+        self.console.print(f"logger   {line}")
 
     def _signalled_soon(self, error: RuntimeError) -> bool:
         """Return whether a signal that killed a loader worker reaches this process too within SIGNAL_SECONDS."""
@@ -369,7 +381,8 @@ class Run:
             self.folder.write_steps(self.steps.rows)
             kernels = kernel_growth(self.stage.whole())
             self.folder.log("epoch", self.module.steps_done, {**row, "kernels": kernels})
-            self._board.add_row(row)
+            for logger in self._loggers:
+                logger.add_row(row)
             self._look_at_data(row)
         if self.on_epoch:
             self.on_epoch(row)
@@ -523,8 +536,11 @@ class Run:
             seed=self.config.seed,
         )
         self.folder.log("end", self.module.steps_done, results)
-        self._board.close()
+        last = {key: results[key] for key in ("test_top1", "test_top5", "test_loss")}
+        for logger in self._loggers:
+            logger.add_row({"step": self.module.steps_done, **last})
         records.write(self.folder.record, record)  # last, because its presence marks the run as finished
+        self._finished = True
 
     def _seconds(self) -> float:
         return self.seconds_before + time.time() - self.started

@@ -1,0 +1,211 @@
+"""Where the metrics of a run go besides its own tables: TensorBoard, Weights & Biases, MLflow.
+
+A logger cannot end a run, and one that talks to a server does so in a thread of its own, so it cannot slow it down.
+"""
+
+import importlib.util
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from convmixer.errors import RequestError
+from convmixer.files import write_atomic
+from convmixer.run_folder import RunFolder
+from convmixer.text import terminal
+
+CLOSE_SECONDS = 10.0  # that a run waits at its end for a server
+PROJECT = "convmixer"  # unless the environment names another
+Say = Callable[[str], None]
+
+
+class MetricsLogger(Protocol):
+    """A place for metrics."""
+
+    def rewind(self, step: int) -> None:
+        """Prepare for steps after this one to be logged again."""
+        ...
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row, which holds its step."""
+        ...
+
+    def close(self, finished: bool) -> None:
+        """End the log; `finished` is False if the run was stopped and can be resumed."""
+        ...
+
+
+def names_of(setting: str) -> list[str]:
+    """Return the loggers that a setting names, each once; csv and none are no loggers."""
+    return [name for name in dict.fromkeys(setting.split(",")) if name in ("tensorboard", *_OPENERS)]
+
+
+def check_loggers(setting: str) -> None:
+    """Raise RequestError if a package that a logger needs is missing, or an account that it would ask for."""
+    for name in names_of(setting):
+        if name in _OPENERS and importlib.util.find_spec(name) is None:
+            raise RequestError(f"logger {name} needs a package that is missing: pip install 'convmixer[{name}]'")
+        if name == "wandb":
+            _check_account()
+
+
+def open_loggers(setting: str, folder: RunFolder, contents: Mapping[str, Any], say: Say) -> Sequence[MetricsLogger]:
+    """Return the loggers that a setting names.
+
+    Args:
+        setting: Names, separated by commas.
+        folder: The run's.
+        contents: Contents of its settings file.
+        say: Takes a line for the user.
+    """
+    return [
+        TensorBoard(folder.tensorboard, say) if name == "tensorboard" else Sender(name, folder, contents, say)
+        for name in names_of(setting)
+    ]
+
+
+class TensorBoard:
+    """TensorBoard's event files, opened with the first row.
+
+    Args:
+        path: Their folder.
+        say: Takes a line for the user.
+    """
+
+    def __init__(self, path: Path, say: Say) -> None:
+        self.path, self.say = path, say
+        self._writer: Any = None
+        self._purge: int | None = None
+        self._failed = False
+
+    def rewind(self, step: int) -> None:
+        """Make TensorBoard ignore what was written after a step."""
+        self._purge = step + 1
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row."""
+        if self._failed:
+            return
+        try:
+            self._add_row(row)
+        except (OSError, RuntimeError) as error:
+            self._failed = True
+            self.say(f"TensorBoard's files in {self.path} can no longer be written ({error}); the run continues")
+
+    def _add_row(self, row: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path), purge_step=self._purge)
+        for key, value in _numbers(row).items():
+            self._writer.add_scalar(key, value, row["step"])
+        self._writer.flush()
+
+    def close(self, finished: bool) -> None:
+        """End the file."""
+        if self._writer is not None and not self._failed:
+            self._writer.close()
+
+
+class Sender:
+    """One of Lightning's loggers, in a thread.
+
+    A resumed run goes on in the same log: its id is in the run folder.
+
+    Args:
+        name: wandb or mlflow.
+        folder, contents, say: As in `open_loggers`.
+    """
+
+    def __init__(self, name: str, folder: RunFolder, contents: Mapping[str, Any], say: Say) -> None:
+        self.name, self.folder, self.contents, self.say = name, folder, contents, say
+        self._id = folder.loggers / f"{name}.id"
+        self._rows: queue.SimpleQueue[Mapping[str, Any] | str] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
+
+    def rewind(self, step: int) -> None:
+        """Do nothing: a step logged twice has the same numbers."""
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Hand a row to the thread."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._rows.put(dict(row))
+        self._tell()
+
+    def close(self, finished: bool) -> None:
+        """End the log, and wait a little until the server has everything."""
+        if self._thread.ident is None:
+            return
+        self._rows.put("success" if finished else "failed")
+        self._thread.join(CLOSE_SECONDS)
+        self._tell()
+        if self._thread.is_alive():
+            self.say(f"{self.name} does not answer: what it misses is in {terminal(self.folder.metrics)}")
+
+    def _tell(self) -> None:
+        while not self._news.empty():
+            self.say(self._news.get())
+
+    def _work(self) -> None:
+        try:
+            logger = self._open()
+            while not isinstance(item := self._rows.get(), str):
+                logger.log_metrics(_numbers(item), item["step"])
+            logger.finalize(item)
+            if self.name == "wandb":
+                logger.experiment.finish(0 if item == "success" else 1)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            self._news.put(f"{self.name} failed, and the run continues without it: {terminal(lines[0])}")
+
+    def _open(self) -> Any:
+        """Return Lightning's logger on a new log, or on that of the run so far."""
+        known = self._id.read_text() if self._id.is_file() else ""
+        known = known if re.fullmatch(r"[\w-]{1,64}", known) else ""
+        logger, where = _OPENERS[self.name](self.folder, known or None)
+        if not known:
+            logger.log_hyperparams(dict(self.contents["settings"]) | {"data": self.contents["data"]["spec"]})
+            write_atomic(self._id, str(logger.version).encode())
+        self._news.put(f"{self.name}: {terminal(where())}")
+        return logger
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if isinstance(value, float)}
+
+
+def _open_wandb(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[], str]]:
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    folder.loggers.mkdir(exist_ok=True)
+    quiet = wandb.Settings(silent=True, console="off")  # --json promises the last line
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    logger = WandbLogger(
+        folder.path.resolve().name, folder.loggers, known, project=project, settings=quiet, reinit="create_new"
+    )
+    return logger, lambda: str(logger.experiment.url or logger.experiment.dir)
+
+
+def _check_account() -> None:
+    """Raise RequestError if Weights & Biases would ask for a key in the middle of the run."""
+
+
+def _open_mlflow(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[], str]]:
+    import mlflow
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    experiment, where = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), mlflow.get_tracking_uri()
+    logger = MLFlowLogger(experiment, folder.path.resolve().name, where, run_id=known)
+    return logger, lambda: f"run {logger.run_id} in {where}"
+
+
+_OPENERS: dict[str, Callable[[RunFolder, str | None], tuple[Any, Callable[[], str]]]] = {
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+}
