@@ -178,8 +178,12 @@ def test_auto_keeps_what_is_worth_it(photos: Path, monkeypatch: pytest.MonkeyPat
     for dominates in (True, False):
         monkeypatch.setattr(keep, "_dominates", lambda *_, it=dominates: it)
         assert kept(data, "auto").where == ("memory" if dominates else "off")
-    monkeypatch.undo()
+    monkeypatch.setattr(keep, "_dominates", lambda *_: True)
     assert kept(data, "auto", epochs=1).where == "off"
+    assert kept(data, "auto", freeze="all").where == "off"  # each image is read once for its features
+    assert kept(data, "auto", epochs=0, max_time="1h").where == "memory"
+    assert kept(data, "auto", freeze="1").where == "memory"
+    monkeypatch.undo()
     for name, photo in (("a", PHOTO), ("b", PHOTO.rotate(180))):  # large: nearly all the time goes into decoding
         for number in range(20):
             photo.save(photos / name / f"{number}.jpg", quality=95 - number)

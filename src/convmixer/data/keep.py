@@ -53,7 +53,10 @@ def keep_decoded(config: Config, data: DataSplits, p: Preprocessing) -> Kept:
     train, how = data.train, config.cache
     if how == "off" or train is None or not isinstance(train.source, Encoded):
         return Kept("off", {}, [])  # small images of one size are kept in any case
-    if how == "auto" and (config.epochs < 2 or config.freeze or not _dominates(config, train, p)):
+    once = config.epochs == 1 or (
+        config.freeze == "all" and not config.unfreeze_epochs
+    )  # 0: as many as fit in a time
+    if how == "auto" and (once or not _dominates(config, train, p)):
         return Kept("off", {}, [])
     plans = _plans(config, data, p)
     size = sum(plan.size() for plan in plans.values())
