@@ -36,7 +36,7 @@ def test_the_rate_found_trains_and_a_much_smaller_one_does_not(
     assert 1e-4 < lr < found[0]["lowest_at"] < 10
     good = train("digits", Config(**SMALL, epochs=2, lr=lr), tmp_path / "good", quiet=True)
     tiny = train("digits", Config(**SMALL, epochs=2, lr=lr / 1000), tmp_path / "tiny", quiet=True)
-    assert good["test_top1"] > 40 > tiny["test_top1"]
+    assert good["test_top1"] > tiny["test_top1"] + 15
 
 
 def test_the_folder_holds_the_picture_and_the_numbers_and_is_no_data(found: tuple[dict[str, Any], Path]) -> None:
@@ -47,7 +47,8 @@ def test_the_folder_holds_the_picture_and_the_numbers_and_is_no_data(found: tupl
     assert table["rates"][0] == pytest.approx(find_lr.LOWEST)
     assert table["losses"][0] == pytest.approx(np.log(10), abs=0.7)  # at chance, before anything is learned
     assert np.all(np.diff(table["rates"]) > 0)
-    assert min(Image.open(out / "lr.png").size) > 300
+    with Image.open(out / "lr.png") as picture:
+        assert min(picture.size) > 300
     assert is_own_output(out)
 
 
@@ -60,9 +61,11 @@ def test_a_classifier_on_frozen_layers_has_a_rate_too(
     digits_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = ["--find-lr", "--freeze", "--weights", str(digits_weights), "--out", str(tmp_path / "out"), "--json"]
-    assert main(["train", "digits", *flags]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
+    start = ["--freeze", "--weights", str(digits_weights), "--model", "auto"]
+    flags = ["--find-lr", *start, "--out", str(tmp_path / "out"), "--json"]
+    status, shown = main(["train", "digits", *flags]), capsys.readouterr()
+    assert status == 0, shown.err
+    *lines, last = shown.out.splitlines()
     assert json.loads(last)["run"] == str(tmp_path / "out")
     assert any(line.startswith("rate ") for line in lines)
 

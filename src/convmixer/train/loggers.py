@@ -3,11 +3,14 @@
 A logger cannot end a run, and one that talks to a server does so in a thread of its own, so it cannot slow it down.
 """
 
+import contextlib
 import importlib.util
+import netrc
 import os
 import queue
 import re
 import threading
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ from convmixer.text import terminal
 
 CLOSE_SECONDS = 10.0  # that a run waits at its end for a server
 PROJECT = "convmixer"  # unless the environment names another
+_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 Say = Callable[[str], None]
 
 
@@ -189,11 +193,18 @@ def _open_wandb(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[],
     logger = WandbLogger(
         folder.path.resolve().name, folder.loggers, known, project=project, settings=quiet, reinit="create_new"
     )
-    return logger, lambda: str(logger.experiment.url or logger.experiment.dir)
+    return logger, lambda: str(logger.experiment.dir if logger.experiment.offline else logger.experiment.url)
 
 
 def _check_account() -> None:
     """Raise RequestError if Weights & Biases would ask for a key in the middle of the run."""
+    if os.environ.get("WANDB_MODE", "online") != "online" or any(os.environ.get(name) for name in _KEYS):
+        return
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host):
+            return
+    raise RequestError(f"no account for {host} here: run `wandb login`, or set WANDB_MODE=offline to log to the disk")
 
 
 def _open_mlflow(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[], str]]:

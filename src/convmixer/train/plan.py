@@ -138,7 +138,7 @@ def _show(result: dict[str, Any], data: str) -> None:
     )
     if result["seconds_of_features"]:
         seconds = duration(result["seconds_of_features"], 1)
-        table.add_row("features", f"{seconds}, once; an epoch then trains the classifier on them")
+        table.add_row("features", f"{seconds}, computed once")
     table.add_row("an epoch", f"{duration(result['seconds_per_epoch'], 1)} ({result['steps_per_epoch']} steps)")
     epochs = f"{result['epochs']} epochs"
     if result["unfreeze_epochs"]:
