@@ -96,8 +96,9 @@ def _holds(path: str) -> frozenset[int]:
 
 
 def font_file(text: str) -> str:
-    """Return the file of the font that has most characters of a text; matplotlib's own if it has all. If it lacks some, a
-    line says so once.
+    """Return the file of the font that has most characters of a text; matplotlib's own if it has all.
+
+    If it lacks some, a line says so once.
     """
     wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()}
     own = font_manager.findfont(OWN)

@@ -35,8 +35,8 @@ def plan(data: str, config: Config) -> dict[str, Any]:
         Among others: `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes` of
         training, without the loaded libraries, data and model; `seconds_per_epoch` with validation;
         `seconds_of_features`, which `freeze` computes once; `seconds_unfrozen`, of an epoch of all layers after that;
-        `seconds_at_end`, of the last evaluation; `seconds_total`; `options`, up to three settings that fit into `budget` (max_time, else 3 hours), each with `what`, `flags`,
-        `epochs`, `seconds` and `memory`.
+        `seconds_at_end`, of the last evaluation; `seconds_total`; `options`, up to three settings that fit into
+        `budget` (max_time, else 3 hours), each with `what`, `flags`, `epochs`, `seconds` and `memory`.
 
     Raises:
         RequestError: The settings or the data cannot be used.
