@@ -1,6 +1,6 @@
 """ConvMixer: the model, its exact recipes, and everything to train, compare and deploy it.
 
-Importing this stays light: a name is loaded when it is first used.
+Importing the package is fast: a name is loaded when it is first used.
 """
 
 import importlib

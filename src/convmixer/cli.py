@@ -1,7 +1,7 @@
-"""The command line: parses, calls the modules that do the work, and reports errors.
+"""The command line: parses arguments, calls the modules that do the work, and reports errors.
 
-Every command returns a dict of plain JSON types. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
-Heavy imports happen inside the command that needs them, so that `--help` answers at once.
+Every command returns a dict of plain JSON types. The exit status is 0 if the work was done, 1 if it failed, and 2 if
+the request was wrong. Heavy imports happen inside the command that needs them, so that `--help` answers at once.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """Return a result with None for numbers that are not finite: JSON has no word for them."""
+    """Return a result with None in place of numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -80,7 +80,7 @@ def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
 
 
 def _unexpected(parser: argparse.ArgumentParser, command: str, text: str) -> RequestError:
-    """Return the error for an argument that the command does not take, with the nearest flag it does."""
+    """Return the error for an argument that the command does not have, with the nearest flag that it has."""
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     if not text.startswith("-"):
         return RequestError(f"unexpected argument {text!r}: see convmixer {command} --help")
@@ -88,7 +88,7 @@ def _unexpected(parser: argparse.ArgumentParser, command: str, text: str) -> Req
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest choice for one that is not there: a command, a format, a precision."""
+    """A parser whose errors suggest the nearest choice: a command, a format, a precision."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(sub: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting; flags left out stay out of the namespace."""
+    """Add a flag for every setting; flags that are not given are not in the namespace."""
     sub.add_argument(
         "--recipe", help="a recipe's name, see docs/recipes.md; default: digits for digits, else finetune"
     )
@@ -266,7 +266,9 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
         choices=("train", "val", "test"),
         help="default: test, or all images if the data have no test split",
     )
-    sub.add_argument("--limit", type=int, metavar="N", help="evaluate a seeded sample of N images")
+    sub.add_argument(
+        "--limit", type=int, metavar="N", help="evaluate a random sample of N images (with a fixed seed)"
+    )
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
     sub.add_argument("--out", type=Path, help="folder for the tables and the confusion matrix picture")
@@ -604,10 +606,10 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _runs_to_compare(args: argparse.Namespace) -> list[Path]:
-    """Return the run folders that `compare` was given, or none if it was given a study.
+    """Return the run folders that `compare` was given; an empty list if it was given a study.
 
     Raises:
-        RequestError: It could be both, or is neither.
+        RequestError: The arguments could be both, or are neither.
     """
     from convmixer.studies.schema import list_studies
 

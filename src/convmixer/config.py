@@ -1,6 +1,6 @@
-"""Every setting of a training run in one frozen dataclass, made from outside values. Standard library only.
+"""Every setting of a training run in one frozen dataclass. Standard library only.
 
-A recipe returns a whole `Config`; the command line and YAML files replace fields by their real names. Nothing here
+A recipe returns a whole `Config`; the command line and YAML files replace single fields, by their names. Nothing here
 parses arguments or touches a device.
 """
 
@@ -17,13 +17,13 @@ from convmixer.errors import RequestError, unknown
 
 
 def setting(default: Any, doc: str, choices: tuple[str, ...] = (), alone: str | None = None) -> Any:
-    """Return a dataclass field whose metadata carry what the command line shows and takes.
+    """Return a dataclass field whose metadata describe its command-line flag.
 
     Args:
-        default: The value if it is not given.
+        default: The value if the setting is not given.
         doc: The line that `--help` shows.
-        choices: The values allowed; none: all.
-        alone: The value if the flag is given without one; None: that is an error.
+        choices: The allowed values; an empty tuple: all values.
+        alone: The value if the flag is given without a value; None: that is an error.
     """
     return field(default=default, metadata={"doc": doc, "choices": choices, "alone": alone})
 
@@ -236,7 +236,7 @@ def parse_seconds(text: str, name: str = "max_time") -> float:
 
     Args:
         text: The time.
-        name: What the user calls it, for the error.
+        name: Name of the flag or setting, for the error.
 
     Raises:
         RequestError: The text is not a time above 0.
@@ -306,14 +306,14 @@ def _bool(value: Any) -> bool:
 
 
 def override(base: Config, values: Mapping[str, Any]) -> Config:
-    """Return `base` with fields replaced by outside values.
+    """Return `base` with some fields replaced.
 
-    A `max_time` among the values takes the place of the base's epochs, unless layers are frozen: a classifier needs
-    little time.
+    If `max_time` is among the values, it replaces the base's epochs, unless layers are frozen: a classifier on frozen
+    layers needs little time.
 
     Args:
         base: The settings to start from.
-        values: Setting name to value, as YAML or the command line gives them; "-" in a name counts as "_".
+        values: Name of the setting -> value, as from YAML or the command line; "-" in a name counts as "_".
 
     Raises:
         RequestError: A name is not a setting (the nearest one is suggested), or a value does not fit.

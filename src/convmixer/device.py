@@ -1,4 +1,4 @@
-"""Choose device and precision, and measure memory. torch is imported when needed."""
+"""Chooses device and precision, and measures memory. torch is imported only when it is needed."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ GROUPS, PROCESS_GROUPS = "/sys/fs/cgroup", "/proc/self/cgroup"  # control groups
 
 
 def choose_device(name: str = "auto") -> "torch.device":
-    """Return the device to compute on: CUDA, else Apple's MPS, else the CPU for "auto".
+    """Return the device to compute on. "auto" is CUDA if there is a GPU, else Apple's MPS, else the CPU.
 
-    On CUDA this also disables TF32: by default cuDNN would round the inputs of fp32 convolutions to it. cuBLAS gets a
-    workspace of fixed size; without one its sums may differ from run to run.
+    On CUDA this also disables TF32, to which cuDNN would round the inputs of fp32 convolutions by default, and gives
+    cuBLAS a workspace of fixed size, without which its sums may differ from run to run.
 
     Raises:
-        RequestError: The device asked for is not there.
+        RequestError: This machine does not have the device.
     """
     import torch
 
@@ -48,15 +48,15 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def gpu_names() -> list[str]:
-    """Return the CUDA devices' names; none if torch is not loaded, because then nothing computes on them."""
+    """Return the names of the CUDA devices; an empty list if torch is not loaded, because then none is used."""
     torch = sys.modules.get("torch")
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
 
 
 def native_bf16(device: "torch.device | None" = None) -> bool:
-    """Return whether the device multiplies bfloat16 in hardware: avx512_bf16, AMX, Arm's bf16, or a GPU that does.
+    """Return whether the device has bf16 instructions: avx512_bf16, AMX, Arm's bf16, or those of a GPU.
 
-    Elsewhere bf16 is emulated and slower than fp32.
+    On other devices bf16 is emulated, and slower than fp32.
 
     Args:
         device: The device; None means the CPU.
@@ -73,12 +73,12 @@ def native_bf16(device: "torch.device | None" = None) -> bool:
 
 
 def choose_precision(name: str = "auto", device: "torch.device | None" = None) -> str:
-    """Return "fp32", "tf32", "bf16" or "fp16": for "auto" bf16 if it is native, else fp32.
+    """Return "fp32", "tf32", "bf16" or "fp16". "auto" is bf16 if the device has bf16 instructions, else fp32.
 
     bf16 and fp16 mean automatic mixed precision: matrix multiplications and convolutions in 16 bits, weights and
     normalisation in fp32. With tf32 everything is stored in fp32, and the GPU rounds the inputs of matrix
-    multiplications and convolutions to 10 bits of mantissa. On a GPU this call switches TF32 on for tf32, and off for
-    any other precision.
+    multiplications and convolutions to 10 bits of mantissa. On a GPU this function also turns TF32 on for tf32, and
+    off for other precisions.
 
     Raises:
         RequestError: The name is not known, or it is tf32 and the device is not a GPU.
@@ -96,7 +96,7 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now; if the system does not report it, its peak."""
+    """Return the current memory of this process in bytes; if the system does not report it, the peak."""
     return _status("VmRSS")
 
 
@@ -118,15 +118,15 @@ def count_memory(device: "torch.device") -> Callable[[], int]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    forget_peak()  # of loading
+    forget_peak()  # the peak of loading does not count
     before = resident_bytes()
     return lambda: max(0, peak_resident_bytes() - before)
 
 
 def available_bytes() -> int:
-    """Return the free memory, without swapping; if the system does not report it, all memory.
+    """Return the memory that is free without swapping, in bytes; if the system does not report it, all memory.
 
-    In a container or another control group with a memory limit this is at most what the limit leaves.
+    In a container, or another control group with a memory limit, it is at most the memory that the limit leaves free.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -137,7 +137,7 @@ def available_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Return the memory of the machine, or the limit of the container or control group that this process is in."""
+    """Return the memory of the machine in bytes, or the limit of this process's container or control group."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *(limit for limit, _ in _memory_limits())])
 

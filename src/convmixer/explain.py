@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at in an image, and of what it has learned."""
+"""Draws where in an image the evidence for a class is, and what a model has learned."""
 
 import json
 from dataclasses import replace
@@ -15,21 +15,22 @@ from convmixer.results import plots
 from convmixer.run_folder import RunFolder, is_run, sample_files
 from convmixer.text import terminal
 
-SHOWN_SIDE = 448  # of the drawn photo, pixels
+SHOWN_SIDE = 448  # side of the drawn photo, pixels
 
 
 def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -> dict[str, Any]:
     """Draw an image next to its class-activation map and likeliest classes, and return them.
 
     Args:
-        weights: Whatever `load_classifier` takes.
+        weights: See `load_classifier`.
         image: An image file.
         out: The PNG to write; default: `<image>-explained.png` in the current folder.
         topk: Classes to show, at least 1.
 
     Returns:
-        "picture", "classes", "probabilities" and "map": rows of what each patch adds to the logit of the likeliest
-            class (their mean and the bias are the logit), or None for a model without exact maps.
+        "picture", "classes", "probabilities" and "map". The map has rows of numbers, one per patch: how much it adds
+        to the logit of the likeliest class. The mean of the map plus the class's bias is the logit. The map is None
+        if the model has no exact maps.
 
     Raises:
         RequestError: The weights or the image cannot be read.
@@ -59,7 +60,7 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
 
 
 def _panels(photo: Image.Image, seen: Image.Image, p: Preprocessing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the photo at screen size, the same cut to what the network saw, and what it saw, all 0 to 1."""
+    """Return the photo at screen size, the same cropped as for the network, and the network's input, all 0 to 1."""
     whole = photo.copy()
     whole.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     side = min(SHOWN_SIDE, int(2 * MAX_SIDE * p.crop_pct))  # what Preprocessing allows
@@ -125,7 +126,7 @@ def read_growth(log: Path) -> list[dict[str, Any]]:
 
 
 def _probe(weights: str, p: Any) -> Any:
-    """Return images to compute gradients at: the samples saved with the weights, else noise like the data's."""
+    """Return the images for the receptive field: the samples saved with the weights, else random noise."""
     import torch
 
     from convmixer.preprocess import preprocess

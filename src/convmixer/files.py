@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the one folder for caches. Standard library only."""
+"""Atomic file writes, and the folder for caches. Standard library only."""
 
 import contextlib
 import hashlib
@@ -15,14 +15,15 @@ _TEMPORARY = ".tmp"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that readers find the old contents or the new, never a part, even if the machine stops.
+    """Write a file so that readers find either the old or the new contents, never a part, even after a power loss.
 
     Args:
-        path: The file; missing folders are made.
-        content: All of it.
+        path: The file; missing folders are created.
+        content: The whole contents.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written; the error names `path`, whose old contents stay.
+        OSError: The disk is full or the folder cannot be written. The error names `path`, which keeps its old
+            contents.
     """
     with atomic_file(path) as file:
         file.write(content)
@@ -35,8 +36,8 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     If the block raises, `path` keeps its old contents and the temporary file is deleted.
 
     Args:
-        path: The file; missing folders are made.
-        keep: Where to move the file that was at `path`; None: it is deleted.
+        path: The file; missing folders are created.
+        keep: Path to move the old file to; None: it is deleted.
     """
     temporary = temporary_name(path)
     try:
@@ -50,7 +51,7 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        # name the target, not the temporary file; the error of a full disk names none
+        # the error should name the target, not the temporary file; a full disk's error names no file
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -60,13 +61,13 @@ def atomic_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name next to a file, for this process to write to; `remove_leftovers` recognises it."""
+    """Return the path of a hidden temporary file next to a file; `remove_leftovers` recognises its name."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_TEMPORARY}")
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name of a file to file-system errors in the block: the error of a full disk names none."""
+    """Add the name of a file to file-system errors in the block, because the error of a full disk has no name."""
     try:
         yield
     except OSError as error:
@@ -76,7 +77,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut: renaming a file changes its folder, not the file."""
+    """Write a folder's list of names to disk, so that a file that was renamed keeps its name after a power loss."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # a folder without read permission, or a system that cannot open folders
@@ -90,7 +91,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files below a folder whose writers on this machine were killed."""
+    """Delete temporary files below a folder that were written by processes of this machine which no longer run."""
     host = socket.gethostname()
     for path in folder.rglob(f".*{_TEMPORARY}"):
         name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
@@ -120,7 +121,13 @@ def prune(files: Iterable[Path], most_bytes: float, unused_seconds: float = 0.0)
 
 
 def cached_file(folder: str, key: bytes, suffix: str) -> Path:
-    """Return the file in a folder of the cache for what `key` identifies; nothing is created."""
+    """Return the path of the cache file for a key; nothing is created.
+
+    Args:
+        folder: Name of a folder in the cache.
+        key: Bytes that identify the contents.
+        suffix: End of the file's name.
+    """
     return cache_folder(folder) / f"{hashlib.sha256(key).hexdigest()[:24]}{suffix}"
 
 
@@ -128,6 +135,6 @@ def cache_folder(*parts: str) -> Path:
     """Return the folder for files that can be made again: $XDG_CACHE_HOME/convmixer, by default ~/.cache/convmixer.
 
     Args:
-        *parts: Names of folders below it; nothing is created.
+        *parts: Names of folders below the cache folder; nothing is created.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("convmixer", *parts)

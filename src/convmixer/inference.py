@@ -1,4 +1,4 @@
-"""Load once, predict many: images in, class names and probabilities out. Torch is imported only for torch weights."""
+"""Loads a classifier once and classifies many images with it. torch is imported only for torch weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +30,11 @@ class Classifier:
         logits: (B, C, H, W) float32 -> (B, classes) float32.
         classes: Class names in the order of the logits.
         preprocessing: How an image becomes the input.
-        describe: What it is: "source", "name", "precision", "device", and the metadata saved with the weights.
-        with_maps: The same batch -> logits and class-activation maps, see `models.maps.WithMaps`; None if the
-            model has no exact ones.
-        loaded: The torch model behind it, possibly accelerated by the kernels; None for an exported file.
+        describe: Facts about the model: "source", "name", "precision", "device", and the metadata saved with the
+            weights.
+        with_maps: A batch -> logits and class-activation maps, see `models.maps.WithMaps`; None if the model has no
+            exact maps.
+        loaded: The torch model, possibly on the kernels; None for an exported file.
     """
 
     logits: Logits
@@ -44,29 +45,32 @@ class Classifier:
     loaded: "LoadedModel | None" = None
 
     def mirrored(self) -> "Classifier":
-        """Return a classifier that averages the probabilities of an image and its mirror image, at twice the cost.
+        """Return a classifier that averages the probabilities of an image and its mirror image, in twice the time.
 
-        Its logits are logarithms of those averages. It has no class-activation maps.
+        Its logits are the logarithms of these averages. It has no class-activation maps.
         """
         return replace(self, logits=_Mirrored(self.logits), with_maps=None)
 
     def explained(self, batch: np.ndarray, maps: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return logits (B, classes) and, if wanted and the model has any, maps (B, k, h, w) of the k top classes."""
+        """Return logits (B, classes), and maps (B, k, h, w) of the k likeliest classes, or None.
+
+        The maps are None if `maps` is False or the model has none.
+        """
         return self.with_maps(batch) if maps and self.with_maps else (self.logits(batch), None)
 
     def predict(self, images: Sequence[Image.Image], topk: int = 5) -> list[list[tuple[str, float]]]:
         """Return for each image the likeliest classes with their probabilities, in descending order.
 
         Args:
-            images: Decoded images of any mode and size; all go through in one batch.
-            topk: Classes per image; at most all.
+            images: Decoded images of any mode and size; all are computed in one batch.
+            topk: Classes per image; if there are fewer classes, all of them.
         """
         if not images:
             return []
         return self.top(np.stack([preprocess(image, self.preprocessing) for image in images]), topk)
 
     def top(self, batch: np.ndarray, topk: int) -> list[list[tuple[str, float]]]:
-        """Return what `predict` returns, for a batch that is already preprocessed, (B, C, H, W)."""
+        """Return the same as `predict` for a preprocessed batch (B, C, H, W)."""
         probabilities = softmax(self.logits(batch))
         return [
             [(self.classes[i], float(row[i])) for i in best]
@@ -75,10 +79,10 @@ class Classifier:
 
 
 def finite(logits: np.ndarray) -> np.ndarray:
-    """Return the logits if all are finite; every function that uses a model's outputs calls this first.
+    """Check that all logits are finite, and return them; every function that uses a model's outputs calls this first.
 
     Raises:
-        RequestError: One is NaN or infinite.
+        RequestError: A logit is NaN or infinite.
     """
     if not np.isfinite(logits).all():
         raise RequestError(
@@ -115,15 +119,15 @@ def load_classifier(
     """Return a classifier from weights or an exported file.
 
     Args:
-        source: Whatever `models.weights.load_model` takes, or what `convmixer export` wrote.
+        source: Weights, see `models.weights.load_model`; or a file or folder that `convmixer export` wrote.
         precision: "auto" (bf16 if the device computes it natively), "fp32", "tf32", "bf16", or "int8" on the CPU.
         device: "auto", "cpu", "cuda" or "mps"; exported files run on the device of their runtime.
-        calibration: For int8, gives typical images (B, C, H, W) preprocessed for the model.
+        calibration: Only for int8: the loaded model -> typical preprocessed images (B, C, H, W).
         expected: Overrides of the input settings stored with the weights, see `models.weights.load_model`: "act" and
             fields of `Preprocessing`.
 
     Raises:
-        RequestError: It cannot be loaded, or not with this precision.
+        RequestError: The source cannot be loaded, or not with this precision.
     """
     if is_exported(source):
         if expected:
@@ -161,9 +165,9 @@ def _from_exported(path: Path, precision: str) -> Classifier:
 def fastest(
     model: "nn.Module", device: "torch.device", precision: str, calibration: "torch.Tensor | None" = None
 ) -> Logits:
-    """Return the function that runs a model on the device's kernels if they can be used, else on plain PyTorch.
+    """Return a function that runs a model on the device's kernels if they can be used, else in plain PyTorch.
 
-    The model is moved to the device and accelerated in place, so other users of the same model are fast too.
+    The model is moved to the device and accelerated in place.
     """
     from convmixer.fast import accelerate, has_kernels, optimize_for_inference
 
@@ -177,16 +181,17 @@ def torch_logits(model: "nn.Module", device: "torch.device", precision: str) -> 
     """Return a function that runs a model in eval mode on arrays.
 
     Args:
-        model: Moved to the device, and left in the mode it was in.
-        device: Where to compute.
+        model: The model; it is moved to the device, and keeps its mode.
+        device: The device to compute on.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `device.choose_precision`.
     """
     return _LogitsOf(_TorchRun(model, device, precision))
 
 
 def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> LogitsAndMaps | None:
-    """Return a function like that of `torch_logits` that also gives class-activation maps; None if there are no exact
-    ones.
+    """Return a function like that of `torch_logits` that also returns class-activation maps.
+
+    Return None if the model has no exact maps.
     """
     from convmixer.models.maps import WithMaps, has_maps
 
@@ -197,7 +202,7 @@ def torch_maps(model: "nn.Module", device: "torch.device", precision: str) -> Lo
 
 @dataclass(frozen=True)
 class _Mirrored:
-    """Logits whose softmax is the mean over each image and its mirror image; picklable like `_LogitsOf`."""
+    """Computes logits whose softmax is the mean over an image and its mirror image; picklable like `_LogitsOf`."""
 
     logits: Logits
 
@@ -209,7 +214,7 @@ class _Mirrored:
 
 @dataclass(frozen=True)
 class _LogitsOf:
-    """The first output of a run; a class and not a closure, because a fitted estimator that holds it must be
+    """Computes the first output of a run. It is a class and not a closure, because a fitted estimator must be
     picklable.
     """
 

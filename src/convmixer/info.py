@@ -17,7 +17,7 @@ from convmixer.kernels.cpu import build
 from convmixer.records import processor_name, version_of
 
 _PACKAGES = ("torchvision", "timm", "pytorch-lightning", "onnxruntime", "openvino", "fastapi", "optuna")
-_FOR_DEVELOPERS = ("dev", "fuzz")  # extras that users do not need
+_FOR_DEVELOPERS = ("dev", "fuzz")  # extras that are only for developers
 _SHOWN = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -50,7 +50,7 @@ def info() -> dict[str, Any]:
 
 
 def missing() -> dict[str, list[str]]:
-    """Return what is not installed or too old, as pip names it, by extra; "" is the package itself."""
+    """Return extra -> requirements that are not installed or too old; the extra "" is the package itself."""
     try:
         about = importlib.metadata.metadata("convmixer")
         needed = [Requirement(line) for line in importlib.metadata.requires("convmixer") or []]
@@ -62,7 +62,7 @@ def missing() -> dict[str, list[str]]:
 
 
 def lacks(requirement: Requirement, extra: str) -> bool:
-    """Return whether an extra, or with "" the package itself, needs something that is not there."""
+    """Return whether a requirement of an extra (or with "" of the package itself) is not installed or too old."""
     asked, always = (
         requirement.marker is None or requirement.marker.evaluate({"extra": name}) for name in (extra, "")
     )
@@ -77,7 +77,7 @@ def _devices() -> list[str]:
 
 
 def _gpu_kernels() -> dict[str, Any]:
-    """Say whether the CUDA kernels can be used, and with which Triton."""
+    """Return whether the CUDA kernels can be used, and the version of Triton."""
     reason = "there is no CUDA device"
     if torch.cuda.is_available():
         reason = kernels.cuda.why_not(torch.device("cuda"), torch.bfloat16) or ""

@@ -1,4 +1,4 @@
-"""Measure what a model costs: a function run in a fresh process, seconds per step, multiply-accumulates.
+"""Measures what a model costs: seconds per step, MACs, and memory by running a function in a fresh process.
 
 `plan`, `compare` and `benchmark` decide what to measure; this module measures it.
 """
@@ -26,9 +26,9 @@ def fresh(function: Callable[..., Any], request: dict[str, Any], **environment: 
     """Call a function in a new process, so that nothing else affects its memory and speed, and return its result.
 
     Args:
-        function: Any function of this package that takes and returns what JSON holds.
-        request: Its keyword arguments.
-        environment: Variables to set for the process.
+        function: Any function of this package whose arguments and result are JSON values.
+        request: The function's keyword arguments.
+        environment: Environment variables for the process.
 
     Raises:
         RequestError: The process failed; the message is the last line that it wrote.
@@ -54,12 +54,12 @@ def median_seconds(step: Callable[[], Any], count: int, warm_up: int = 2) -> flo
 
 
 def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
-    """Return the multiply-accumulates of one image's forward pass, counted without computing any.
+    """Return the multiply-accumulates of one image's forward pass, counted without computing them.
 
-    Counted on the meta device, because on the CPU the counter misses fused attention.
+    They are counted on the meta device, because on the CPU the counter misses fused attention.
 
     Raises:
-        RequestError: The model cannot be built with these arguments or does not take this image.
+        RequestError: The model cannot be built with these arguments, or does not take images of this size.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

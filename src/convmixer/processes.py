@@ -1,4 +1,4 @@
-"""Identify processes, and say whether they still run, for locks and queues that several machines share.
+"""Identifies processes and finds out whether they still run, for locks and queues that several machines share.
 
 Standard library only.
 """
@@ -17,23 +17,23 @@ _NEEDED_FOR = ("LC_", "LD_LIBRARY", "DYLD_", "PYTHON", "XDG_", "OMP_", "GOMP_", 
 
 
 def sign() -> dict[str, Any]:
-    """Return what identifies this process, as plain JSON: host, boot, PID namespace, pid, start time."""
+    """Return the signature of this process as plain JSON: host, boot, PID namespace, pid, start time."""
     return _machine() | {"pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_here(holder: Mapping[str, Any]) -> bool:
-    """Return whether a process with this signature ran on the same machine, boot and container as this one."""
+    """Return whether the process with a signature is or was on the same machine, boot and container as this one."""
     return all(holder.get(key) == value for key, value in _machine().items())
 
 
 def is_alive(holder: Mapping[str, Any]) -> bool:
-    """Return whether the process with this signature still runs here; another one may have got its pid."""
+    """Return whether the process with a signature still runs here; a new process with the same pid does not count."""
     pid = holder.get("pid")
     return isinstance(pid, int) and pid > 0 and process_exists(pid) and holder.get("started") == _started(pid)
 
 
 def is_dead(holder: Any) -> bool:
-    """Return whether the process with this signature ran here and has ended; any other counts as alive."""
+    """Return whether the process with a signature ran on this machine and has ended. False if it is not known."""
     return isinstance(holder, Mapping) and is_here(holder) and not is_alive(holder)
 
 
@@ -55,7 +55,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def child_environment(**others: str) -> dict[str, str]:
-    """Return what a process that handles a stranger's file needs of this one's environment: no tokens and passwords.
+    """Return the environment for a process that reads an untrusted file: only variables that it needs, no tokens.
 
     Args:
         **others: Variables to add.
@@ -76,7 +76,7 @@ def process_exists(number: int) -> bool:
 
 
 def _machine() -> dict[str, Any]:
-    """Return what identifies a machine or a container, each of which counts its own pids."""
+    """Return the identity of this machine or container; pids are unique only within it."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"host": socket.gethostname(), "boot": boot, "pids": os.readlink("/proc/self/ns/pid")}

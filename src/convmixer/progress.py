@@ -1,4 +1,4 @@
-"""A progress bar on the terminal for loops that take long; nothing if the output is not a terminal."""
+"""A progress bar for loops that take long. It is drawn only on a terminal."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -10,8 +10,8 @@ def track(items: Iterable[T], text: str, total: int, shown_from: int = 8) -> Ite
     """Return the items, drawing a bar while they are consumed.
 
     Args:
-        items: What to go through.
-        text: What is being done, e.g. "evaluating".
+        items: The items of the loop.
+        text: Label of the bar, e.g. "evaluating".
         total: Number of items.
         shown_from: With fewer items no bar is drawn.
     """

@@ -1,4 +1,4 @@
-"""One measured result, and everything needed to judge and repeat it, as JSON lines. Needs neither torch nor numpy."""
+"""Records: a measured result with everything needed to judge and repeat it, as JSON lines. Uses no torch or numpy."""
 
 import dataclasses
 import datetime
@@ -36,11 +36,11 @@ class RunRecord:
     """One result.
 
     Args:
-        name: What was measured, e.g. "authors-cifar10-seed0".
+        name: Name of the measurement, e.g. "authors-cifar10-seed0".
         command: The command line that repeats it.
         config: The resolved settings.
         data: Name, checksum and sizes of the data.
-        results: The measured numbers; the unit is in the key.
+        results: Name -> number; the name contains the unit.
         seed: The seed, or None if nothing is random.
         environment: Machine and versions, see `environment`.
         date: ISO date and time, UTC.
@@ -84,7 +84,7 @@ def processor_name() -> str:
 
 
 def command_line() -> str:
-    """Return the running command, as one would type it."""
+    """Return the running command as a user would type it."""
     program = Path(sys.argv[0]).name.removesuffix(".py")
     return shlex.join(["convmixer" if program in ("convmixer", "__main__") else program, *sys.argv[1:]])
 
@@ -97,7 +97,7 @@ def append(path: Path, record: RunRecord) -> None:
 
 
 def write(path: Path, record: RunRecord) -> None:
-    """Write a JSON-lines file with one record; readers find all of it or none."""
+    """Write a JSON-lines file with one record, atomically."""
     write_atomic(path, _line(record).encode())
 
 
@@ -120,7 +120,7 @@ def _parse(line: str) -> RunRecord:
 
 
 def read(path: Path) -> list[RunRecord]:
-    """Return the records of a JSON-lines file, in order. Older records have no digest and are read unchecked.
+    """Return the records of a JSON-lines file, in order. Records of older versions have no digest to check.
 
     Raises:
         ValueError: A line is not a record or is damaged; the message names file and line.
@@ -136,9 +136,9 @@ def read(path: Path) -> list[RunRecord]:
 
 
 def commit() -> str | None:
-    """Return the commit of the source tree with "-dirty" if it has changes, or None outside a checkout.
+    """Return the commit of the source tree, with "-dirty" if it has changes; None outside a checkout of convmixer.
 
-    An installed package may be inside another project's checkout, whose commit would be wrong here.
+    An installed package may be inside the checkout of another project; the commit of that is not returned.
     """
     own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

@@ -1,6 +1,7 @@
-"""The run folder, the contract between training and everything after it: its names, and how to recognise one.
+"""The files of a run folder, which training writes and all other commands read, and how to recognise such a folder.
 
-Also recognises the other folders that convmixer writes. Reads only file names and first bytes. Standard library only.
+Other folders that convmixer writes are recognised here too. Only file names and first bytes are read. Standard
+library only.
 """
 
 import hashlib
@@ -32,7 +33,9 @@ def sealed(text: str) -> str:
 
 
 def intact(text: str) -> bool:
-    """Return whether a settings file is as it was written; older ones have no digest and count as intact."""
+    """Return whether a settings file is unchanged since it was written; older ones have no digest and count as
+    intact.
+    """
     body, mark, digest = text.rpartition(_DIGEST)
     return not mark or digest.strip() == _digest(body)
 
@@ -87,12 +90,12 @@ class StudyFolder:
         self.pictures = self.path / "pictures"
 
     def run(self, name: str) -> RunFolder:
-        """Return the folder of one of its runs."""
+        """Return the folder of one of the study's runs."""
         return RunFolder(self.path / "runs" / name)
 
 
 def study_of_weights(weights: Path) -> tuple[StudyFolder, str]:
-    """Return the study and the name of the run that weights belong to, by their path STUDY/runs/NAME/weights/best."""
+    """Return the study and the name of the run of weights with the path STUDY/runs/NAME/weights/best."""
     run = weights.parents[1]
     return StudyFolder(run.parents[1]), run.name
 
@@ -100,7 +103,7 @@ def study_of_weights(weights: Path) -> tuple[StudyFolder, str]:
 def is_run(path: Path | str) -> bool:
     """Return whether a folder is a run: it holds the config.yaml that training writes first.
 
-    A config.yaml of another program does not count: ours begins with the command.
+    A config.yaml of another program does not begin with the command, as ours does, and does not count.
     """
     try:
         with (Path(path) / CONFIG).open("rb") as file:
@@ -136,10 +139,10 @@ def is_weights(path: Path | str) -> bool:
 
 
 def is_own_output(path: Path | str) -> bool:
-    """Return whether convmixer wrote this folder, so that its pictures are not data.
+    """Return whether convmixer wrote a folder, so that its pictures are not data.
 
-    It is a run, study, search, export, weights or learning rates. A folder that holds only such folders, like `runs`,
-    counts too.
+    Such folders are runs, studies, searches, exports, weights and tests of learning rates, and folders that hold
+    nothing else, like `runs`.
     """
     path = Path(path)
     return _is_output(path) or _holds_only_outputs(path)
@@ -152,7 +155,7 @@ def weights_folders(path: Path) -> list[Path]:
 
 
 def run_of(path: Path | str) -> Path | None:
-    """Return the run that a file or folder belongs to: itself or the nearest of its three parents."""
+    """Return the run that a path belongs to: the path itself or one of the three folders above it; else None."""
     path = Path(path)
     around = path.resolve().parents[:3] if path.exists() else ()
     return next((folder for folder in (path, *around) if is_run(folder)), None)

@@ -1,6 +1,6 @@
-"""Marks the weights that this user trained: a data path in weights is used only if it carries this user's seal.
+"""Seals: mark weights that this user trained. A data path in weights is opened only if it has this user's seal.
 
-The seal is a keyed hash of the data's path. Its key stays in this user's state folder, so nobody else can make one.
+The seal is a keyed hash of the data's path. The key is in this user's state folder, so nobody else can make the seal.
 Standard library only.
 """
 
@@ -15,7 +15,7 @@ _KEY_BYTES = 32
 
 
 def make_seal(text: str) -> str | None:
-    """Return the seal of a text, or None if no key can be kept here, e.g. because the home folder is read-only."""
+    """Return the seal of a text, or None if no key can be stored, e.g. because the home folder is read-only."""
     key = _read_key() or _make_key()
     return None if key is None else _seal(key, text)
 

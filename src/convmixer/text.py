@@ -1,7 +1,8 @@
 """Untrusted text (class names, file names, errors that quote them), escaped before it is shown.
 
-One function for each place: terminal, rich, CSV, HTML, Markdown. Apply it once, where text goes out;
-names are kept as they are inside the program and in JSON.
+There is one function for each kind of output: terminal, rich, CSV, HTML, Markdown. Apply it once, when text is
+    written.
+Inside the program and in JSON, names stay as they are.
 """
 
 import html as _html
@@ -17,19 +18,19 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$]|^[#+-](?=[\s#-]|$))")
 
 
 def terminal(text: object) -> str:
-    """Return text in one line with each hidden character as its code, such as \\x1b."""
+    """Return text as one line, in which each hidden character is replaced by its code, such as \\x1b."""
     return _HIDDEN.sub(lambda found: _code(found[0]), str(text))
 
 
 def markup(text: object) -> str:
-    """Return text for rich's console and tables: as `terminal`, and with no markup in it."""
+    """Return text for rich's console and tables: like `terminal`, and with rich's markup escaped."""
     from rich.markup import escape
 
     return escape(terminal(text))
 
 
 def csv_cell(text: object) -> str:
-    """Return text for a cell of a CSV file. What a spreadsheet would take for a formula gets an apostrophe."""
+    """Return text for a cell of a CSV file; text that a spreadsheet takes for a formula gets an apostrophe first."""
     value = str(text)
     formula = _FORMULA.match(value.lstrip(" ")) and not _NUMBER.fullmatch(value)
     return f"'{value}" if formula else value
@@ -41,7 +42,7 @@ def html(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return text for Markdown, also in a table: no markup, no link, no HTML."""
+    """Return text for Markdown, also in tables; markup, links and HTML in it are escaped."""
     return _MARKDOWN.sub(r"\\\1", terminal(text))
 
 
@@ -51,19 +52,19 @@ def _code(character: str) -> str:
 
 
 def plain_value(value: object) -> str:
-    """Return the value of a setting as one writes it, without quotes; none for None."""
+    """Return the value of a setting as a user writes it, without quotes; None becomes "none"."""
     return "none" if value is None else json.dumps(value).strip('"')
 
 
 def duration(seconds: float, digits: int = 0) -> str:
-    """Return a time in its largest fitting unit, in seconds with that many decimals: "90 s", "45 min", "2.5 h"."""
+    """Return a time in a fitting unit: "90 s" (with `digits` decimals), "45 min", "2.5 h"."""
     if seconds < 120:
         return f"{seconds:.{digits}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def shortened(text: object, most: int) -> str:
-    """Return text with at most `most` characters, leaving out the middle: names often end in a number."""
+    """Return text with at most `most` characters; the middle is left out, because names often end in a number."""
     value = str(text)
     tail = max(4, most // 3)
     return value if len(value) <= most else f"{value[: most - tail - 1]}…{value[-tail:]}"

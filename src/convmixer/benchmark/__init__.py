@@ -1,3 +1,1 @@
-"""Speed and memory of this package's kernels and of other runtimes ("peers"), measured alternately on the same
-machine.
-"""
+"""Measures speed and memory of this package's kernels and of other runtimes ("peers"), interleaved on one machine."""

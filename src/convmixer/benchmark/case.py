@@ -21,7 +21,7 @@ class Case:
     Args:
         task: "train" (forward, backward, AdamW step) or "infer".
         dim, depth, kernel_size, patch_size, num_classes, act: The network, see `ConvMixer`.
-        img_size: Side of the square image in pixels.
+        img_size: Width and height of the image in pixels.
         batch_size: Images per step.
         precision: "fp32", "bf16" (autocast when training) or, only for "infer", "int8".
         threads: Threads of every contender.
@@ -70,15 +70,15 @@ def case_of(
     batch_size: int | None = None,
     threads: int | None = None,
 ) -> Case:
-    """Return the case of a model name; sizes given by hand replace the model's.
+    """Return the case of a model name; given sizes replace the model's.
 
     Args:
         task: "train" or "infer".
-        model: A ConvMixer's name; None: only the sizes.
-        overrides: Sizes by name; None: the model's own.
+        model: A ConvMixer's name; None: all sizes are given.
+        overrides: Name of a size -> its value; None: the model's own.
         precision: See `Case`.
         batch_size: Images per step; None: 64 for images up to 64 pixels, else 4.
-        threads: Threads of every contender; None: torch's default, which counts only the cores this process may use.
+        threads: Threads of every contender; None: torch's default, which is the number of cores of this process.
 
     Raises:
         RequestError: The name is not a ConvMixer's, or a size is missing.
@@ -98,8 +98,8 @@ def case_of(
 
 
 def build(case: Case) -> ConvMixer:
-    """Return the seeded network; BatchNorm statistics come from its own activations, so that values have a normal
-    size.
+    """Return the network with weights from a fixed seed; its BatchNorm statistics are computed, so that activations
+    have a normal size.
     """
     torch.manual_seed(0)
     fields = {f.name for f in dataclasses.fields(Case)}

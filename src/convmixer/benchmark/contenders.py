@@ -1,6 +1,6 @@
-"""The contenders: ours and the peers (other runtimes), each a function that prepares a case and returns a step of it.
+"""The contenders: ours and the peers (other runtimes). Each has a function that prepares a case and returns its step.
 
-A peer whose package is missing raises `ImportError` while it is prepared; the caller reports it as missing.
+If the package of a peer is missing, this function raises `ImportError`, and the caller reports the peer as missing.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ class Contender:
     """One way to run a network.
 
     Args:
-        name: As shown and selected, e.g. "eager-bf16-nhwc".
-        prepare: Case -> step; does everything that is done once.
-        slow_start: Whether it compiles for long, so that the time limit applies.
+        name: Its name in tables and for `--peers`, e.g. "eager-bf16-nhwc".
+        prepare: Case -> step; it also does everything that is done only once.
+        slow_start: Whether it compiles for long, so that the limit on the time to compile applies.
     """
 
     name: str
@@ -43,7 +43,7 @@ def ours(task: str) -> Contender:
 
 
 def peers(task: str, precision: str) -> list[Contender]:
-    """Return the peers of a task. When training in bf16, fp32 counts too: stock PyTorch at its best of both."""
+    """Return the peers of a task. For training in bf16, PyTorch in fp32 is a peer too, because it may be faster."""
     if task == "infer":
         return _infer_peers(precision)
     precisions = ("fp32", "bf16") if precision == "bf16" else ("fp32",)

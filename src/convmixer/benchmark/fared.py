@@ -1,4 +1,4 @@
-"""Results of the latest benchmarks on this machine, kept with the built library for `info`."""
+"""Stores the results of the latest benchmarks on this machine next to the built library, for `info`."""
 
 import json
 from pathlib import Path

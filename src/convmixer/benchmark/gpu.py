@@ -59,7 +59,7 @@ def benchmark_gpu(
     Peers may choose cuDNN's algorithms by trial, and need not be deterministic; ours use none of cuDNN.
 
     Args:
-        case: What to run.
+        case: The network and how to run it.
         selected: Names of the peers to measure; None: all.
         rounds: Turns of each contender; 0: only prepare them, which fills the caches of the compilers.
         sample_seconds: Minimum seconds per turn.
@@ -200,7 +200,7 @@ def _prepared(make: Callable[[torch.device], Step], device: torch.device, counte
 
 @contextmanager
 def _free_choice(device: torch.device) -> Iterator[None]:
-    """Let cuDNN try its algorithms out, as one would who wants speed alone."""
+    """Let cuDNN choose its algorithms by timing them, as for the highest speed."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = device.type == "cuda", False
@@ -253,8 +253,8 @@ def _seconds(step: Step, count: int, device: torch.device) -> float:
 
 
 def _rates(device: torch.device, precision: str) -> dict[str, float]:
-    """Return the bytes per second of a copy (read and written) and the operations per second of a matrix
-    multiplication.
+    """Return the bytes per second of a copy (bytes read plus bytes written), and the operations per second of a
+    matrix multiplication.
     """
     on_gpu = device.type == "cuda"
     x = torch.empty(2**29 if on_gpu else 2**24, dtype=torch.uint8, device=device)
@@ -273,7 +273,7 @@ def _rates(device: torch.device, precision: str) -> dict[str, float]:
 
 
 def bound(case: Case, rates: dict[str, float]) -> float:
-    """Return the GPU's limit in images per second, set by copies or matrix multiplications, whichever is slower."""
+    """Return the GPU's limit in images per second, from the slower of its copies and its matrix multiplications."""
     positions = (case.img_size // case.patch_size) ** 2
     size = 2 if case.precision == "bf16" else 4
     moved = LEAST_COPIES[case.task] * positions * case.dim * size * case.depth

@@ -22,13 +22,13 @@ LONG_SECONDS = 0.3
 
 
 def interleave(steps: Mapping[str, Step], rounds: int, sample_seconds: float) -> dict[str, list[float]]:
-    """Return seconds per step of each contender, one value per round, measured alternately: A B C, A B C, ...
+    """Return seconds per step of each contender, one value per round; each round is one turn of all contenders.
 
-    Each turn starts with one untimed step: the previous contender left the caches and the thread pool in its own
-    state. Steps longer than `LONG_SECONDS` need none.
+    Each turn starts with an untimed step, because the previous contender left the caches and the thread pool in its
+    own state. Steps longer than `LONG_SECONDS` do not need it.
 
     Args:
-        steps: What to time; each has run before.
+        steps: Contender -> its step, which has run before.
         rounds: Values per contender.
         sample_seconds: Minimum seconds per turn; short steps are repeated.
     """
@@ -57,10 +57,10 @@ def summary(case: Case, seconds: list[float]) -> dict[str, float]:
 
 
 def gemm_steps(case: Case) -> dict[str, Step]:
-    """Return only the matrix multiplications of all pointwise layers, once for each library that could compute them.
+    """Return steps that do only the matrix multiplications of all pointwise layers, one for each library that can.
 
-    Forward (rows x dim x dim) for inference; for training also the gradients of the input and of the weight. The
-    quickest of them bounds the speed of any implementation that computes these multiplications.
+    For inference this is the forward pass (rows x dim x dim); for training also the gradients of the input and of the
+    weight. The fastest of the steps is the bound that benchmarks report.
     """
     kinds: dict[str, Callable[[Case], Step]] = {"mm": _mm}
     if _product_dtype(case) is torch.float32:
@@ -71,7 +71,7 @@ def gemm_steps(case: Case) -> dict[str, Step]:
 
 
 def _product_dtype(case: Case) -> torch.dtype:
-    """Return the dtype that the processor multiplies fastest in the case's precision, but not an emulated bf16."""
+    """Return the dtype of multiplications in the case's precision; fp32 in place of bf16 if bf16 is emulated."""
     return torch.bfloat16 if case.precision == "bf16" and native_bf16() else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""`convmixer benchmark`: prepare ours and the peers, measure them alternately, print the table, keep the record."""
+"""`convmixer benchmark`: prepares ours and the peers, measures them interleaved, and writes table and record."""
 
 import time
 from dataclasses import asdict
@@ -27,8 +27,8 @@ def benchmark(
     """Measure ours and the peers (other runtimes) and return all figures.
 
     Args:
-        case: What to run.
-        selected: Names of the peers to measure; None means all, an empty list none.
+        case: The network and how to run it.
+        selected: Names of the peers to measure; None: all; an empty list: no peers.
         rounds: Turns of each contender.
         sample_seconds: Minimum seconds per turn.
         compile_limit: Seconds that a compiling peer may take before its first step; 0 leaves it out.
@@ -113,7 +113,7 @@ def _result(case: Case, rates: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _memory(case: Case, contenders: list[Contender]) -> dict[str, Any]:
-    """Peak bytes of ours and of eager PyTorch in the same precision; the ratio is to the smallest of PyTorch's."""
+    """Return the peak bytes of ours and of eager PyTorch in the same precision, and ours divided by PyTorch's."""
     names = [c.name for c in contenders if c.name.startswith(f"eager-{case.precision}")]
     peak = {name: measure.peak_memory(case, name) for name in ("ours", *names)}
     stock = min((peak[name] for name in names), default=None)

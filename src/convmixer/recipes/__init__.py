@@ -1,4 +1,6 @@
-"""Recipes: one file each, a function that returns the whole `Config`, with command and expected result on top."""
+"""Recipes: one file each, with a function that returns the whole `Config`; the command and the expected result are at
+the top.
+"""
 
 import importlib
 from pathlib import Path

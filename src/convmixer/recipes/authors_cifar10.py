@@ -8,10 +8,11 @@ to 3 epochs (`--epochs 3`, results/authors-cifar10-3-epochs-seed0). The authors'
 test set: all 50,000 images are trained on, the last epoch is taken, the test set is read once.
 
 Their command is `train.py --lr-max=0.05 --ra-n=2 --ra-m=12 --wd=0.005 --scale=1.0 --jitter=0 --reprob=0`. The rest of
-their script is kept too: torch's AdamW decays every parameter and has eps 1e-8, and gradients are not clipped, as
-`--clip-norm` is not given. Different here: their last batch of an epoch has 336 images, ours is always full, so 336
-images, different ones each epoch, are left out. Mixed precision is bf16 instead of fp16, if the processor or our
-kernels compute it.
+their script is kept too: torch's AdamW decays every parameter and has eps 1e-8, and gradients are not clipped,
+    because
+`--clip-norm` is not given. One thing differs here: their last batch of an epoch has 336 images, ours is always full.
+So 336 images are left out of each epoch, different ones each time. Mixed precision is bf16 instead of fp16, if the
+processor or our kernels compute it.
 """
 
 from convmixer.config import Config

@@ -6,8 +6,8 @@
 Expected: it depends on the images; run `convmixer plan FOLDER` first for the time. FOLDER holds one folder of images
 per class. A tenth of them is held out to choose the best epoch, and the test split is read once, at the end.
 
-From scratch, the model is a ConvMixer-256/8 whose patches cut the image into 16 x 16, so the cost of a step does not
-depend on `--img-size` (594,186 parameters at 32 px). Augmentation is moderate: flips, crops of at least half the
+From scratch, the model is a ConvMixer-256/8 with a grid of 16 x 16 patches, so the cost of a step does not depend on
+`--img-size` (594,186 parameters at 32 px). Augmentation is moderate: flips, crops of at least half the
 area, light RandAugment and erasing, label smoothing; a moving average of the weights smooths the noise of small sets.
 """
 

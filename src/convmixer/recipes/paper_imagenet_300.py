@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 10 -m convmixer train IMAGENET_FOLDER --recipe paper-imagenet-300
 
-Expected: 80.16% top-1 of the ImageNet validation set is what the released weights reach; the authors needed about
-8 days on 10 RTX 8000 (issue #12 of github.com/locuslab/convmixer). The paper says GELU, those weights use ReLU,
-and so does this model; `--act gelu` is the paper's text.
+Expected: the released weights reach 80.16% top-1 on the ImageNet validation set; the authors needed about 8 days on
+10 RTX 8000 (issue #12 of github.com/locuslab/convmixer). The paper says GELU, but those weights use ReLU, and so does
+this model; `--act gelu` follows the paper.
 """
 
 import dataclasses
