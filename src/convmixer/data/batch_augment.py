@@ -1,7 +1,7 @@
-"""The random augmentation of whole batches on a device, each image by its own random numbers.
+"""Random augmentation of whole batches on a device, with separate random numbers for each image.
 
-The numbers are drawn on the host, keyed by (seed, epoch, index), so that a batch depends on nothing else; the device
-gets them in one copy. Images follow the same distribution as those of `transforms.train_transform`.
+The numbers are drawn on the CPU, keyed by (seed, epoch, index), so a batch depends on nothing else. The device gets
+them in one copy. Images follow the same distribution as those of `transforms.train_transform`.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def why_not(config: Config, device: torch.device, cropped: bool) -> str | None:
     Args:
         config: The augmentation settings.
         device: The device.
-        cropped: Whether crops are made before.
+        cropped: Whether the images are cropped before, on the CPU.
     """
     if device.type == "mps":
         return "MPS lacks float64"
@@ -35,13 +35,13 @@ def why_not(config: Config, device: torch.device, cropped: bool) -> str | None:
 
 
 class Augmentation:
-    """Draws numbers for a batch on the host, and applies them on the device.
+    """Draws the random numbers of a batch on the CPU, and augments the batch with them on the device.
 
     Args:
         config: The augmentation settings and the seed.
         p: Size, mean and standard deviation.
-        device: Where images are augmented.
-        cropped: Whether random crops are made before.
+        device: The device that augments the images.
+        cropped: Whether the images are cropped before, on the CPU.
     """
 
     def __init__(self, config: Config, p: Preprocessing, device: torch.device, cropped: bool = False) -> None:
@@ -57,7 +57,7 @@ class Augmentation:
         self._fill = torch.tensor([0] * p.in_chans if black else fill, dtype=torch.uint8, device=device)
 
     def draw(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Return what is drawn for images of an epoch, float64 (B, K), as `apply` takes it."""
+        """Return the random numbers for images of an epoch, float64 (B, K), for `apply`."""
         c, draws = self.config, Draws(self.config.seed, epoch, indices)
         columns: list[np.ndarray] = []
         if self.crops:
@@ -74,8 +74,8 @@ class Augmentation:
 
         Args:
             images: uint8 (B, C, S, S).
-            numbers: What was drawn, on the images' device.
-            drawn: The same on the host, see `policies.Kind.apply`.
+            numbers: The result of `draw`, on the images' device.
+            drawn: The same numbers on the CPU, or None; see `policies.Kind.apply`.
         """
         at = 0
         if self.crops:

@@ -33,8 +33,8 @@ SLOWEST = 10_000
 CHUNK = 1 << 20
 AT_ONCE = 8  # files
 SPARE_BYTES = 1 << 30  # bytes of the disk that are left free
-MOST_SHARE = 0.5  # of the disk that is free without them, for all copies
-UNUSED_SECONDS = 7 * 86400.0  # a run may still read copies that it asked for in this time
+MOST_SHARE = 0.5  # share of the disk for all copies; the disk is what would be free without them
+UNUSED_SECONDS = 7 * 86400.0  # copies that were used in this time are kept, because a run may still read them
 LOCAL_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 PASSING = (408, 425, 429)  # 4xx statuses after which another try may succeed
 CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")  # packages after whose errors to try again
@@ -134,7 +134,7 @@ def _check_sizes(missing: Sequence[RemoteFile], most: int | None) -> None:
 
 
 def _forget_old_copies(wanted: Container[Path], missing: Sequence[RemoteFile]) -> None:
-    """Delete copies not used for a week, the oldest first, if with the new ones they would take half the disk."""
+    """Delete copies that were not used for a week, the oldest first, if all copies would take over half of the disk."""
     folder = cache_folder("shards")
     copies = {path: size for path in folder.rglob("*") if path.is_file() and (size := _size(path))}
     if copies:

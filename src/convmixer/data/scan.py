@@ -21,7 +21,7 @@ from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
 CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
-CACHE_BYTES = 1 << 30  # of all scans; beyond it the oldest are deleted
+CACHE_BYTES = 1 << 30  # all scans together; beyond this the least recently used are deleted
 PART = 256
 
 

@@ -19,7 +19,7 @@ from convmixer.errors import RequestError
 from convmixer.files import atomic_file, cached_file, prune
 
 CACHED_FROM = 1 << 20  # bytes; the index of a smaller file is not kept, because it is made in no time
-CACHE_BYTES = 1 << 30  # of all indexes; beyond it the oldest are deleted
+CACHE_BYTES = 1 << 30  # all indexes together; beyond this the least recently used are deleted
 TEXT_BYTES = 256
 VERSION = 1
 

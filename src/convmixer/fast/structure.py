@@ -232,7 +232,7 @@ class Found:
         self.copies = [dict(d) for d in self.dicts]
         self.weights = [p for p in own if p.ndim == 4]
         self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
-        self.frozen: list[Tensor] = []  # parameters that get no gradients, see `frozen_blocks`
+        self.frozen: list[Tensor] = []  # parameters without gradients, see `frozen_blocks`
         if not self.reason and (blocks := frozen_blocks(model)) is not None:
             parts = [model.stem, *list(model.blocks)[:blocks]]
             self.frozen = [parameter for part in parts for parameter in part.parameters()]

@@ -1,6 +1,6 @@
-"""Finds a learning rate: takes steps at rates that grow from tiny to huge, and draws the loss against the rate.
+"""Finds a learning rate: takes steps with rates that grow from tiny to huge, and draws the loss against the rate.
 
-The model is trained from its start as the settings say, but for the rate, and then thrown away.
+The model is trained from its starting weights with the run's settings, except for the rate, and is not kept.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from convmixer.train.setup import Job, prepare
 from convmixer.train.stages import Stage
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
-DIVERGED = 4.0  # times the smallest loss, both smoothed: higher rates teach nothing
-FORGETTING = 0.9  # of the running mean that is compared with that
-WIDTH = 3.0  # steps: standard deviation of the bell by which the drawn loss is smoothed
-LEAST_FALL = 0.02  # of the loss; less may be chance
+DIVERGED = 4.0  # the test ends when the smoothed loss is this many times its minimum
+FORGETTING = 0.9  # decay per step of the running mean that is compared with DIVERGED
+WIDTH = 3.0  # standard deviation, in steps, of the Gaussian that smooths the drawn loss
+LEAST_FALL = 0.02  # share by which the loss must fall; less may be chance
 
 
 def find_lr(data: str, config: Config, out: Path | None = None, name: str = "lr") -> dict[str, Any]:
@@ -43,14 +43,14 @@ def find_lr(data: str, config: Config, out: Path | None = None, name: str = "lr"
         data: The data argument.
         config: Resolved settings; `lr`, `schedule` and the length of the run do not matter.
         out: New or empty folder; None: the next free `runs/<name>-<number>`.
-        name: For that folder.
+        name: Name in the path of that folder.
 
     Returns:
-        `run` (the folder), `lr` (None if the loss falls at no rate), `lowest_at` (the rate with the lowest loss) and
-        `steps`.
+        `run` (the folder), `lr` (None if the loss does not fall at any rate), `lowest_at` (the rate with the lowest
+        loss) and `steps`.
 
     Raises:
-        RequestError: Settings, data or folder do not allow it, or several processes were started.
+        RequestError: The settings, the data or the folder cannot be used, or several processes were started.
 
     Source: arXiv 1506.01186, Sec. 3.3 (the range test); a geometric ramp and the steepest fall as in fastai.
     """
@@ -78,7 +78,7 @@ def _ramp(job: Job, console: Console) -> tuple[np.ndarray, np.ndarray]:
     plan = Plan(job.config.freeze, 0, 1.0, STEPS, job.config.lr)
     stage = Stage(job, plan, features.compute(job) if on_features else None)
     module, rates = stage.module, np.geomspace(LOWEST, HIGHEST, STEPS)
-    factor = module.config.lr / job.config.lr  # of a classifier that AdamW trains next to Muon
+    factor = module.config.lr / job.config.lr  # 1, except for a classifier that AdamW trains instead of Muon
     ramp = [
         dataclasses.replace(module.config, lr=float(rate) * factor, schedule="constant", patience=0) for rate in rates
     ]
@@ -110,7 +110,7 @@ def _ramp(job: Job, console: Console) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """Return the losses (N,), each the mean of those around it, weighted by a bell."""
+    """Return the losses (N,) smoothed with a Gaussian."""
     places = np.arange(len(losses))
     weights = np.exp(-0.5 * ((places[:, None] - places) / WIDTH) ** 2)
     mean: np.ndarray = weights @ losses / weights.sum(1)
@@ -118,14 +118,14 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
-    """Return the rate, to two digits, at which the loss falls most per factor of the rate, before its minimum.
+    """Return the rate, to two digits, before the loss's minimum at which the loss falls most steeply over log(rate).
 
     Args:
-        rates: (N,), growing.
-        smoothed: (N,), the loss at each.
+        rates: Learning rates in increasing order, (N,).
+        smoothed: The smoothed loss at each rate, (N,).
 
     Returns:
-        None if the loss does not fall.
+        The rate, or None if the loss does not fall.
     """
     lowest = int(np.argmin(smoothed))
     if lowest == 0 or smoothed[0] - smoothed[lowest] < LEAST_FALL * abs(smoothed[0]):

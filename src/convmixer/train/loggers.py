@@ -1,6 +1,7 @@
-"""Where the metrics of a run go besides its own tables: TensorBoard, Weights & Biases, MLflow.
+"""Loggers of a run's metrics, besides its own tables: TensorBoard, Weights & Biases, MLflow.
 
-A logger cannot end a run, and one that talks to a server does so in a thread of its own, so it cannot slow it down.
+A logger that fails does not end the run. Loggers that talk to a server do so in a separate thread, so a slow server
+does not slow the run down.
 """
 
 import contextlib
@@ -20,21 +21,21 @@ from convmixer.files import write_atomic
 from convmixer.run_folder import RunFolder
 from convmixer.text import terminal
 
-CLOSE_SECONDS = 10.0  # that a run waits at its end for a server
-PROJECT = "convmixer"  # unless the environment names another
+CLOSE_SECONDS = 10.0  # how long a run waits at its end for a server
+PROJECT = "convmixer"  # the project's name, if the environment does not set another
 _KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 Say = Callable[[str], None]
 
 
 class MetricsLogger(Protocol):
-    """A place for metrics."""
+    """A logger of metrics."""
 
     def rewind(self, step: int) -> None:
         """Prepare for steps after this one to be logged again."""
         ...
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row, which holds its step."""
+        """Log the numbers of a row of metrics, which also contains its step."""
         ...
 
     def close(self, finished: bool) -> None:
@@ -43,12 +44,12 @@ class MetricsLogger(Protocol):
 
 
 def names_of(setting: str) -> list[str]:
-    """Return the loggers that a setting names, each once; csv and none are no loggers."""
+    """Return the names of the loggers in a setting, each once; "csv" and "none" do not name one."""
     return [name for name in dict.fromkeys(setting.split(",")) if name in ("tensorboard", *_OPENERS)]
 
 
 def check_loggers(setting: str) -> None:
-    """Raise RequestError if a package that a logger needs is missing, or an account that it would ask for."""
+    """Raise RequestError if a logger lacks a package, or an account for which it would ask during the run."""
     for name in names_of(setting):
         if name in _OPENERS and importlib.util.find_spec(name) is None:
             raise RequestError(f"logger {name} needs a package that is missing: pip install 'convmixer[{name}]'")
@@ -60,10 +61,10 @@ def open_loggers(setting: str, folder: RunFolder, contents: Mapping[str, Any], s
     """Return the loggers that a setting names.
 
     Args:
-        setting: Names, separated by commas.
-        folder: The run's.
-        contents: Contents of its settings file.
-        say: Takes a line for the user.
+        setting: Names of loggers, separated by commas.
+        folder: The run folder.
+        contents: Contents of the run's settings file.
+        say: Function that prints a line for the user.
     """
     return [
         TensorBoard(folder.tensorboard, say) if name == "tensorboard" else Sender(name, folder, contents, say)
@@ -72,11 +73,11 @@ def open_loggers(setting: str, folder: RunFolder, contents: Mapping[str, Any], s
 
 
 class TensorBoard:
-    """TensorBoard's event files, opened with the first row.
+    """Writes TensorBoard's event files, which are made at the first row.
 
     Args:
-        path: Their folder.
-        say: Takes a line for the user.
+        path: Folder of the files.
+        say: Function that prints a line for the user.
     """
 
     def __init__(self, path: Path, say: Say) -> None:
@@ -86,11 +87,11 @@ class TensorBoard:
         self._failed = False
 
     def rewind(self, step: int) -> None:
-        """Make TensorBoard ignore what was written after a step."""
+        """Make TensorBoard ignore the rows that were written after a step."""
         self._purge = step + 1
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row."""
+        """Log the numbers of a row of metrics."""
         if self._failed:
             return
         try:
@@ -115,13 +116,13 @@ class TensorBoard:
 
 
 class Sender:
-    """One of Lightning's loggers, in a thread.
+    """Runs one of Lightning's loggers in a thread.
 
-    A resumed run goes on in the same log: its id is in the run folder.
+    A resumed run continues the same log, whose id is in the run folder.
 
     Args:
-        name: wandb or mlflow.
-        folder, contents, say: As in `open_loggers`.
+        name: "wandb" or "mlflow".
+        folder, contents, say: See `open_loggers`.
     """
 
     def __init__(self, name: str, folder: RunFolder, contents: Mapping[str, Any], say: Say) -> None:
@@ -132,17 +133,17 @@ class Sender:
         self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
 
     def rewind(self, step: int) -> None:
-        """Do nothing: a step logged twice has the same numbers."""
+        """Do nothing: a step that is logged twice has the same numbers."""
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Hand a row to the thread."""
+        """Pass a row to the thread."""
         if self._thread.ident is None:
             self._thread.start()
         self._rows.put(dict(row))
         self._tell()
 
     def close(self, finished: bool) -> None:
-        """End the log, and wait a little until the server has everything."""
+        """End the log, and wait up to CLOSE_SECONDS until the server has everything."""
         if self._thread.ident is None:
             return
         self._rows.put("success" if finished else "failed")
@@ -168,7 +169,7 @@ class Sender:
             self._news.put(f"{self.name} failed, and the run continues without it: {terminal(lines[0])}")
 
     def _open(self) -> Any:
-        """Return Lightning's logger on a new log, or on that of the run so far."""
+        """Return Lightning's logger, for a new log or for the existing log of a resumed run."""
         known = self._id.read_text() if self._id.is_file() else ""
         known = known if re.fullmatch(r"[\w-]{1,64}", known) else ""
         logger, where = _OPENERS[self.name](self.folder, known or None)
@@ -188,7 +189,7 @@ def _open_wandb(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[],
     from pytorch_lightning.loggers import WandbLogger
 
     folder.loggers.mkdir(exist_ok=True)
-    quiet = wandb.Settings(silent=True, console="off")  # --json promises the last line
+    quiet = wandb.Settings(silent=True, console="off")  # with --json, the last line must be ours
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     logger = WandbLogger(
         folder.path.resolve().name, folder.loggers, known, project=project, settings=quiet, reinit="create_new"
