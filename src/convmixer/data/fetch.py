@@ -134,7 +134,7 @@ def _check_sizes(missing: Sequence[RemoteFile], most: int | None) -> None:
 
 
 def _forget_old_copies(wanted: Container[Path], missing: Sequence[RemoteFile]) -> None:
-    """Delete copies that were not used for a week, the oldest first, if all copies would take over half of the disk."""
+    """Delete copies that were not used for a week, the oldest first, if all copies would take over half the disk."""
     folder = cache_folder("shards")
     copies = {path: size for path in folder.rglob("*") if path.is_file() and (size := _size(path))}
     if copies:

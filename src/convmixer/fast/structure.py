@@ -168,10 +168,10 @@ def _norms_reason(model: Any) -> str | None:
 
 
 def frozen_blocks(model: Any) -> int | None:
-    """Return how many leading blocks have norms in eval mode, as the stem's is, while all later ones train.
+    """Return how many of the first blocks are frozen: their norms are in eval mode like the stem's, all later ones train.
 
-    None if the norms are in one mode, or in different modes in any other way. The kernels then run the first blocks
-    without gradients.
+    The kernels run these blocks without gradients. Return None if all norms have the same mode, or if their modes
+    differ in another way.
     """
     modes = [norm.training for norm in norms_of(model)]
     first = modes.index(True) if True in modes else 0
