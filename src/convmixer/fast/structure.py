@@ -168,7 +168,7 @@ def _norms_reason(model: Any) -> str | None:
 
 
 def frozen_blocks(model: Any) -> int | None:
-    """Return how many of the first blocks are frozen: their norms are in eval mode like the stem's, all later ones train.
+    """Return how many of the first blocks are frozen: their norms and the stem's are in eval mode, later ones train.
 
     The kernels run these blocks without gradients. Return None if all norms have the same mode, or if their modes
     differ in another way.
