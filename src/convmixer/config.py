@@ -67,8 +67,8 @@ class Config:
     weights: str | None = setting(None, "weights to start from: file, run folder or hub name; none: from scratch")
     freeze: str | None = setting(
         None,
-        "layers that keep the starting weights; all: all but the classifier, which then trains in seconds; N: "
-        "stem and N blocks; none: train all layers",
+        "layers to freeze; all: all but the classifier, which then trains in seconds; N: stem and N blocks; "
+        "none: train all layers",
         alone="all",
     )
     views: int = setting(
@@ -89,14 +89,14 @@ class Config:
     test_fraction: float = setting(
         0.2, "share held out for the test if the data have no test split, the same for every seed; 0: none"
     )
-    path_column: str | None = setting(None, "column of a table that holds the images or their paths; none: found")
-    label_column: str | None = setting(None, "column of the labels; none: found")
+    path_column: str | None = setting(None, "column of a table that holds the images or their paths; none: automatic")
+    label_column: str | None = setting(None, "column of the labels; none: automatic")
     split_column: str | None = setting(
-        None, "column that says the split, or COLUMN=VALUE: rows with that value are val; none: found"
+        None, "column that names the split, or COLUMN=VALUE: rows with that value are val; none: automatic"
     )
-    image_root: str | None = setting(None, "folder that the paths of a table are relative to; none: found")
+    image_root: str | None = setting(None, "folder that the paths of a table are relative to; none: automatic")
     group: str | None = setting(
-        None, "column, or regular expression on paths, that gives an image's group: a group stays in one split"
+        None, "column, or regular expression on paths, for each image's group; a group stays in one split"
     )
     weight_column: str | None = setting(
         None, "column with each training image's relative weight in the loss; none: all count equally"
@@ -138,8 +138,8 @@ class Config:
     )
     augment_on: str = setting(
         "auto",
-        "where images are augmented; device: in whole batches, of images that are kept there if they fit; "
-        "after-crop: there after decoding and crop on the CPU; auto: cpu if there is no GPU",
+        "where images are augmented; device: on the device, which keeps all images; after-crop: on the device, after "
+        "decoding and crop on the CPU; auto: cpu if there is no GPU, else device if possible, else after-crop",
         ("auto", "cpu", "device", "after-crop"),
     )
     random_erasing: float = setting(0.0, "probability that a box is erased")
@@ -167,7 +167,7 @@ class Config:
     betas: tuple[float, float] = setting((0.9, 0.999), "betas of AdamW and similar optimizers")
     clip_norm: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: off")
     schedule: str = setting(
-        "piecewise", "learning rate over time, stepped at every step", ("piecewise", "cosine", "constant")
+        "piecewise", "how the learning rate changes over time (at every step)", ("piecewise", "cosine", "constant")
     )
     ema_decay: float = setting(0.0, "decay of the moving average of the weights, reached by a warm-up; 0: off")
     # run
@@ -190,10 +190,10 @@ class Config:
     )
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
     checkpoint_seconds: float = setting(
-        60.0, "time between checkpoints inside an epoch; each epoch ends with one too"
+        60.0, "seconds between checkpoints within an epoch; there is also one at the end of each epoch"
     )
     process_timeout: float = setting(
-        600.0, "seconds that one of several processes waits for another before it gives up"
+        600.0, "with several processes: seconds that one waits for another before it gives up"
     )
 
     def __post_init__(self) -> None:

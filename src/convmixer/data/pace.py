@@ -102,7 +102,7 @@ class Pace:
         return (many and self._seconds >= TRIAL_SECONDS) or self._seconds >= LONGEST_TRIAL_SECONDS
 
     def without_workers(self, reason: str) -> None:
-        """Go on in the training process alone."""
+        """Load in the training process from now on; `reason` becomes a part of `line`."""
         self.place, self.places = Place(0), [Place(0)]
         self.line = f"{reason}; images are loaded in the training process from here on"
 

@@ -150,7 +150,7 @@ class Sender:
         self._thread.join(CLOSE_SECONDS)
         self._tell()
         if self._thread.is_alive():
-            self.say(f"{self.name} does not answer: what it misses is in {terminal(self.folder.metrics)}")
+            self.say(f"{self.name} does not answer: all metrics are in {terminal(self.folder.metrics)}")
 
     def _tell(self) -> None:
         while not self._news.empty():

@@ -82,7 +82,7 @@ def slow_loading(share: float, job: Job) -> str:
     """Return the advice that is printed once if training waits for images for a large share of the time."""
     c, helps = job.config, []
     if job.data.train and isinstance(job.data.train.source, Encoded) and not job.kept:
-        helps.append("--cache memory or disk (images are decoded anew each epoch)")
+        helps.append("--cache memory or disk (images are decoded again in each epoch)")
     if c.auto_augment and c.augment_on == "cpu":
         helps.append(f"a lighter --auto-augment than {c.auto_augment}")
     if c.workers != "auto":
