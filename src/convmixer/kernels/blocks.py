@@ -52,14 +52,14 @@ def features(
 
 @torch.no_grad()
 def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int) -> Tensor:
-    """Run the stem's activation and norm, then blocks that are not trained, up to the last pointwise convolution.
+    """Run the stem's activation and norm, then frozen blocks, up to the pointwise convolution of the last one.
 
     Args:
         v, parameters, eps, act: As in `features`.
         running: Running mean and variance of each norm.
 
     Returns:
-        The v that the last block's own norm follows, to go on with in `features`; v itself if there is no block.
+        The output of that convolution, which `features` takes as `v`. If there is no block, `v` itself.
     """
     C = len(parameters[0])
     if more := wide(C) - C:
@@ -67,7 +67,7 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
         parameters, running = _wider(parameters, running, more)
     for i in range((len(parameters) - 2) // PER_BLOCK):
         block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # with the norm before it
-        # one block at a time, so that not all of them are kept; the pool costs less than an image
+        # one block at a time, so that the tensors of all blocks are not kept; the unused pool costs little
         _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, True)
     return v
 
@@ -76,13 +76,15 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
 def frozen_norm(
     v: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], eps: float, act: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias with which a norm that uses the batch's statistics equals one with running ones.
+    """Return another weight and bias for a frozen norm, with which the batch's statistics give the same output.
+
+    A frozen norm uses its running statistics, but the kernels normalise a training block with the batch's.
 
     Args:
-        v: What the activation and the norm follow, (N, H, W, C) or wider.
-        weight, bias: The norm's, fp32 (C,).
-        running: Its running mean and variance.
-        eps: BatchNorm's.
+        v: Output of the convolution before the activation and the norm, (N, H, W, C) or wider.
+        weight, bias: Weight and bias of the norm, fp32 (C,).
+        running: Running mean and variance of the norm.
+        eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
     """
     scale, shift = scale_shift(weight, bias, torch.stack(running).double(), eps).double()

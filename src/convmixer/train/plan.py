@@ -34,9 +34,10 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     Returns:
         Among others: `parameters`; `macs`, multiply-accumulates of one image's forward pass; `peak_memory_bytes` of
         training, without the loaded libraries, data and model; `seconds_per_epoch` with validation;
-        `seconds_of_features`, which `freeze` computes once; `seconds_unfrozen`, of an epoch of all layers after that;
-        `seconds_at_end`, of the last evaluation; `seconds_total`; `options`, up to three settings that fit into
-        `budget` (max_time, else 3 hours), each with `what`, `flags`, `epochs`, `seconds` and `memory`.
+        `seconds_of_features`, the time to compute the features of frozen layers; `seconds_unfrozen`, the time of an
+        epoch that then trains all layers; `seconds_at_end`, the time of the last evaluation; `seconds_total`;
+        `options`, up to three settings that fit into `budget` (max_time, else 3 hours), each with `what`, `flags`,
+        `epochs`, `seconds` and `memory`.
 
     Raises:
         RequestError: The settings or the data cannot be used.
@@ -74,7 +75,7 @@ def plan(data: str, config: Config) -> dict[str, Any]:
 
 
 def _measure(job: Job) -> dict[str, float]:
-    """Return what the parts of a run take in seconds, measured by a few real steps."""
+    """Return the seconds that each part of a run takes, measured with a few real steps."""
     config, data = job.config, job.data
     train, val, test = (len(split) if split else 0 for split in (data.train, data.val, data.test))
     features_seconds = later = 0.0
