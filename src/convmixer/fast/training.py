@@ -153,7 +153,7 @@ def _partly_frozen(v: Tensor, norms: list[Any], model: Any, pool: bool) -> Tenso
 
     count, every = frozen_blocks(model), list(model.blocks)
     assert count is not None
-    first = 2 * count + 1  # norm that trains
+    first = 2 * count + 1  # index of the first norm that trains
     running = [t.float() for norm in norms[:first] for t in (norm.running_mean, norm.running_var)]
     settings = norms[0].eps, ACTS[type(model.stem[1])]
     v = blocks.frozen(v, block_parameters(norms[0], every[:count]), running, *settings)

@@ -149,11 +149,11 @@ def compute(job: Job) -> Features:
 
 
 def measure(job: Job, most_seconds: float = 10.0) -> tuple[float, float]:
-    """Return the seconds that the features of an image take, with reading it, and those of a step on features.
+    """Return the seconds to read an image and compute its features, and the seconds of a training step on features.
 
     Args:
         job: What would be trained.
-        most_seconds: About how long to measure.
+        most_seconds: Approximate time for measuring.
     """
     assert job.data.train is not None
     loader, parts, began = _loader(job, job.data.train, 0 if job.config.views else None), [], time.perf_counter()
