@@ -178,11 +178,11 @@ def _stages(out: Path, data: str, tried: bool) -> dict[str, tuple[list[str], flo
     # without the project's own pytest settings, which need its test tools
     tests = [python, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     tests += ["-n", str(cores)] if importlib.util.find_spec("xdist") else []
-    own, odd = "tests/test_cuda_networks.py", "tests/test_cuda_kernels.py"
+    own, odd = ([f"tests/test_cuda_{name}.py" for name in names] for names in (("networks", "steps"), ("kernels",)))
     stages: dict[str, tuple[list[str], float]] = {
         "needs": ([*this, "--needs"], 60),
         "compile": ([*this, "--compile", str(out), *(["cpu"] if tried else [])], 150),
-        "parity": ([*tests, own], 120),
+        "parity": ([*tests, *own], 120),
     }
 
     def row(arguments: str) -> list[str]:
@@ -200,7 +200,7 @@ def _stages(out: Path, data: str, tried: bool) -> dict[str, tuple[list[str], flo
     stages["cifar10-0"] = seeds["cifar10-0"]
     stages |= {name: (row(arguments), limit) for name, (arguments, limit) in INFER.items()}
     stages |= seeds
-    stages["parity-odd"] = ([*tests, odd], 150)
+    stages["parity-odd"] = ([*tests, *odd, "tests/test_cuda.py"], 150)
     return stages | {name: (row(arguments), limit) for name, (arguments, limit) in AUTOTUNE.items()}
 
 
