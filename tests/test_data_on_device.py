@@ -48,7 +48,9 @@ def _away(found: torch.Tensor, expected: Image.Image) -> torch.Tensor:
 
 
 def _applied(name: str, value: float, sampling: int, fill: tuple[int, ...]) -> torch.Tensor:
-    layer = Layer(np.array([name]), np.array([value]), np.array([sampling]), Kind((name,), (sampling,)))
+    layer = Layer(
+        np.array([policies.NUMBERS[name]]), np.array([value]), np.array([sampling]), Kind((name,), (sampling,))
+    )
     numbers = layer.numbers(SIDE)
     return layer.kind.apply(
         _tensor(_picture()), torch.from_numpy(numbers), torch.tensor(fill, dtype=torch.uint8), numbers

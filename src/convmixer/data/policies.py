@@ -80,14 +80,14 @@ class Layer:
     """One operation for each image.
 
     Args:
-        names: (B,), name of the operation for each image.
+        operations: (B,), number of the operation for each image, see `NUMBERS`.
         values: (B,), strength of the operation. Its unit depends on the operation: a factor, degrees, a share,
             pixels, bits or a grey level.
         sampling: (B,), interpolation of geometric operations.
         kind: The operations and interpolations that may occur in the layer.
     """
 
-    names: np.ndarray
+    operations: np.ndarray
     values: np.ndarray
     sampling: np.ndarray
     kind: "Kind"
@@ -98,14 +98,12 @@ class Layer:
         Args:
             side: Width and height of the images, pixels.
         """
-        operations = np.zeros(len(self.names))
-        matrices = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(self.names), 1))
-        for name in self.kind.operations:
-            here = self.names == name
-            operations[here] = NUMBERS[name]
-            if name in GEOMETRIC and here.any():
+        matrices = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(self.values), 1))
+        for name in GEOMETRIC:
+            here = np.flatnonzero(self.operations == NUMBERS[name])
+            if len(here):
                 matrices[here] = matrices_of(name, self.values[here], side)
-        return np.column_stack((operations, self.values, self.sampling, matrices))
+        return np.column_stack((self.operations, self.values, self.sampling, matrices))
 
 
 @dataclass(frozen=True)
@@ -247,19 +245,24 @@ def _torchvision(magnitude: int, side: int, draws: Draws, kind: Kind) -> Layer:
     signed, blends = (np.isin(TORCHVISION, names)[drawn] for names in (SIGNED, list(BLENDS)))
     values = np.array([strength.get(name, 0.0) for name in TORCHVISION])[drawn]
     values = np.where(negative & signed, -values, values) + blends
-    return Layer(np.array(TORCHVISION)[drawn], values, np.full(len(drawn), NEAREST), kind)
+    return Layer(_numbers(TORCHVISION)[drawn], values, np.full(len(drawn), NEAREST), kind)
 
 
 def _timm(strength: float, deviation: float, side: int, draws: Draws, kind: Kind) -> Layer:
-    names = np.array(TIMM)[(draws.uniform() * len(TIMM)).astype(int)]
-    names = np.where(draws.uniform() > 0.5, "Identity", names)
+    operations = _numbers(TIMM)[(draws.uniform() * len(TIMM)).astype(int)]
+    operations = np.where(draws.uniform() > 0.5, NUMBERS["Identity"], operations)
     level = np.clip(strength + deviation * draws.normal(), 0, 10) / 10
     sign = np.where(draws.uniform() > 0.5, -1.0, 1.0)
-    values = np.zeros(len(names))
-    for name in np.unique(names):
-        values = np.where(names == name, _timm_values(str(name), level, sign, side), values)
+    values = np.zeros(len(operations))
+    for name in TIMM:
+        here = np.flatnonzero(operations == NUMBERS[name])
+        values[here] = _timm_values(name, level[here], sign[here], side)
     drawn = (draws.uniform() * len(kind.filters)).astype(int)
-    return Layer(names, values, np.array(kind.filters)[drawn], kind)
+    return Layer(operations, values, np.array(kind.filters)[drawn], kind)
+
+
+def _numbers(names: tuple[str, ...]) -> np.ndarray:
+    return np.array([NUMBERS[name] for name in names])
 
 
 def _timm_values(name: str, level: np.ndarray, sign: np.ndarray, side: int) -> np.ndarray:
@@ -286,10 +289,12 @@ def jitter_layers(strength: float, draws: Draws) -> list[Layer]:
     order = np.argsort(np.stack([draws.uniform() for _ in range(3)]), axis=0)
     low, high = max(0.0, 1 - strength), 1 + strength
     values = np.stack([low + (high - low) * draws.uniform() for _ in range(3)])
-    names = np.array(["Brightness", "Contrast", "Color"])
+    operations = _numbers(("Brightness", "Contrast", "Color"))
     columns = np.arange(order.shape[1])
     sampling = np.full(len(columns), NEAREST)
-    return [Layer(names[row], values[row, columns], sampling, kind) for row, kind in zip(order, JITTER, strict=True)]
+    return [
+        Layer(operations[row], values[row, columns], sampling, kind) for row, kind in zip(order, JITTER, strict=True)
+    ]
 
 
 def crop_boxes(scale: tuple[float, float], ratio: tuple[float, float], side: int, draws: Draws) -> np.ndarray:
