@@ -9,7 +9,7 @@ from PIL import Image
 
 from convmixer import cli
 from convmixer.data.summary import summarise, thumbnails
-from convmixer.results.contact_sheet import GAP, LABEL, SIDE, contact_sheet
+from convmixer.results.contact_sheet import GAP, SIDE, contact_sheet, label_width
 from data_sets import PHOTO, label, load, png, write_folder
 
 
@@ -41,7 +41,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (result["unreadable"], result["picture"]) == (1, "scans-classes.png")
     assert "10 classes" in "\n".join(lines)
     with Image.open("scans-classes.png") as picture:
-        assert picture.width in [LABEL + n * (SIDE + GAP) + GAP for n in range(4, 9)]
+        assert picture.width in [label_width(["digit 0"]) + n * (SIDE + GAP) + GAP for n in range(4, 9)]
     assert cli.main(["data", "scans", "--out", "sheet.txt"]) == 2
     assert "must end in .png" in capsys.readouterr().err
 
@@ -54,6 +54,14 @@ def test_the_picture_is_dark_on_white_with_a_row_per_class(tmp_path: Path) -> No
     page = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     assert page.shape[0] == 10 * (SIDE + GAP) + GAP
     for number in range(10):
-        name = page[number * (SIDE + GAP) + GAP :][:SIDE, :LABEL]
+        name = page[number * (SIDE + GAP) + GAP :][:SIDE, : label_width(data.classes)]
         assert name.min() < 60
         assert np.median(name) == 255
+
+
+@pytest.mark.parametrize("name", ["a", "W" * 30, "猫" * 20])
+def test_no_name_is_cut_and_none_leaves_much_room(name: str, tmp_path: Path) -> None:
+    contact_sheet([(name, [Image.new("RGB", (SIDE, SIDE), "black")])], tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as picture:
+        dark = np.flatnonzero((np.asarray(picture.convert("L")) < 128).any(axis=0))
+    assert 2 <= dark[0] < 60

@@ -190,6 +190,7 @@ def _curves(key: str, what: str) -> Any:
                 axes.plot(*zip(*points, strict=True), label=labels[i], ms=4, **style_of(i))
                 lines += 1
         axes.set(xlabel="minutes", ylabel=what)
+        axes.set_xlim(left=0)  # reading the data counts too
         return legend(axes, lines)
 
     return plot
