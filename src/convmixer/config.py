@@ -185,8 +185,8 @@ class Config:
     draw: bool = setting(True, "draw pictures of the data and the result into the run folder")
     logger: str = setting(
         "tensorboard",
-        "where metrics go besides metrics.csv: tensorboard, wandb (Weights & Biases), mlflow, or several with commas "
-        "between; csv or none: nowhere",
+        "where metrics go besides the run folder's tables: tensorboard, wandb (Weights & Biases), mlflow, or several "
+        "with commas between; csv or none: nowhere",
     )
     sync_bn: bool = setting(False, "synchronise BatchNorm statistics over processes")
     checkpoint_seconds: float = setting(
