@@ -209,14 +209,17 @@ def _load(source: str | Path) -> LoadedModel:
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return patch-embedding weights (dim, C, p, p) for another number of channels, with the same response to grey.
 
-    They are summed over the colours for one channel, else repeated and scaled.
+    They are summed over the colours for one channel, else repeated and scaled; the response is the same if one number
+    of channels is a multiple of the other. timm's function of this kind takes
+    only weights of three channels before timm 1.0.31.
 
-    Source: timm's `adapt_input_conv`.
+    Source: ours, with the rule of timm's `adapt_input_conv`.
     """
-    from timm.models import adapt_input_conv
-
-    adapted: torch.Tensor = adapt_input_conv(in_chans, weight.clone(), base_chans=weight.shape[1])
-    return adapted
+    channels = weight.shape[1]
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeated = weight.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans]
+    return repeated if in_chans == channels else repeated * (channels / in_chans)
 
 
 def _load_newest(path: Path) -> LoadedModel:
