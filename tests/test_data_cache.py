@@ -8,7 +8,7 @@ import pytest
 
 from convmixer.data import scan as scanning
 from convmixer.data import sources, status, tar_index
-from data_sets import DIGITS, label, load, names, parts, png, write_folder, write_tar
+from data_sets import DIGITS, label, load, names, parts, png, write_folder, write_parquet, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the images that were read, for their header or as a whole."""
     seen: list[str] = []
-    for kind in (sources.Files, sources.Shards):
+    for kind in (sources.Files, sources.Shards, sources.Column):
 
         def header(self: sources.Encoded, index: int) -> tuple[str, tuple[int, int]]:
             seen.append(self.name(index))
@@ -147,3 +147,19 @@ def test_shards_are_read_once_and_again_if_one_changes(
     for file in [*(cache / "tars").iterdir(), *(cache / "headers").iterdir()]:
         file.write_bytes(file.read_bytes()[:100])
     assert [names(p) for p in parts(load(root))] == [names(p) for p in parts(load(root))]
+
+
+def test_rows_of_parquet_are_read_once_and_again_if_a_file_changes(tmp_path: Path, read: list[str]) -> None:
+    root = tmp_path / "data"
+    files = [root / "train-0.parquet", root / "test-0.parquet"]
+    write_parquet(files[0], range(60))
+    write_parquet(files[1], range(60, 90))
+    first = load(root)
+    assert len(read) == 90
+    second = load(root)
+    assert len(read) == 90
+    for one, other in zip(parts(first), parts(second), strict=True):
+        assert names(one) == names(other)
+    write_parquet(files[1], range(100, 130))
+    load(root)
+    assert len(read) == 180

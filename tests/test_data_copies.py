@@ -1,4 +1,4 @@
-"""One image, one split, one label: equal bytes, contradicting labels, and groups that stay together."""
+"""One image, one split, one label: equal bytes and contradicting labels."""
 
 import shutil
 from collections.abc import Callable
@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from convmixer.data.datasets import DataSplits
-from convmixer.data.options import Options
-from convmixer.data.splits import stratified
 from convmixer.errors import RequestError
-from data_sets import label, load, names, parts, png, write_folder, write_tar
+from data_sets import label, load, parts, write_folder, write_tar
 
 
 def contents(data: DataSplits) -> list[set[bytes]]:
@@ -89,54 +87,3 @@ def test_long_files_that_begin_alike_are_no_copies(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert sum(map(len, parts(data))) == 30
     assert not any("copies" in note for note in data.notes)
-
-
-# groups
-
-
-def test_groups_by_pattern_and_by_column(tmp_path: Path) -> None:
-    for i in range(120):
-        folder = tmp_path / "img" / f"class {i // 10 % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"video{i // 10:02}_{i % 10}.png").write_bytes(png(i))
-    rows = [
-        f"img/class {i // 10 % 2}/video{i // 10:02}_{i % 10}.png,class {i // 10 % 2},p{i // 20}" for i in range(120)
-    ]
-    (tmp_path / "table.csv").write_text("\n".join(["path,label,patient", *rows]))
-
-    def videos(data: DataSplits, length: int = 7) -> list[set[str]]:
-        return [{Path(name).name[:length] for name in names(part)} for part in parts(data)]
-
-    data = load(tmp_path / "img", options=Options(group=r"(video\d+)_"))
-    found = videos(data)
-    assert sum(map(len, found)) == len(set.union(*found)) == 12
-    assert "12 groups, each in one split" in data.notes
-    assert [len(part) for part in parts(data)] == [70, 20, 30] or sum(map(len, parts(data))) == 120
-    patients = load(tmp_path / "table.csv", options=Options(group="patient"))
-    pairs = [{int(name[5:]) // 2 for name in part} for part in videos(patients)]
-    assert sum(map(len, pairs)) == len(set.union(*pairs)) == 6
-
-
-def test_groups_that_cannot_be(tmp_path: Path) -> None:
-    write_folder(tmp_path, range(60))
-    with pytest.raises(RequestError, match=r"--group 'patient' is neither a column nor .* a path, such as 'digit 0/"):
-        load(tmp_path, options=Options(group="patient"))
-    with pytest.raises(RequestError, match="nor a valid regular expression"):
-        load(tmp_path, options=Options(group="("))
-    write_folder(tmp_path / "s" / "train", range(60))
-    write_folder(tmp_path / "s" / "test", range(60, 90))
-    with pytest.raises(RequestError, match=r"group '00' is in .* own splits separate images"):
-        load(tmp_path / "s", options=Options(group=r"/(00)\d\d"))
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_whole_groups_are_held_out(fraction: float) -> None:
-    rng = np.random.default_rng(0)
-    groups = rng.integers(0, 100, 1000)
-    labels = groups % 4
-    held = stratified(labels, fraction, 0, groups)
-    assert not set(groups[held]) & set(groups[~held])
-    assert abs(held.mean() - fraction) < 0.03
-    assert (stratified(labels, fraction, 0, groups) == held).all()
-    single = np.arange(1000)
-    assert (stratified(labels, fraction, 3, single) == stratified(labels, fraction, 3)).all()

@@ -56,13 +56,43 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
         "no val split",
     ):
         assert part in notes
-    write_folder(tmp_path / "one" / "images", range(0, 60, 10)[:1])
-    PHOTO.save(tmp_path / "one" / "images" / "photo.png")
-    PHOTO.save(tmp_path / "one" / "images" / "photo.jpg")
+    write_folder(tmp_path / "one" / "scans", range(0, 60, 10)[:1])
+    PHOTO.save(tmp_path / "one" / "scans" / "photo.png")
+    PHOTO.save(tmp_path / "one" / "scans" / "photo.jpg")
     data = load(tmp_path / "one", 0)
     assert (data.img_size, data.in_chans, data.mean) == (224, 3, (0.485, 0.456, 0.406))
-    assert "only one class, 'images'" in " ".join(data.notes)
+    assert "only one class, 'scans'" in " ".join(data.notes)
     assert "images differ in size: used at 224" in " ".join(data.notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "hint"),
+    [
+        (["val.csv", "train.csv"], r"to take the labels from a table give it: .*train\.csv"),
+        (["labels.txt"], r"labels\.txt is not read: make a table of it, a \.csv with a row path,label"),
+        (["images.zip"], r"images\.zip is a compressed archive: unpack it"),
+        (["annotations/trimaps/a.png"], r"the folder 'annotations' names no class"),
+    ],
+)
+def test_a_folder_called_images_is_no_class(tmp_path: Path, more: list[str], hint: str) -> None:
+    for name in ("images/1.png", "images/2.png", *more):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(0))
+    with pytest.raises(RequestError, match=hint) as error:
+        load(tmp_path)
+    assert "names no class" in str(error.value)
+
+
+def test_what_class_folders_hold_beside_images_is_said(tmp_path: Path) -> None:
+    write_folder(tmp_path, range(60))
+    for name in ("digit 0/left/a.png", "digit 1/right/b.png", "digit 1/right/b_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(100 + len(name)))
+    (tmp_path / "test_list.txt").write_text("digit 0/0000.png\n")
+    notes = load(tmp_path).notes
+    assert "2 folders inside class folders count as their class: digit 0/left, digit 1/right" in notes
+    assert "1 images are named like masks of others, but count as images: digit 1/right/b_mask.png" in notes
+    assert "not used, a list of images, labels or splits; to use it, make a table of it: 1 (test_list.txt)" in notes
 
 
 def test_loose_test_images_beside_class_folders_are_no_class(tmp_path: Path) -> None:

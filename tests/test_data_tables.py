@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from convmixer.data.datasets import DataSplits
-from convmixer.data.labels import encode_labels
 from convmixer.data.options import Options
 from convmixer.errors import RequestError
 from data_sets import DIGITS, label, load, names, parts, png, write_folder
@@ -27,13 +26,6 @@ def test_csv(tmp_path: Path) -> None:
     assert sum(len(part) for part in parts(plain)) == 60
     assert [len(part) for part in parts(named)] == [32, 8, 20]
     assert plain.classes == named.classes == tuple(f"digit {i}" for i in range(10))
-
-
-def test_classes_of_one_number_keep_their_order() -> None:
-    spellings = ["0" * zeros + number for zeros in range(9) for number in ("1", "2")]
-    classes, labels = encode_labels({"train": spellings})
-    assert list(classes) == sorted(spellings, key=lambda name: (int(name), name))
-    assert [classes[i] for i in labels["train"]] == spellings
 
 
 @pytest.mark.parametrize(
@@ -139,6 +131,7 @@ def test_columns_that_say_the_split(tmp_path: Path) -> None:
     assert sizes("is_valid", lambda i: i % 5 == 0)[1:] == [0, 12]  # val serves as test without val_fraction
     assert sizes("is_test", lambda i: int(i % 5 == 0)) == [48, 0, 12]
     assert sizes("Usage", lambda i: "PrivateTest" if i >= 40 else "Training") == [40, 0, 20]
+    assert sizes("origin", lambda i: "test_set" if i >= 40 else "train") == [40, 0, 20]
     assert sizes("set", lambda i: "test" if i >= 40 else "") == [48, 0, 12]  # not all are splits: no split column
     assert sizes("fold", lambda i: i % 5, split_column="fold=0") == [48, 0, 12]
     assert sizes("how", lambda i: "test_set" if i >= 40 else "train", split_column="how") == [40, 0, 20]
@@ -149,8 +142,17 @@ def test_columns_that_say_the_split(tmp_path: Path) -> None:
 def test_folds_are_named_and_not_used(tmp_path: Path) -> None:
     table = write_table(tmp_path, "path,label,fold", lambda i: f"scans/{i:04}.png,{label(i)},{i % 5}")
     notes = load(table).notes
-    assert "column 'fold' is not used; to take a fold as val: --split-column fold=0" in notes
+    assert "column 'fold' is not used; to take some rows as val: --split-column fold=0" in notes
     assert "not used, a column of the table: 1 (fold)" in notes
+
+
+def test_a_table_of_another_split_next_to_it_is_said(tmp_path: Path) -> None:
+    table = write_table(tmp_path, "path,label", lambda i: f"scans/{i:04}.png,{label(i)}").rename(
+        tmp_path / "train.csv"
+    )
+    assert not any("next to it" in note for note in load(table).notes)
+    (tmp_path / "test.csv").write_text("path,label\n")
+    assert "test.csv next to it is not read: for its split join the tables, with a column split" in load(table).notes
 
 
 def test_a_column_for_each_class(tmp_path: Path) -> None:

@@ -25,13 +25,26 @@ def images_of(root: Path) -> set[str]:
 
 def test_hidden_files_are_passed_over_and_counted(tmp_path: Path) -> None:
     write_folder(tmp_path, range(60))
-    for name in ("digit 1/.ipynb_checkpoints/0001-checkpoint.png", "digit 1/._0001.png", "__MACOSX/digit 1/a.png"):
+    for name in (
+        "digit 1/.ipynb_checkpoints/0001-checkpoint.png",
+        "digit 1/._0001.png",
+        "__MACOSX/digit 1/a.png",
+        "digit 1/@eaDir/0001.png/SYNOPHOTO_THUMB_M.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png(0))
     walked = walk(tmp_path)
     assert len(walked.files) == 60
-    assert set(walked.unused.names[HIDDEN]) == {"__MACOSX", "digit 1/.ipynb_checkpoints", "digit 1/._0001.png"}
-    assert f"not used, {HIDDEN}: 3 (__MACOSX, digit 1/._0001.png, digit 1/.ipynb_checkpoints)" in load(tmp_path).notes
+    assert set(walked.unused.names[HIDDEN]) == {
+        "__MACOSX",
+        "digit 1/.ipynb_checkpoints",
+        "digit 1/._0001.png",
+        "digit 1/@eaDir",
+    }
+    assert (
+        f"not used, {HIDDEN}: 4 (__MACOSX, digit 1/._0001.png, digit 1/.ipynb_checkpoints, digit 1/@eaDir)"
+        in load(tmp_path).notes
+    )
 
 
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:

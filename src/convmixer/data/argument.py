@@ -16,6 +16,7 @@ HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 BUILT_IN = ("digits", *HUB_NAMES)
 TABLES = (".csv", ".tsv")
 SHARDS = (".parquet", ".tar")
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz")  # read only unpacked
 PROTOCOLS = ("http", "https", "s3", "gs")
 _SECRET = re.compile(
     r"[?&](x-(amz|goog)-signature|signature|sig|token|access_token|key|api_key|password)=", re.IGNORECASE

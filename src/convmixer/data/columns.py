@@ -1,14 +1,14 @@
 """Finds the path, label and split columns of a table by name and content, without guessing."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convmixer.data.csv_file import Rows, normal
 from convmixer.data.labels import is_label, split_of
 from convmixer.data.located import Location, Locator
 from convmixer.data.options import Options, flag
-from convmixer.errors import RequestError, unknown
+from convmixer.errors import RequestError, shown, unknown
 from convmixer.preprocess import SUFFIXES
 
 PATHS = (
@@ -41,7 +41,7 @@ class Columns:
         split_value: The value of the split column that means val; None: its values are names of splits.
         notes: How the table was read, if the names of the columns do not say it.
         classes: Numbers of the columns that stand for one class each.
-        weight: Number of the column of weights, or None.
+        weight, group: Numbers of the columns of weights and of groups, or None.
     """
 
     path: int
@@ -53,10 +53,13 @@ class Columns:
     notes: list[str] = field(default_factory=list)
     classes: tuple[int, ...] = ()
     weight: int | None = None
+    group: int | None = None
 
     def used(self) -> set[int]:
         """Return the numbers of the columns that are used."""
-        return {self.path, *self.classes} | {n for n in (self.label, self.split, self.weight) if n is not None}
+        return {self.path, *self.classes} | {
+            n for n in (self.label, self.split, self.weight, self.group) if n is not None
+        }
 
 
 def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
@@ -67,11 +70,12 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
     """
     split, value = _split_column(rows, options)
     weight = _by_name(rows, "weight_column", options.weight_column) if options.weight_column else None
+    group = _by_name(rows, "group", options.group) if options.group in rows.names and options.group else None
     path, location = _path_column(rows, locator, options, {split, weight})
-    taken = {path, split, weight}
+    taken = {path, split, weight, group}
     notes = []
     if not rows.has_header and len(rows.names) > 2 and split is None and options.split_column is None:
-        split = next((n for n in range(len(rows.names)) if n not in taken and _holds_splits(rows.column(n))), None)
+        split = next((n for n in range(len(rows.names)) if n not in taken and holds_splits(rows.column(n))), None)
         taken.add(split)
     label, classes = _label_column(rows, options, taken)
     if label is not None and normal(rows.names[label]) not in LABELS and rows.has_header:
@@ -84,11 +88,25 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
         labels = rows.column(label)
     if (note := location.note(next(text for text in rows.column(path) if text))) is not None:
         notes.append(note)
-    for number, name in enumerate(rows.names):
-        if normal(name) in FOLDS and number != split:
-            example = rows.cells[0][number]
-            notes.append(f"column {name!r} is not used; to take a fold as val: --split-column {name}={example}")
-    return Columns(path, location, labels, label, split, value, notes, classes, weight)
+    if split is not None and rows.has_header and not options.split_column and not may_split(rows.names[split]):
+        notes.append(f"splits are those of column {rows.names[split]!r}")
+    taken |= {label, *classes}
+    others = {name: rows.column(n) for n, name in enumerate(rows.names) if may_split(name) and n not in taken}
+    notes += fold_notes({name: next(filter(None, cells), "") for name, cells in others.items()})
+    return Columns(path, location, labels, label, split, value, notes, classes, weight, group)
+
+
+def may_split(name: str) -> bool:
+    """Return whether a column's name says that its values divide the images, into folds or splits."""
+    return normal(name) in (*FOLDS, *SPLITS, *FLAGS)
+
+
+def fold_notes(unused: Mapping[str, str]) -> list[str]:
+    """Return how to use columns of folds or splits that are not used, from the name of each and one of its cells."""
+    return [
+        f"column {name!r} is not used; to take some rows as val: --split-column {name}={cell}"
+        for name, cell in unused.items()
+    ]
 
 
 def split_of_row(text: str, name: str, value: str | None) -> str:
@@ -113,7 +131,14 @@ def _by_name(rows: Rows, option: str, wanted: str) -> int:
     if wanted not in rows.names:
         error = unknown("column", wanted, rows.names)
         raise RequestError(f"{flag(option)}: {rows.path} has the columns {', '.join(rows.names)}; {error}")
-    return rows.names.index(wanted)
+    return _only(rows, [n for n, name in enumerate(rows.names) if name == wanted])
+
+
+def _only(rows: Rows, numbers: Sequence[int]) -> int:
+    """Return the first of columns of one name, if all hold the same cells."""
+    if any(rows.column(n) != rows.column(numbers[0]) for n in numbers[1:]):
+        raise RequestError(f"{rows.path}: {len(numbers)} columns are called {rows.names[numbers[0]]!r}: rename them")
+    return numbers[0]
 
 
 def _known(rows: Rows, names: Sequence[str], without: set[int | None]) -> list[int]:
@@ -129,15 +154,29 @@ def _split_column(rows: Rows, options: Options) -> tuple[int | None, str | None]
     found = [
         n
         for n in _known(rows, (*SPLITS, *FLAGS), set())
-        if normal(rows.names[n]) == "split" or _holds_splits(rows.column(n), rows.names[n])
+        if normal(rows.names[n]) == "split" or holds_splits(rows.column(n), rows.names[n])
     ]
+    if not found:  # one whose every cell names a split
+        free = [
+            n
+            for n, name in enumerate(rows.names)
+            if normal(name) not in LABELS and name not in options.given().values()
+        ]
+        found = [n for n in free if divides(rows.column(n))]
     if len(found) > 1:
         raise RequestError(f"{rows.path}: which column is the split? {_ask(rows, found, 'split_column')}")
     return (found[0] if found else None), None
 
 
-def _holds_splits(cells: Sequence[str], name: str = "") -> bool:
+def holds_splits(cells: Sequence[str], name: str = "") -> bool:
+    """Return whether every cell of a column names a split."""
     return bool(cells) and all(cell and split_of_row(cell, name, None) for cell in cells)
+
+
+def divides(cells: Sequence[str]) -> bool:
+    """Return whether every cell of a column is the name of a split and nothing else, and two splits are named."""
+    splits = {split_of(cell) for cell in set(cells)}
+    return len(splits) > 1 and all(sure for _, sure in splits)
 
 
 def _path_column(rows: Rows, locator: Locator, options: Options, taken: set[int | None]) -> tuple[int, Location]:
@@ -161,7 +200,7 @@ def _path_column(rows: Rows, locator: Locator, options: Options, taken: set[int 
 
 
 def _nowhere(rows: Rows, number: int, locator: Locator) -> str:
-    example = next((text for text in rows.column(number) if text), "")
+    example = shown(next((text for text in rows.column(number) if text), ""))
     if "://" in example:
         return f"{rows.path}: {example} is a URL, which is never fetched: download the images, give their paths"
     return (
@@ -174,8 +213,9 @@ def _label_column(rows: Rows, options: Options, taken: set[int | None]) -> tuple
     if options.label_column:
         return _by_name(rows, "label_column", options.label_column), ()
     known = _known(rows, LABELS, taken)
-    if known and (normal(rows.names[known[0]]) == "label" or len(known) == 1):
-        return known[0], ()
+    best = [n for n in known if normal(rows.names[n]) == normal(rows.names[known[0]])]
+    if known and (normal(rows.names[known[0]]) == "label" or len(best) == len(known)):
+        return _only(rows, best), ()
     rest = known or [n for n in range(len(rows.names)) if n not in taken and normal(rows.names[n]) not in FOLDS]
     able = [n for n in rest if known or could_be_labels(rows.column(n))]
     if len(able) == 1 and (known or len(rest) == 1):

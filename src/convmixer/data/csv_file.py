@@ -56,6 +56,7 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
     width = len(first)
     tidy = [normal(cell) for cell in first]
     has_header = not any(is_data(cell) for cell in first) and (len(rows) > 1 or bool(known & set(tidy)))
+    has_header = has_header and (bool(known & set(tidy)) or not _is_repeated(first, rows[1:]))
     for line, cells in rows:
         if len(cells) > width and any(cells[width:]):
             raise RequestError(f"{path} line {line}: {len(cells)} cells, the first line has {width}")
@@ -64,6 +65,15 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
     names = [cell if has_header and cell else f"column {i + 1}" for i, cell in enumerate(first)]
     body = rows[1:] if has_header else rows
     return Rows(path, names, [line for line, _ in body], [cells for _, cells in body], has_header)
+
+
+def _is_repeated(first: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> bool:
+    """Return whether a text of the first row is also below it: then that row is data and not a header.
+
+    Numbers do not count if there are three columns or more: 0 and 1 may be names of columns of 0 and 1.
+    """
+    texts = {n: cell for n, cell in enumerate(first) if cell and (len(first) == 2 or not cell.isdigit())}
+    return any(cells[n : n + 1] == [cell] for n, cell in texts.items() for _, cells in rows)
 
 
 def normal(name: str) -> str:

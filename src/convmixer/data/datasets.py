@@ -9,6 +9,7 @@ and both list it in `ImageSet.failed`, for all worker processes. Images of both 
 
 import math
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ from convmixer.data.cache import Cached
 from convmixer.data.find import find
 from convmixer.data.found import Found
 from convmixer.data.images import ImageSet, named, new_marks, too_many
-from convmixer.data.labels import names_that_differ_in_case
+from convmixer.data.labels import doubtful_names
 from convmixer.data.options import Options
 from convmixer.data.scan import Scan, copies, scan
 from convmixer.data.sources import Arrays, Encoded, Source
@@ -130,7 +131,7 @@ def load_data(
     options = (options or Options()).absolute()
     found = find(spec, recorded, options)
     checked = _check(found, options)
-    notes = [*found.notes, *found.unused.notes(), *names_that_differ_in_case(found.classes), *checked.notes]
+    notes = [*found.notes, *found.unused.notes(), *doubtful_names(found.classes), *checked.notes]
     total = sum(len(scan.headers) for scan in checked.scans.values())
     headers = [h for scan in checked.scans.values() for h in scan.headers if not isinstance(h, str)]
     if not headers or len(checked.bad) > max_bad_fraction * total:
@@ -151,6 +152,7 @@ def load_data(
     if train and train.weights is not None:
         train.weights = _mean_one(train.weights, options.weight_column, notes)
     mean, std = _statistics(found, in_chans, train or test or val, notes)
+    notes += _without_images(train, found.classes)
     if len(found.classes) < 2:
         notes.append(f"there is only one class, {found.classes[0]!r}: expected one folder per class")
     return DataSplits(
@@ -172,6 +174,13 @@ def load_data(
         found=found,
         checked=checked,
     )
+
+
+def _without_images(train: ImageSet | None, classes: Sequence[str]) -> list[str]:
+    if train is None or not len(none := np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)):
+        return []
+    some = ", ".join(repr(classes[i]) for i in none[:5])
+    return [f"{len(none)} of {len(classes)} classes have no image in train: {some}{', ...' * (len(none) > 5)}"]
 
 
 @dataclass(frozen=True)
@@ -332,7 +341,10 @@ def _hold_out(
 ) -> tuple[ImageSet, ImageSet]:
     held = stratified(train.labels, fraction, seed, together[train.indices])
     if not held.any() or held.all():
-        raise RequestError(f"{len(train)} training images are too few to hold out a {split} split; provide one")
+        raise RequestError(
+            f"{len(train)} training images of {len(set(train.labels.tolist()))} classes are too few to hold out a "
+            f"{split} split, since each class keeps one: provide a {split} split"
+        )
     return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
 
 

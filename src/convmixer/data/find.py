@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convmixer.data.argument import HUB, SHARDS, TABLES, read_argument
+from convmixer.data.argument import ARCHIVES, HUB, SHARDS, TABLES, read_argument
 from convmixer.data.folder import count_class_folders, find_folder
 from convmixer.data.found import Found
 from convmixer.data.hub import download
@@ -62,6 +62,8 @@ def find_path(path: Path, options: Options, name: str | None = None, own_disk: b
     if kind in TABLES and path.is_file():
         return find_table(path, name, options)
     if path.is_file():
+        if path.name.lower().endswith(ARCHIVES):
+            raise RequestError(f"{path} is a compressed archive: unpack it, and give the folder")
         if kind not in SHARDS:
             raise RequestError(f"{path} is not a data set: give a folder, or a .csv, .tsv, .tar or .parquet file")
         return _read_shards(path, kind, [path], name, options, own_disk)

@@ -1,13 +1,14 @@
 """Image folders: the name of a class folder is the label of the images in it, at any depth."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from convmixer.data.argument import SHARDS, TABLES
+from convmixer.data.argument import ARCHIVES, SHARDS, TABLES
 from convmixer.data.found import Found, listing_checksum, to_bytes
-from convmixer.data.labels import encode_labels, split_of
-from convmixer.data.layout import Folder, Layout, arrange
+from convmixer.data.labels import SPLIT_WORDS, encode_labels, split_of
+from convmixer.data.layout import GENERIC, NAMELESS, Folder, Layout, arrange
 from convmixer.data.sources import Files, Source
 from convmixer.data.status import file_status
 from convmixer.data.unused import NO_IMAGE, Unused
@@ -16,8 +17,13 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import SUFFIXES
 
 A_TABLE = "a table (the labels are the names of folders)"
+A_LIST = "a list of images, labels or splits; to use it, make a table of it"
+EXAMPLE = "a .csv with a row path,label or path,label,split for each image"
+LISTS = ("txt", "json", "jsonl", "xml", "mat", "xlsx")
+LIST_WORDS = {"labels", "label", "imagelabels", "annotations", "metadata", "images", "list", "class", "split"}
 A_SHARD = "a shard (the images are in folders)"
 EMPTY = "a folder without images"
+_MASK = re.compile(r"(.+?)[-_ ](mask|segmentation|seg|gt)([-_ ]?\d+)?", re.IGNORECASE | re.DOTALL)
 
 
 def find_folder(walked: Walk, name: str) -> Found:
@@ -41,6 +47,9 @@ def find_folder(walked: Walk, name: str) -> Found:
         labels += [inside[0]] * len(names)
     if not any(paths for paths, _ in images.values()):
         raise RequestError(_nothing(walked))
+    found = {name for _, labels in images.values() for name in labels}
+    if nameless := sorted(name for name in found if name.lower() in NAMELESS and len(found) < 3):
+        raise RequestError(f"the folder {nameless[0]!r} names no class: {_expected(walked)}")
     unused.add(EMPTY, *walked.empty)
     unused.update(walked.unused)
     roots = {split: walked.root.joinpath(*_prefix(layout, split)) for split in images}
@@ -50,7 +59,20 @@ def find_folder(walked: Walk, name: str) -> Found:
     splits: dict[str, tuple[Source, np.ndarray]] = {
         s: (Files(roots[s], to_bytes(paths), status[s]), encoded[s]) for s, (paths, _) in images.items()
     }
-    return Found(name, splits, classes, listing_checksum(sizes), notes=layout.notes, unused=unused)
+    notes = [*layout.notes, *_below_classes(layout, folders), *_masks(folders)]
+    return Found(name, splits, classes, listing_checksum(sizes), notes=notes, unused=unused)
+
+
+def _below_classes(layout: Layout, folders: Iterable[Folder]) -> list[str]:
+    """Return a note if class folders hold folders, which could be meant as classes of their own."""
+    places = [place[1] for folder in folders if not isinstance(place := layout.place(folder), str)]
+    depth = 2 if layout.inside else 1
+    deeper = [inside for inside in places if len(inside) > depth and inside[depth] not in GENERIC]
+    below = sorted({"/".join(inside[: depth + 1]) for inside in deeper})
+    if not below:
+        return []
+    some = ", ".join(below[:5]) + (", ..." if len(below) > 5 else "")
+    return [f"{len(below)} folders inside class folders count as their class: {some}"]
 
 
 def count_class_folders(files: Sequence[str]) -> int:
@@ -66,25 +88,50 @@ def _prefix(layout: Layout, split: str) -> Folder:
 def _by_folder(files: Sequence[str], unused: Unused) -> dict[Folder, list[str]]:
     """Return the names of images by folder, in the order of the files; count the other files."""
     folders: dict[str, list[str]] = {}
-    others: dict[str, list[str]] = {NO_IMAGE: [], A_TABLE: [], A_SHARD: []}
+    others: dict[str, list[str]] = {NO_IMAGE: [], A_TABLE: [], A_LIST: [], A_SHARD: []}
     for path in files:
         folder, _, file = path.rpartition("/")
         if is_image(file):
             folders.setdefault(folder, []).append(file)
         else:
             ending = file[file.rfind(".") :].lower()
-            others[A_TABLE if ending in TABLES else A_SHARD if ending in SHARDS else NO_IMAGE].append(path)
+            kind = A_TABLE if ending in TABLES else A_SHARD if ending in SHARDS else NO_IMAGE
+            others[A_LIST if not folder and _is_list(file) else kind].append(path)
     for reason, names in others.items():
         unused.add(reason, *names)
     return {tuple(folder.split("/")) if folder else (): names for folder, names in folders.items()}
 
 
+def _masks(folders: Mapping[Folder, Sequence[str]]) -> list[str]:
+    """Return a note if images are named like masks of other images."""
+    found = []
+    for folder, names in folders.items():
+        stems = {name.rpartition(".")[0] for name in names}
+        masks = (name for name in names if (own := _MASK.fullmatch(name.rpartition(".")[0])) and own[1] in stems)
+        found += ["/".join((*folder, name)) for name in masks]
+    return [f"{len(found)} images are named like masks of others, but count as images: {found[0]}"] if found else []
+
+
 def _nothing(walked: Walk) -> str:
     """Return the error message for a folder that has no images in class folders."""
-    tables = [file for file in walked.files if file.lower().endswith(TABLES)]
-    hint = f"; to take the labels from a table give it: {walked.root / tables[0]}" if tables else ""
     passed = f" ({'; '.join(walked.unused.notes())})" if walked.unused.counts else ""
-    return (
-        f"no images in class folders in {walked.root}: expected <class>/*.jpg or train|val|test/<class>/*.jpg "
-        f"({', '.join(sorted(SUFFIXES))}){hint}{passed}"
-    )
+    return f"no images in class folders in {walked.root}: {_expected(walked)}{passed}"
+
+
+def _expected(walked: Walk) -> str:
+    """Return how image folders must be, and what else the folder holds that could be given."""
+    tables = [file for file in walked.files if file.lower().endswith(TABLES)]
+    tables.sort(key=lambda file: split_of(file.rpartition("/")[2])[0] != "train")
+    hint = f"; to take the labels from a table give it: {walked.root / tables[0]}" if tables else ""
+    archives = [file for file in walked.files if file.lower().endswith(ARCHIVES)]
+    hint += f"; {archives[0]} is a compressed archive: unpack it" if archives else ""
+    lists = [file for file in walked.files if _is_list(file)]
+    hint += f"; {lists[0]} is not read: make a table of it, {EXAMPLE}" if lists else ""
+    return f"expected <class>/*.jpg or train|val|test/<class>/*.jpg ({', '.join(sorted(SUFFIXES))}){hint}"
+
+
+def _is_list(path: str) -> bool:
+    """Return whether a file may list images with their labels or splits."""
+    stem, _, ending = path.rpartition("/")[2].lower().rpartition(".")
+    words = set(re.split(r"[^a-z]+", stem))
+    return ending in LISTS and bool(words & (LIST_WORDS | SPLIT_WORDS.keys()))

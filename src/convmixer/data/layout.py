@@ -12,6 +12,20 @@ from convmixer.errors import RequestError
 Folder = tuple[str, ...]  # the parts of a path relative to the data's root
 
 GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # a folder that names no class
+NAMELESS = {
+    "images",
+    "image",
+    "img",
+    "imgs",
+    "data",
+    "jpg",
+    "jpeg",
+    "png",
+    "jpegimages",
+    "annotations",
+    "masks",
+    "labels",
+}
 NO_CLASS = "not in a class folder"
 NO_CLASS_FOLDERS = "a split without class folders"
 NO_SPLIT = "next to the splits, but not named train, val or test"

@@ -12,7 +12,7 @@ from pathlib import Path
 from convmixer.data.found import file_size
 from convmixer.data.labels import split_of
 from convmixer.data.walk import Walk, is_image, walk
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 
 PROBED = 50  # values of a column that are looked up to find its images
 
@@ -44,7 +44,7 @@ class Location:
     def note(self, text: str) -> str | None:
         """Return how the texts are read, with an example, unless each text is already the path."""
         path = self.path(text)
-        return None if path == text else f"{text!r} and the like are read as {path}"
+        return None if path == text else f"{shown(text)!r} and the like are read as {path}"
 
 
 class Locator:
@@ -101,7 +101,9 @@ class Locator:
             ways = [way for way in ways if split_of(way[0].rpartition("/")[2])[0] == self.split] or ways
         if len(ways) > 1:
             folders = ", ".join(sorted(str(self.base / way[0]) for way in ways)[:5])
-            raise RequestError(f"images called {text!r} are in several folders: choose --image-root from {folders}")
+            raise RequestError(
+                f"images called {shown(text)!r} are in several folders: choose --image-root from {folders}"
+            )
         return ways[0]
 
     def _index(self) -> None:

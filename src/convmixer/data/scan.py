@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
-from convmixer.data.sources import Arrays, Files, Shards, Source
+from convmixer.data.sources import Arrays, Column, Files, Shards, Source, digest
 from convmixer.data.status import file_status, settled
 from convmixer.files import atomic_file, cached_file, prune
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
+OnDisk = Files | Shards | Column
 CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
 CACHE_BYTES = 1 << 30  # all scans together; beyond this the least recently used are deleted
 PART = 256
@@ -50,7 +52,7 @@ def scan(source: Source) -> Scan:
     if isinstance(source, Arrays):
         digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
         return Scan([source.header(0)] * len(source) if len(source) else [], digests)
-    kept = _Kept.load(source) if isinstance(source, (Files, Shards)) and len(source) >= CACHED_FROM else None
+    kept = _Kept.load(source) if _has_files(source) and len(source) >= CACHED_FROM else None
     headers: list[Header | str] = [""] * len(source)
     digests = np.zeros(len(source), np.uint64)
     if kept:
@@ -77,6 +79,10 @@ def scan(source: Source) -> Scan:
     return Scan(headers, digests, kept)
 
 
+def _has_files(source: Source) -> TypeGuard[OnDisk]:
+    return isinstance(source, (Files, Shards)) or (isinstance(source, Column) and bool(source.files))
+
+
 class _Kept:
     """The headers and digests of images in the cache, each valid while its file keeps its size and time.
 
@@ -85,7 +91,7 @@ class _Kept:
         table: Arrays of an earlier scan by name; None: there was none.
     """
 
-    def __init__(self, source: Files | Shards, table: dict[str, np.ndarray] | None) -> None:
+    def __init__(self, source: OnDisk, table: dict[str, np.ndarray] | None) -> None:
         self.source, self.status, self.changed = source, _status(source), False
         count = len(source)
         self.table = table or {name: np.full(count, -1 if name == "mode" else 0, kind) for name, kind in _COLUMNS}
@@ -94,7 +100,7 @@ class _Kept:
         self.table["whole"][~self.valid] = 0
 
     @classmethod
-    def load(cls, source: Files | Shards) -> "_Kept":
+    def load(cls, source: OnDisk) -> "_Kept":
         """Return the cached headers and digests; none if the cache is damaged or belongs to other files."""
         try:
             os.utime(path := _cache_file(source))  # marks it used
@@ -155,8 +161,11 @@ _COLUMNS = (
 )
 
 
-def _status(source: Files | Shards) -> np.ndarray:
-    """Return size and time of the file that each image is in, int64 (N, 2)."""
+def _status(source: OnDisk) -> np.ndarray:
+    """Return size and time of the file that each image is in, int64 (N, 2); rows of parquet share those of all."""
+    if isinstance(source, Column):
+        status = file_status(Path(), [os.path.abspath(file) for file in source.files])
+        return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(source), 1))
     if isinstance(source, Shards):
         return file_status(Path(), [os.path.abspath(tar) for tar in source.tars])[source.places[:, 0]]
     if source.status is not None:
@@ -164,12 +173,18 @@ def _status(source: Files | Shards) -> np.ndarray:
     return file_status(source.root, [source.name(index) for index in range(len(source))])
 
 
-def _cache_file(source: Files | Shards) -> Path:
+def _cache_file(source: OnDisk) -> Path:
     if isinstance(source, Files):
         what = os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()
+    elif isinstance(source, Shards):
+        what = _names(source.tars) + source.places.tobytes()
     else:
-        what = b"\0".join(os.fsencode(os.path.abspath(tar)) for tar in source.tars) + source.places.tobytes()
+        what = _names(source.files) + f"\0{source.chosen}\0{len(source)}".encode(errors="surrogateescape")
     return cached_file("headers", what, ".npz")
+
+
+def _names(files: Sequence[Path]) -> bytes:
+    return b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)
 
 
 def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:

@@ -146,10 +146,14 @@ class Column(Encoded):
     Args:
         label: Start of the images' names, e.g. "train".
         images: Binary values, or structs with a field "bytes".
+        files: The parquet files that the rows are from; empty: not known.
+        chosen: Which column and which rows of the files they are, in any words that tell them from others.
     """
 
     label: str
     images: pa.ChunkedArray
+    files: Sequence[Path] = ()
+    chosen: str = ""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convmixer.data.labels import is_label
 from convmixer.data.options import Options
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 
 TEST_FRACTION = 0.2  # of train, if the data have no test split
 TEST_SEED = 0  # every run has the same test images, so that runs with different seeds can be compared
@@ -106,7 +107,7 @@ def group_names(
     if options.group is None:
         return {}
     if columns:
-        return {split: list(cells) for split, cells in columns.items()}
+        return {split: [cell if is_label(cell) else "" for cell in cells] for split, cells in columns.items()}
     try:
         pattern = re.compile(options.group)
     except re.error as error:
@@ -132,7 +133,7 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Return notes on the groups.
 
     Raises:
-        RequestError: A group is in two of the splits that the data come with.
+        RequestError: All images are in one group, or a group is in two of the splits that the data come with.
     """
     if not groups:
         return []
@@ -144,6 +145,10 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
                     f"group {name!r} is in {other} and in {split}: the data's own splits separate images of one group"
                 )
     single = sum(name == "" for names in groups.values() for name in names)
+    if len(seen) == 1 and not single:
+        raise RequestError(
+            f"--group puts all images into one group, {shown(next(iter(seen)))!r}: give one that differs"
+        )
     note = f"{len(seen)} groups, each in one split"
     return [note + (f"; {single} images belong to none" if single else "")]
 

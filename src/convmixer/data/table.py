@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from convmixer.data.argument import TABLES
 from convmixer.data.columns import KNOWN, Columns, choose_columns, holds_path, split_of_row
 from convmixer.data.csv_file import Rows, read_csv
 from convmixer.data.found import Found, listing_checksum, loss_weights, to_bytes
-from convmixer.data.labels import encode_labels, is_label
+from convmixer.data.labels import encode_labels, is_label, split_of
 from convmixer.data.located import Locator
 from convmixer.data.options import Options
 from convmixer.data.sources import Files, Source
 from convmixer.data.status import file_status
 from convmixer.data.unused import NO_IMAGE, Unused
 from convmixer.data.walk import is_image, walk
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 
 A_COLUMN = "a column of the table"
 NOT_NAMED = "an image that the table does not name"
@@ -45,16 +46,29 @@ def find_table(path: Path, name: str, options: Options) -> Found:
     sizes = [f"{p} {n}" for s, found in paths.items() for p, n in zip(found, status[s][:, 0], strict=True)]
     checksum = listing_checksum([hashlib.sha256(path.read_bytes()).hexdigest(), *sizes])
     unused = _unused(rows, columns, base, [p for found in paths.values() for p in found])
-    groups = _groups(rows, order, options)
+    groups = _groups(rows, order, columns.group)
     weights = _weights(rows, order, columns.weight)
-    return Found(name, splits, classes, checksum, notes=columns.notes, unused=unused, groups=groups, weights=weights)
+    notes = [*columns.notes, *([] if columns.split is not None else _other_splits(path))]
+    return Found(name, splits, classes, checksum, notes=notes, unused=unused, groups=groups, weights=weights)
 
 
 def _refuse_narrow(rows: Rows) -> None:
     if len(rows.names) < 2:
         line = rows.lines[0] if rows.lines else 1
         found = (rows.cells or [rows.names])[0][0]
-        raise RequestError(f"{rows.path} line {line}: expected path,label, found {found!r}")
+        raise RequestError(f"{rows.path} line {line}: expected path,label, found {shown(found)!r}")
+
+
+def _other_splits(path: Path) -> list[str]:
+    """Return a note if the table is called like one split and tables of other splits are next to it."""
+    own = split_of(path.stem)[0]
+    if not own:
+        return []
+    tables = sorted(file for file in path.parent.iterdir() if file.suffix.lower() in TABLES)
+    others = [file.name for file in tables if split_of(file.stem)[0] not in ("", own)]
+    if not others:
+        return []
+    return [f"{', '.join(others)} next to it is not read: for its split join the tables, with a column split"]
 
 
 def _rows_by_split(rows: Rows, columns: Columns) -> dict[str, list[int]]:
@@ -69,12 +83,12 @@ def _rows_by_split(rows: Rows, columns: Columns) -> dict[str, list[int]]:
         if not cells[columns.path]:
             raise RequestError(f"{where}: no path of an image")
         if not is_label(label := columns.labels[number]):
-            raise RequestError(f"{where}: no label, found {label!r}: give it one, or remove the line")
+            raise RequestError(f"{where}: no label, found {shown(label)!r}: give it one, or remove the line")
         text = cells[columns.split] if columns.split is not None else ""
         name = rows.names[columns.split] if columns.split is not None else ""
         split = split_of_row(text, name, columns.split_value) if columns.split is not None else "train"
         if not split:
-            raise RequestError(f"{where}: split {text!r} is not train, val or test")
+            raise RequestError(f"{where}: split {shown(text)!r} is not train, val or test")
         splits.setdefault(split, []).append(number)
     return splits
 
@@ -106,9 +120,8 @@ def _weights(rows: Rows, order: dict[str, list[int]], column: int | None) -> dic
     return {split: weights[numbers] for split, numbers in order.items()}
 
 
-def _groups(rows: Rows, order: dict[str, list[int]], options: Options) -> dict[str, Sequence[str]]:
+def _groups(rows: Rows, order: dict[str, list[int]], column: int | None) -> dict[str, Sequence[str]]:
     """Return the group of each image if the option names a column; patterns are applied to names later."""
-    if options.group not in rows.names or options.group is None:
+    if column is None:
         return {}
-    number = rows.names.index(options.group)
-    return {split: [rows.cells[n][number] for n in numbers] for split, numbers in order.items()}
+    return {split: [rows.cells[n][column] for n in numbers] for split, numbers in order.items()}

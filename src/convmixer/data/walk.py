@@ -16,6 +16,7 @@ from convmixer.preprocess import SUFFIXES
 from convmixer.run_folder import is_own_output
 
 MAX_DEPTH = 32  # folders; deeper ones are counted, not read
+SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 HIDDEN = "hidden"
 OWN_OUTPUT = "written by convmixer"
 READ_ALREADY = "a link to a folder that is already read"
@@ -100,7 +101,7 @@ class _Walker:
         before = len(self.files) + len(self.links)
         for entry in self._entries(folder):
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if entry.name.startswith(".") or entry.name in SYSTEM:
                 self.unused.add(HIDDEN, path)
             elif not _is_folder(entry):
                 self._take(entry, path)
