@@ -108,6 +108,20 @@ def test_ten_minutes_are_used_at_any_speed(tmp_path: Path, change: float, step_s
     assert shares[-1] > 0.9
 
 
+def test_a_wrong_first_estimate_of_evaluation_is_corrected_by_the_first_validation(tmp_path: Path) -> None:
+    clock, plan = Clock(), Plan(None, 0, 0.0, None, 0.1)
+    budget, done = Budget(600, clock, tmp_path / SHARES), 0
+    budget.end_of_epoch, budget.evaluation, budget.evaluated, budget.writing = 30.0, 120.0, 3.0, 4.0
+    budget.keep()
+    while not (done and budget.is_over(done)):
+        budget.progress(plan, done)
+        clock.now, done = clock.now + 2.0, done + 1
+        if done % 20 == 0:
+            clock.now += 2.0
+            budget.saw_end_of_epoch(2.0, 1.0)
+    assert 0.95 < (clock.now + 2.0 + 3.0 + 4.0) / 600 < 1.02
+
+
 def test_a_budget_takes_the_place_of_epochs_unless_both_are_given_or_layers_are_frozen() -> None:
     recipe = load_recipe("finetune")
     assert override(recipe, {"max_time": "10m"}).epochs == 0

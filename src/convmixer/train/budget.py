@@ -45,6 +45,7 @@ class Budget:
         self.kept = 0.05 * seconds  # reserved for the end
         self.slowdown = 1.0  # how many times longer the gauge takes now than at the start
         self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
+        self.evaluated = 0.0  # images that the end evaluates, divided by those of the validation split
         self.writing = 5.0  # seconds for pictures and files at the end, at the speed of the start
         self.steps: list[tuple[float, float]] = []
         # (seconds, share): from here the share grows linearly with time, and reaches 1 when the reserved time begins
@@ -122,6 +123,18 @@ class Budget:
         if self.steps:
             self._anchor = (self.elapsed(), abs(self.steps[-1][0]))
 
+    def saw_end_of_epoch(self, seconds: float, validation: float) -> None:
+        """Learn from the end of an epoch.
+
+        Args:
+            seconds: How long it took.
+            validation: The part of it in which the whole model was evaluated on the validation split; 0: it was not.
+        """
+        self.end_of_epoch = seconds / self.slowdown
+        if validation and self.evaluated:
+            self.evaluation = self.evaluated * validation / self.slowdown
+        self.keep()
+
     def look(self) -> None:
         """Run the gauge if that is due."""
         if self._gauge is None or world_size() > 1:  # several processes would have to measure together
@@ -145,10 +158,12 @@ class Budget:
         per_image = seconds_per_image(module, job, 0.02 * self.seconds) if counts else 0.0
         val = len(job.data.val) if job.data.val else 0
         self.end_of_epoch, self.evaluation = 0.1 + val * per_image, sum(counts) * per_image
+        self.evaluated = sum(counts) / val if val else 0.0
         times = 1
         gauge()  # warms up
         times = max(1, round(GAUGE_SECONDS / gauge()))
-        self._first, self._gauge, self._gauged_at = gauge(), gauge, self.elapsed()
+        self._first = statistics.median(gauge() for _ in range(5))  # a single one may be an exception
+        self._gauge, self._gauged_at = gauge, self.elapsed()
         self.keep()
 
     def _now(self) -> float:

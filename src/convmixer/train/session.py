@@ -85,6 +85,7 @@ class Run:
         self.steps = StepRows(job.batch_size, job.device)
         self.best: dict[str, Any] = {}
         self.seconds_before = 0.0  # of earlier sessions
+        self._validation_seconds = 0.0  # of the last evaluation of the whole model
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
         seconds = self.schedule.get("seconds")  # runs of older versions have none
@@ -387,8 +388,7 @@ class Run:
         if self.on_epoch:
             self.on_epoch(row)
         if self.budget:
-            self.budget.end_of_epoch = (time.perf_counter() - began) / self.budget.slowdown
-            self.budget.keep()
+            self.budget.saw_end_of_epoch(time.perf_counter() - began, self._validation_seconds)
 
     def _place(self) -> str:
         """Return how far the run is as a text to print after the number of an epoch."""
@@ -414,7 +414,10 @@ class Run:
         self.trained_images += images
         module.loss_sum.zero_()
         self._check_finite(train_loss)
+        began = time.perf_counter()
         found = self.stage.score_val()
+        whole = found is not None and not self.stage.features  # features have been computed before
+        self._validation_seconds = time.perf_counter() - began if whole else 0.0
         return {
             "epoch": round(done / self.steps_per_epoch, 6),
             "step": done,
