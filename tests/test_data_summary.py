@@ -46,6 +46,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "must end in .png" in capsys.readouterr().err
 
 
+def test_data_that_are_too_few_to_train_on_are_shown_and_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "few", [0, 10])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "few", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+    assert any("too few to hold out a val split, since train keeps one of each class" in note for note in notes)
+    assert cli.main(["train", "few", "--val-fraction", "0", "--test-fraction", "0"]) == 2
+    assert "few has only one class, 'digit 0': training needs two or more" in capsys.readouterr().err
+
+
 def test_the_picture_is_dark_on_white_with_a_row_per_class(tmp_path: Path) -> None:
     data = load(write_folder(tmp_path / "scans", range(60)))
     rows = thumbnails(data, 60, SIDE)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
-from convmixer.errors import PeerLost, RequestError, unknown
+from convmixer.errors import Failed, RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS
 from convmixer.run_folder import RECORD, STUDY_RECORDS, is_run
 
@@ -73,7 +73,7 @@ def _fail(args: argparse.Namespace, error: Exception, status: int) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    said = isinstance(error, (RequestError, PeerLost, OSError, FloatingPointError))
+    said = isinstance(error, (RequestError, Failed, OSError, FloatingPointError))
     prefix = "" if said else f"{type(error).__name__}: "
     print(f"convmixer {args.command}: {prefix}{terminal(text)}", file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""The exceptions that the command line prints as one line: a wrong request (status 2), a lost process (status 1)."""
+"""The exceptions that the command line prints as one line: a wrong request (status 2), a failure (status 1)."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,11 @@ class RequestError(ValueError):
     """A request that cannot be carried out; the message says what is wrong and what to do."""
 
 
-class PeerLost(RuntimeError):
+class Failed(RuntimeError):
+    """A request that was tried and failed; the message says why."""
+
+
+class PeerLost(Failed):
     """Another process of the same training no longer answers."""
 
 

@@ -49,6 +49,10 @@ GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 ANOTHER_LABEL = "an identical image has a different label"
 
 
+class TooFewImages(RequestError):
+    """There are too few images to hold out a split."""
+
+
 @dataclass(frozen=True)
 class DataSplits:
     """A data set, ready to train on.
@@ -341,9 +345,11 @@ def _hold_out(
 ) -> tuple[ImageSet, ImageSet]:
     held = stratified(train.labels, fraction, seed, together[train.indices])
     if not held.any() or held.all():
-        raise RequestError(
-            f"{len(train)} training images of {len(set(train.labels.tolist()))} classes are too few to hold out a "
-            f"{split} split, since each class keeps one: provide a {split} split"
+        groups, classes = len(np.unique(together[train.indices])), len(set(train.labels.tolist()))
+        apart = f" in {groups} groups" if groups < len(train) else ""
+        raise TooFewImages(
+            f"{len(train)} training images{apart} of {classes} classes are too few to hold out a {split} split, "
+            f"since train keeps one{' group' if apart else ''} of each class: provide a {split} split"
         )
     return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))
 

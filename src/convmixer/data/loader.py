@@ -22,7 +22,7 @@ from convmixer.data.sampler import Key, KeyedBatchSampler, is_flipped, sample_se
 from convmixer.data.transforms import Transform
 from convmixer.errors import RequestError
 
-_END = object()
+_END, _FAILED = object(), object()
 Batches = KeyedBatchSampler | Sequence[Sequence[Any]]
 
 
@@ -68,16 +68,16 @@ class Loader:
         self._waited, self._paused = seconds, True
 
     def __iter__(self) -> Iterator[Any]:
-        done, source = 0, self._open(0)
+        done, source = 0, [self._open(0)]
         while True:
             start = time.perf_counter()
             try:
-                batch = next(source, _END)
-            except RuntimeError as error:  # PyTorch's way to say that the memory that workers share is too small
-                if "Bus error" not in str(error) and "shared memory" not in str(error):
-                    raise
-                self.pace.without_workers("worker processes have too little shared memory (/dev/shm)")
-                source = self._open(done)
+                batch = next(source[0], _END)
+            except RuntimeError as error:  # PyTorch has no kinds of its own
+                self._give_up_place(error, time.perf_counter() - start)
+                batch = _FAILED
+            if batch is _FAILED:
+                source = self._reopened(source, done)
                 continue
             waited = time.perf_counter() - start
             self._waited += waited
@@ -92,15 +92,34 @@ class Loader:
             if self.say and (line := self.pace.take_line()):
                 self.say(line)
             if changed:
-                old, source = [source], self._open(done)
-                threading.Thread(target=old.clear).start()  # ends its workers, which may take seconds
-                del old
+                source = self._reopened(source, done)
+
+    def _reopened(self, source: list[Iterator[Any]], done: int) -> list[Iterator[Any]]:
+        """Return the batches from one on, made at the place that is chosen now.
+
+        A thread lets go of the old ones, which only the list refers to: to end their workers may take seconds.
+        """
+        new = [self._open(done)]
+        threading.Thread(target=source.clear).start()
+        return new
+
+    def _give_up_place(self, error: RuntimeError, waited: float) -> None:
+        """Choose another place because of an error of PyTorch's loader."""
+        if "DataLoader timed out" in str(error):
+            self._waited += waited
+            self.pace.note_nothing(waited)
+        elif "Bus error" in str(error) or "shared memory" in str(error):
+            self.pace.without_workers("worker processes have too little shared memory (/dev/shm)")
+        else:
+            raise error
 
     def _open(self, done: int) -> Iterator[Any]:
         """Return the batches from number `done` on, made at the place that is chosen now."""
         place = self.pace.place
         if done or not self._kept or self._kept[0] != place:
-            loader = DataLoader(self.dataset, batch_sampler=self._after(done), collate_fn=_collate, **_workers(place))
+            timeout = self.pace.patience() if place.workers else 0
+            given = {"batch_sampler": self._after(done), "collate_fn": _collate, "timeout": timeout}
+            loader = DataLoader(self.dataset, **given, **_workers(place))
             self._kept = None if done else (place, loader)
         else:
             loader = self._kept[1]

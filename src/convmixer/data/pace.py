@@ -101,6 +101,17 @@ class Pace:
         many = starved or self._batches >= 4 + 2 * self.place.workers
         return (many and self._seconds >= TRIAL_SECONDS) or self._seconds >= LONGEST_TRIAL_SECONDS
 
+    def patience(self) -> float:
+        """Return after how many seconds without a batch a place that is being tried has starved; 0: never."""
+        best = max(self._rates.values(), default=0.0)
+        return max(LONGEST_TRIAL_SECONDS, 4 / best) if best and not self._settled else 0.0
+
+    def note_nothing(self, seconds: float) -> None:
+        """Count that no batch came in this time, which ends a trial."""
+        if not self._settled:
+            self._judge(max(self._batches, 0) / (self._seconds + seconds), 1.0)
+        self._begin()
+
     def without_workers(self, reason: str) -> None:
         """Load in the training process from now on; `reason` becomes a part of `line`."""
         self.place, self.places = Place(0), [Place(0)]

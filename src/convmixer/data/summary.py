@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convmixer.data.datasets import DataSplits, load_data
+from convmixer.data.datasets import DataSplits, TooFewImages, load_data
 from convmixer.data.images import ImageSet
 from convmixer.data.options import Options
 from convmixer.data.splits import TEST_FRACTION
@@ -52,14 +52,12 @@ def describe(
 
     if out is not None and out.suffix.lower() != ".png":
         raise RequestError(f"--out {out} must end in .png")
-    data = load_data(
-        spec,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        seed=seed,
-        max_bad_fraction=1.0,
-        options=options,
-    )
+    wanted = {"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed, "options": options}
+    try:
+        data = load_data(spec, max_bad_fraction=1.0, **wanted)  # type: ignore[arg-type]
+    except TooFewImages as error:
+        data = load_data(spec, max_bad_fraction=1.0, hold_out=False, **wanted)  # type: ignore[arg-type]
+        data.notes.append(f"no split is made: {error}")
     summary, console = summarise(data), Console(soft_wrap=True, highlight=False)
     show(summary, console)
     for note in data.notes:

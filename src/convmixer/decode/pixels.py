@@ -27,6 +27,8 @@ SUFFIXES = (
     ".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".heic", ".heif",
 )  # fmt: skip
 
+_ORIENTATION = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where PIL looks for the tag
+
 Header = tuple[str, tuple[int, int]]
 
 
@@ -164,6 +166,8 @@ def _unknown(file: BinaryIO) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format in ("PNG", "JPEG") and not _ORIENTATION & image.info.keys():
+        return image  # PIL would look for the tags, then copy the image
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # the metadata are damaged but the pixels are not: shown as stored, as browsers do

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from convmixer.data.unused import Unused
-from convmixer.errors import RequestError
+from convmixer.errors import Failed, RequestError
 from convmixer.files import write_atomic
 from convmixer.inference import Classifier, load_classifier
 from convmixer.predict.sources import Still, Video, is_video, sources_of
@@ -102,7 +102,7 @@ def predict_files(
     _print_table(predictions, classifier, [out, *pictures.written[:1]], unused)
     errors = [p["error"] for p in predictions if "error" in p]
     if len(errors) == len(predictions):
-        raise RuntimeError(f"none of the {len(errors)} files can be read; the first: {errors[0] if errors else ''}")
+        raise Failed(f"none of the {len(errors)} files can be read; the first: {errors[0] if errors else ''}")
     return {"predictions": predictions, "drawn": list(map(str, pictures.written)), "tta": tta}
 
 

@@ -10,7 +10,7 @@ from convmixer.data.loader import eval_loader
 from convmixer.data.options import Options
 from convmixer.data.transforms import eval_transform
 from convmixer.device import choose_device, choose_precision
-from convmixer.errors import RequestError
+from convmixer.errors import Failed, RequestError
 from convmixer.evaluation.metrics import evaluate
 from convmixer.fast import accelerate, has_kernels
 from convmixer.models.weights import load_model
@@ -47,7 +47,7 @@ def verify(path: Path, data: str | None = None, run: str | None = None) -> dict[
         print(f"{r['name']}: recorded {r['recorded']:.2f}%, measured {r['measured']:.2f}%: {sign}")
     wrong = [r["name"] for r in results if not r["holds"]]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of {len(results)} recorded numbers do not hold: {', '.join(wrong)}")
+        raise Failed(f"{len(wrong)} of {len(results)} recorded numbers do not hold: {', '.join(wrong)}")
     return {"holds": True, "records": results}
 
 

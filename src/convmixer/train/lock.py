@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from convmixer.errors import RequestError
+from convmixer.errors import Failed, RequestError
 from convmixer.files import naming, temporary_name
 from convmixer.processes import is_alive, is_here, one_at_a_time, sign
 
@@ -57,7 +57,7 @@ class RunLock:
     def check(self) -> None:
         """Raise RuntimeError if another process has taken the lock."""
         if self.lost:
-            raise RuntimeError(f"another process took over {self.path.parent} while this one did not respond")
+            raise Failed(f"another process took over {self.path.parent} while this one did not respond")
 
     def _try(self) -> bool:
         """Return whether the lock was free and is ours now."""

@@ -29,7 +29,7 @@ from convmixer.data.transforms import (
     train_transform,
 )
 from convmixer.device import choose_device, choose_precision
-from convmixer.errors import RequestError
+from convmixer.errors import RequestError, shown
 from convmixer.fast import FastConvMixer, accelerate, has_kernels, uses_kernels
 from convmixer.fast.graphs import Graphs
 from convmixer.models.convmixer import ConvMixer
@@ -202,6 +202,8 @@ def prepare(
     )
     if data.train is None:
         raise RequestError(f"{spec} has no training images: name a folder with `train` in it")
+    if len(data.classes) < 2:
+        raise RequestError(f"{spec} has only one class, {shown(data.classes[0])!r}: training needs two or more")
     if config.patience and not data.val:
         raise RequestError("patience needs a validation split: set val_fraction above 0, or leave patience out")
     data = dataclasses.replace(data, train=training_images(data.train, config, data.notes))

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from convmixer import records
 from convmixer.config import Config, difference, override, parse_seconds, to_dict
-from convmixer.errors import RequestError
+from convmixer.errors import Failed, RequestError
 from convmixer.files import write_atomic
 from convmixer.processes import is_dead, sign
 from convmixer.results.runs import read_metrics
@@ -164,7 +164,7 @@ class Search:
         done = self.study.get_trials(deepcopy=False)
         counts = {state: sum(trial.state == state for trial in done) for state in TrialState}
         if not counts[TrialState.COMPLETE]:
-            raise RuntimeError(f"not one of {len(done)} trials ended: see {self.out}")
+            raise Failed(f"not one of {len(done)} trials ended: see {self.out}")
         best = self.study.best_trial
         values = values_of(best.params, self.space)
         config = dataclasses.replace(override(self.base, values), test=True, draw=True)
