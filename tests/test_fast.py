@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convmixer.fast import accelerate, uses_kernels
+from convmixer.fast.parts import parts_of
 from convmixer.fast.support import say_once
 from convmixer.fast.training import FastConvMixer, FastIsotropic
 from convmixer.kernels import blocks, why_not
@@ -246,7 +247,7 @@ def test_blocks_op_is_well_formed(pool: bool) -> None:
     fast = accelerate(_model(dim=8))
     parameters = [p.detach().clone().requires_grad_() for p in _flat(fast)]
     v = torch.randn(2, 5, 6, 8).requires_grad_()
-    args = (v, parameters, [], 1e-5, 0, True, pool)
+    args = (v, parameters, [], 1e-5, 0, True, pool, [0, 1])
     torch.library.opcheck(torch.ops.convmixer.blocks, (*args, True))
     blocks.features(*args)
     without = [p.detach() for p in parameters]
@@ -259,7 +260,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     running = [t for n in norms for t in (n.running_mean, n.running_var)]
     v = torch.randn(2, 5, 6, 8)
     with torch.no_grad():
-        _, kept = torch.ops.convmixer.blocks(v, _flat(fast), running, 1e-5, 0, False, False, False)
+        _, kept = torch.ops.convmixer.blocks(v, _flat(fast), running, 1e-5, 0, False, False, [], False)
     assert [tuple(t.shape) for t in kept] == [(len(norms), 2, 8)]
 
 
@@ -331,9 +332,7 @@ def test_features_are_channels_last_at_any_width() -> None:
 
 
 def _flat(fast: nn.Module) -> list[torch.Tensor]:
-    from convmixer.fast.training import block_parameters
-
-    return block_parameters(fast.stem[-1], list(fast.blocks))
+    return parts_of(fast).parameters()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

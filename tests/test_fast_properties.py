@@ -154,12 +154,31 @@ CHANGES: dict[str, Callable[[Any, random.Random], Any]] = {
     "head hook": lambda m, r: m.head.register_forward_hook(_half_hidden),
     "checkpointing": lambda m, r: m.set_grad_checkpointing(),
     "eval": lambda m, r: m.eval(),
+    "own _conv_forward": lambda m, r: _set(c := _conv(m, r), "_conv_forward", _doubled_conv(c)),
+    "own features": lambda m, r: _set(
+        m, "__class__", type("Own", (type(m),), {"forward_features": _doubled_features})
+    ),
+    "own _run": lambda m, r: _set(m, "__class__", type("Own", (type(m),), {"_run": lambda s, b, x: 2 * b(x)})),
+    "tied weights": lambda m, r: _set(m.blocks[-1][1], "weight", m.blocks[0][1].weight),
+    "shared norm": lambda m, r: _set_item(m.blocks[-1], 3, m.blocks[0][3]),
+    "shared block": lambda m, r: _set_item(m.blocks, len(m.blocks) - 1, m.blocks[0]),
+    "no eps": lambda m, r: [_set(n, "eps", 0.0) for n in _of(m, nn.BatchNorm2d)],
+    "eps of all": lambda m, r: [_set(n, "eps", 0.1) for n in _of(m, nn.BatchNorm2d)],
+    "meta": lambda m, r: m.to("meta"),
     "parameter hook": lambda m, r: _conv(m, r).weight.register_hook(lambda g: g * 2) and None,
 }
 
 
 def _doubled(self: Any, x: torch.Tensor) -> torch.Tensor:
     return 2 * type(self).__mro__[1].forward(self, x)  # type: ignore[attr-defined]
+
+
+def _doubled_features(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return 2 * type(self).__mro__[1].forward_features(self, x)  # type: ignore[attr-defined]
+
+
+def _doubled_conv(conv: Any) -> Callable[..., torch.Tensor]:
+    return lambda x, weight, bias: 2 * nn.Conv2d._conv_forward(conv, x, weight, bias)
 
 
 def _set_item(parts: nn.Sequential, i: int, module: nn.Module) -> None:

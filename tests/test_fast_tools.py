@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,15 +173,34 @@ def test_an_optimised_model_has_no_derivatives_and_says_so(name: str) -> None:
         ACCELERATED[name](optimize_for_inference(_plain()))
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Conv2d, "_conv_forward"),
+        (nn.BatchNorm2d, "forward"),
+        (nn.GELU, "__call__"),
+        (F, "gelu"),
+        (F, "batch_norm"),
+    ],
+)
+def test_what_is_replaced_for_all_modules_is_seen(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = _plain(), accelerate(_plain())
+    usual, before = getattr(owner, name), fast(X)
+    monkeypatch.setattr(owner, name, lambda *args, **options: 1.5 * usual(*args, **options))
+    assert not torch.allclose(plain(X), before)
+    torch.testing.assert_close(fast(X), plain(X), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_aot_inductor_packages_an_accelerated_model(tmp_path: Any) -> None:
-    fast = accelerate(_plain())
+@pytest.mark.parametrize("kind", ["plain", "accelerated"])
+def test_aot_inductor_packages_a_model(kind: str, tmp_path: Any) -> None:
+    model = _plain() if kind == "plain" else accelerate(_plain())
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
-            torch.export.export(fast, (X,)), package_path=str(tmp_path / "m.pt2")
+            torch.export.export(model, (X,)), package_path=str(tmp_path / "m.pt2")
         )
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(X), fast(X), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(X), _plain()(X), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -214,10 +214,8 @@ def _model(dim: int, kernel_size: int, act: str, depth: int = 2) -> nn.Module:
 def swapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], nn.Module]:
     """Return `accelerate` with the CUDA kernels behind the ops of CPU tensors."""
     from convmixer import fast
-    from convmixer.fast import structure, support, training
+    from convmixer.fast import support, training
 
-    # it would load the CPU's kernels, which would take the place of those under test
-    monkeypatch.setattr(structure, "usable", lambda: False)
     assert kernels.cuda._load("CPU") is None
     for module in (support, training):
         monkeypatch.setattr(module, "why_not", lambda device, dtype: None)

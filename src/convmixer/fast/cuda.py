@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convmixer.fast.graphs import Graphs
+from convmixer.fast.parts import Parts
 from convmixer.fast.structure import ACTS, norms_of
-from convmixer.fast.training import block_parameters
 from convmixer.kernels.cuda import blocks
 from convmixer.models.convmixer import ConvMixer
 
@@ -28,13 +28,13 @@ class CudaInference(nn.Module):
         model.eval()
         stem: Any = model.stem
         norms, conv = norms_of(model), stem[0]
-        parameters = [p.detach().clone() for p in block_parameters(norms[0], list(model.blocks))]
-        running = [t.float() for norm in norms for t in (norm.running_mean, norm.running_var)]
+        parts = Parts(norms, type(stem[1]), list(model.blocks))
+        parameters = [p.detach().clone() for p in parts.parameters()]
         self.patch_size, self.in_chans, self.act = model.patch_size, model.in_chans, ACTS[type(stem[1])]
         self.num_classes, self.dtype = model.num_classes, dtype
         self.stem = conv.weight.flatten(1).to(dtype), conv.bias.to(dtype)
         self.blocks = blocks.prepare(parameters, dtype)
-        self.scales = blocks.running_scales(parameters, running, norms[0].eps)[0]
+        self.scales = blocks.running_scales(parameters, parts.running(), norms[0].eps)[0]
         self.head = [p.detach().float().clone() for p in model.head.parameters()]
         self.graphs = Graphs(self.compute)
 

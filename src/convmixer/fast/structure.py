@@ -4,8 +4,8 @@ The kernels compute a ConvMixer only from its parameters. So every other attribu
 have the value that the kernels assume; `unusual` names the first one that does not.
 """
 
+import operator
 import weakref
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from convmixer.kernels.cpu.changes import Unchanged, usable
+from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
 ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
 QUIETLY = "another tool needs the plain model"  # nothing for the user to change
-_OVERRIDES = ("forward", "forward_features", "forward_head", "_run")
+_OVERRIDES = ("forward", "forward_features", "forward_head", "_run", "_intermediates")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS: tuple[Any, ...] = (
     nn.Conv2d,
@@ -30,13 +31,16 @@ _KINDS: tuple[Any, ...] = (
     DepthwiseConv2d,
     Residual,
 )
-_FACTS = attrgetter("dtype", "device", "shape")
-_FORWARDS = [kind.forward for kind in _KINDS]  # some tools replace them for all modules at once
+_FACTS = operator.attrgetter("dtype", "device", "shape", "layout")
+_METHODS = ("forward", "_call_impl", "_conv_forward")
+_USUAL = [  # some tools replace them for all modules at once
+    (kind, name, getattr(kind, name)) for kind in _KINDS for name in (*_METHODS, "__call__") if hasattr(kind, name)
+] + [(nn.functional, name, getattr(nn.functional, name)) for name in ("conv2d", "batch_norm", "gelu", "relu")]
 
 
 def unusual(model: Any) -> str | None:
     """Return what in the model the kernels do not support, or None."""
-    if any(name in model.__dict__ for name in _OVERRIDES):
+    if any(name in model.__dict__ for name in _OVERRIDES) or type(model)._run is not ConvMixer._run:
         return "a method of the model was replaced"
     reason = _stem_reason(model.stem)
     for i, block in enumerate(model.blocks):
@@ -45,8 +49,8 @@ def unusual(model: Any) -> str | None:
 
 
 def forwards_replaced() -> bool:
-    """Return whether the `forward` of a class of modules that the kernels know was replaced."""
-    return any(kind.forward is not forward for kind, forward in zip(_KINDS, _FORWARDS, strict=True))
+    """Return whether a method of a class of modules that the kernels know, or a function that it calls, was replaced."""
+    return any(getattr(owner, name) is not usual for owner, name, usual in _USUAL)
 
 
 def _called(model: Any) -> int:
@@ -142,7 +146,7 @@ def _act_reason(act: Any) -> str | None:
 def _hooks_or_forwards(model: Any) -> str | None:
     for part in (model.stem, model.blocks):
         for module in part.modules():
-            if "forward" in module.__dict__:
+            if any(name in module.__dict__ for name in _METHODS):
                 return "the forward of a module was replaced"
             if any(getattr(module, name) for name in _HOOKS):
                 return QUIETLY
@@ -158,6 +162,8 @@ def _norms_reason(model: Any) -> str | None:
             return "a BatchNorm has no weight, no running statistics or no momentum"
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             return "a BatchNorm has no running statistics"
+        if norm.eps <= 0:
+            return "the eps of a BatchNorm is not above 0"
         if norm.eps != first.eps:
             return "the BatchNorms differ in eps"
         tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -226,11 +232,12 @@ class Found:
         buffers = [b for m in self.modules for b in m._buffers.values() if b is not None]
         usual = bool(own) and all(type(t) in (nn.Parameter, Tensor) for t in (*own, *buffers))
         self.tensors = [*own, *buffers] if usual else []
-        watched = usual and own[0].is_cpu and usable()
+        watched = usual and own[0].device.type in ("cpu", "cuda") and usable()
         self.marks = Unchanged([*self.dicts, *self.hooks], self.modules, self.tensors) if watched else None
-        self.types, self.facts = list(map(type, self.modules)), list(map(_FACTS, self.tensors))
+        self.types, self.facts = list(map(type, self.modules)), self._facts()
         self.copies = [dict(d) for d in self.dicts]
         self.weights = [p for p in own if p.ndim == 4]
+        self.parts: Any = None  # see parts.py
         self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
         self.frozen: list[Tensor] = []  # parameters without gradients, see `frozen_blocks`
         if not self.reason and (blocks := frozen_blocks(model)) is not None:
@@ -239,19 +246,35 @@ class Found:
 
     def holds(self) -> bool:
         """Return whether nothing has changed since."""
-        if self.marks is not None:
-            if self.marks.holds():
-                return True
-            self.marks.remember()
-        return self._equals_copies()
+        if self.marks is None:
+            return self._equals_copies()
+        if self.marks.holds():
+            return True
+        state = self.marks.state()  # before comparing, so that a change during it is noticed
+        same = self._equals_copies()
+        if same:
+            self.marks.remember(state)  # only now, so that no other thread trusts it before
+        return same
 
     def _equals_copies(self) -> bool:
         if any(self.hooks) or list(map(type, self.modules)) != self.types:
             return False
         try:
-            return self.dicts == self.copies and list(map(_FACTS, self.tensors)) == self.facts
+            if self.dicts != self.copies:
+                return False
         except Exception:  # a tensor was replaced, and two tensors cannot be compared with ==
             return False
+        # a tensor of one value may have been replaced by an equal one
+        return all(map(operator.is_, self._held(), self.tensors)) and self._facts() == self.facts
+
+    def _held(self) -> list[Tensor]:
+        """Return the parameters and buffers that the modules hold now."""
+        kinds = ([m._parameters for m in self.modules], [m._buffers for m in self.modules])
+        return [t for dicts in kinds for d in dicts for t in d.values() if t is not None]
+
+    def _facts(self) -> list[Any]:
+        strided = [t.stride() if t.layout is torch.strided else None for t in self.tensors]
+        return [*map(_FACTS, self.tensors), *strided]
 
 
 def _types_reason(parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
@@ -265,9 +288,14 @@ def _types_reason(parameters: list[Tensor], buffers: list[Tensor]) -> str | None
 _FOUND: "weakref.WeakKeyDictionary[nn.Module, Found]" = weakref.WeakKeyDictionary()
 
 
+def known(model: nn.Module) -> Found | None:
+    """Return what was found in a model when it was last checked, or None if it never was."""
+    return _FOUND.get(model)
+
+
 def found(model: nn.Module) -> Found:
     """Return the result of `unusual`; the model is checked again only if something in it has changed."""
-    known = _FOUND.get(model)
-    if known is None or not known.holds():
-        known = _FOUND[model] = Found(model)
-    return known
+    about = known(model)
+    if about is None or not about.holds():
+        about = _FOUND[model] = Found(model)
+    return about

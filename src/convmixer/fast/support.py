@@ -81,9 +81,8 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if about.frozen and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *about.frozen)):
         return "the first BatchNorms are in eval mode, but their layers are trained"
     weight = about.weights[0]
-    dtypes = {weight.dtype, _computed_in(weight)}
-    kernels_reason = next(filter(None, (why_not(weight.device, dtype) for dtype in dtypes)), None)
-    return _settings(model, weight, x) or kernels_reason
+    reason = why_not(weight.device, weight.dtype) or _settings(model, weight, x)  # autocast raises for a meta device
+    return reason or why_not(weight.device, _computed_in(weight))
 
 
 def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:

@@ -4,13 +4,15 @@ Parameters, buffers, state-dict keys and the whole interface stay the same as in
 cannot be used, the plain model runs and the reason is printed once.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from convmixer.fast.structure import ACTS, all_depthwise, frozen_blocks, is_patches, norms_of, plain_blocks, unusual
+from convmixer.fast.parts import Parts, parts_of
+from convmixer.fast.structure import ACTS, frozen_blocks, is_patches, plain_blocks, unusual
 from convmixer.fast.support import dtype_of, emulates_bf16, say_once, unfit, why_not
 from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
@@ -62,16 +64,29 @@ class _OnKernels(ConvMixer):
         """(B, in_chans, H, W) -> (B, dim, h, w), channels-last."""
         if reason := unfit(self, x):
             return self._plain(reason).forward_features(x)
-        return self._fast(x, pool=False).permute(0, 3, 1, 2)
+        return self._fast(x, pool=False)[0].permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
         if reason := unfit(self, x):
             return self._plain(reason).forward(x)
-        if self.global_pool != "avg":  # the kernels' pool is the mean
+        own_features = type(self).forward_features is not _OnKernels.forward_features  # of a subclass
+        if self.global_pool != "avg" or own_features:  # the kernels' pool is the mean
             return self.forward_head(self.forward_features(x))
-        pooled = self._fast(x, pool=True)
+        pooled, _ = self._fast(x, pool=True)
         return self.forward_head(pooled.to(dtype_of(self))[:, :, None, None])  # the mean of one value is that value
+
+    def _intermediates(self, x: Tensor, take: list[int], depth: int) -> tuple[Tensor, list[Tensor]]:
+        reason = unfit(self, x)
+        if not reason and frozen_blocks(self) is not None:
+            reason = "they return no features of single blocks of a model whose first blocks are frozen"
+        if reason:
+            return self._plain(reason)._intermediates(x, take, depth)
+        first = plain_blocks(self)  # runs as modules, and the kernels begin with its last norm
+        last = depth - 1
+        y, taken = self._fast(x, False, [i + 1 - first for i in take if i < last], depth - first)
+        taken += [y] if last in take else []
+        return y.permute(0, 3, 1, 2), [features.permute(0, 3, 1, 2) for features in taken]
 
     def __prepare_scriptable__(self) -> ConvMixer:
         """Return the plain model with the same parameters, for `torch.jit.script`."""
@@ -89,16 +104,18 @@ class _OnKernels(ConvMixer):
         say_once(reason)
         return super()  # type: ignore[return-value]
 
-    def _fast(self, x: Tensor, pool: bool) -> Tensor:
-        model: Any = self
-        norms, plain = norms_of(self), plain_blocks(self)
-        v = _stem(self, x)
-        if norms[-1].training and v.numel() == v.shape[3]:
+    def _fast(
+        self, x: Tensor, pool: bool, take: Sequence[int] = (), blocks: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        parts = parts_of(self)
+        if blocks is not None:
+            parts = parts.first(blocks)
+        v = _stem(self, x, parts)
+        if parts.norms[-1].training and v.numel() == v.shape[3]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        if norms[-1].training and not norms[0].training:
-            return _partly_frozen(v, norms, model, pool)
-        # if the first block ran as torch modules, the stem's norm is already applied: skip it
-        return _features(v, norms[plain:], type(model.stem[1]), list(model.blocks)[plain:], pool)
+        if parts.norms[-1].training and not parts.norms[0].training:
+            return _partly_frozen(v, parts, self, pool), []
+        return _features(v, parts, pool, take)
 
 
 class FastConvMixer(_OnKernels):
@@ -113,62 +130,53 @@ class FastIsotropic(_OnKernels, Isotropic):
     """
 
 
-def block_parameters(first_norm: Any, blocks: list[Any], mixer: bool = True) -> list[Tensor]:
-    """Return fp32 parameters in the order of `kernels.blocks`, or in that of `kernels.mixed` if `mixer` is False."""
-    parts = [first_norm]
-    for block in blocks:
-        parts += [block[0].fn[0]] * mixer + [block[0].fn[2], block[1], block[3]]
-    return [parameter.float().contiguous() for part in parts for parameter in (part.weight, part.bias)]
-
-
-def _features(v: Tensor, norms: list[Any], act: type[nn.Module], rest: list[Any], pool: bool) -> Tensor:
-    """Run activation, first norm and the blocks `rest` on a convolution's output, and update running statistics.
+def _features(v: Tensor, parts: Parts, pool: bool, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """Run activation, first norm and blocks on a convolution's output, and update running statistics.
 
     Args:
         v: Output of a convolution, (N, H, W, C); with depthwise mixers it may be (N, H, W, blocks.wide(C)).
-        norms: All norms, in order.
-        act: The activation.
-        rest: The blocks; the list may be empty.
+        parts: Norms, activation and blocks.
         pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
+        take: Also return the features after this many blocks, for each number here; ascending.
     """
     from convmixer.kernels import blocks, mixed
 
-    training = norms[0].training
-    running = [] if training else [t.float() for n in norms for t in (n.running_mean, n.running_var)]
-    settings = norms[0].eps, ACTS[act], training
-    if all_depthwise(rest):
-        y, statistics = blocks.features(v, block_parameters(norms[0], rest), running, *settings, pool)
+    norms, training = parts.norms, parts.norms[0].training
+    running = [] if training else parts.running()
+    settings = norms[0].eps, ACTS[parts.act], training
+    if parts.depthwise:
+        y, statistics, taken = blocks.features(v, parts.parameters(), running, *settings, pool, take)
     else:
-        mixers = [block[0].fn[0] for block in rest]
-        y, statistics = mixed.features(v, mixers, block_parameters(norms[0], rest, mixer=False), running, *settings)
+        mixers = [block[0].fn[0] for block in parts.blocks]
+        y, statistics, taken = mixed.features(v, mixers, parts.parameters(), running, *settings, take)
         y = y.mean((1, 2), dtype=torch.float32) if pool else y
     if training:
         _update_running(norms, statistics.detach(), v.numel() // v.shape[3])
-    return y
+    return y, taken
 
 
-def _partly_frozen(v: Tensor, norms: list[Any], model: Any, pool: bool) -> Tensor:
+def _partly_frozen(v: Tensor, parts: Parts, model: Any, pool: bool) -> Tensor:
     """Run the first blocks with their running statistics and without gradients, and train the others."""
     from convmixer.kernels import blocks
 
-    count, every = frozen_blocks(model), list(model.blocks)
+    count = frozen_blocks(model)
     assert count is not None
     first = 2 * count + 1  # index of the first norm that trains
-    running = [t.float() for norm in norms[:first] for t in (norm.running_mean, norm.running_var)]
-    settings = norms[0].eps, ACTS[type(model.stem[1])]
-    v = blocks.frozen(v, block_parameters(norms[0], every[:count]), running, *settings)
-    weight, bias, *trained = block_parameters(norms[first - 1], every[count:])
+    parameters, running = parts.parameters(), parts.running()[: 2 * first]
+    settings = parts.norms[0].eps, ACTS[parts.act]
+    v = blocks.frozen(v, parameters[: 2 + blocks.PER_BLOCK * count], running, *settings)
+    weight, bias, *trained = parameters[blocks.PER_BLOCK * count :]
     fixed = blocks.frozen_norm(v, weight, bias, running[-2:], *settings)
-    y, statistics = blocks.features(v, [*fixed, *trained], [], *settings, True, pool)
-    _update_running(norms[first:], statistics.detach()[1:], v.numel() // v.shape[3])
+    y, statistics, _ = blocks.features(v, [*fixed, *trained], [], *settings, True, pool)
+    _update_running(parts.norms[first:], statistics.detach()[1:], v.numel() // v.shape[3])
     return y
 
 
-def _stem(model: Any, x: Tensor) -> Tensor:
+def _stem(model: Any, x: Tensor, parts: Parts) -> Tensor:
     """Return the output of the last convolution before the kernels, (B, h, w, dim or `blocks.wide(dim)`)."""
     conv, dtype = model.stem[0], dtype_of(model)
     if len(model.stem) == 3 and is_patches(conv):
-        return _patch_embedding(conv, x, dtype, wider=all_depthwise(model.blocks))
+        return _patch_embedding(conv, x, dtype, wider=parts.depthwise)
     if plain_blocks(model):
         block = model.blocks[0]
         v: Tensor = block[1](block[0](_pooled_stem(model, x)))
@@ -229,7 +237,7 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     around = padded.unfold(2, k, 1).unfold(3, k, 1).unflatten(2, (h, p)).unflatten(4, (w, p))
     rows = around.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * H * W, k * k * conv.in_channels)
     v = _product(conv, rows, dtype, wider=True)
-    y = _features(v.view(B * h * w, p, p, v.shape[1]), [norm], type(act), [], pool=True)
+    y, _ = _features(v.view(B * h * w, p, p, v.shape[1]), Parts([norm], type(act), []), pool=True)
     return y.to(dtype).view(B, h, w, y.shape[1]).permute(0, 3, 1, 2)
 
 

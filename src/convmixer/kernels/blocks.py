@@ -8,6 +8,7 @@ the statistics of each norm, float64 (norms, 2, C): mean and variance.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,15 @@ _kernels = torch.ops.convmixer
 
 
 def features(
-    v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int, training: bool, pool: bool
-) -> tuple[Tensor, Tensor]:
+    v: Tensor,
+    parameters: list[Tensor],
+    running: list[Tensor],
+    eps: float,
+    act: int,
+    training: bool,
+    pool: bool,
+    take: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the stem's activation and norm, then all blocks.
 
     Args:
@@ -35,10 +43,11 @@ def features(
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
+        take: Also return the features after this many blocks, for each number here; ascending.
 
     Returns:
-        The features, and the statistics that were used, float64 (norms, 2, C): mean, and variance. The variance is
-        biased if `training`; else it is the running one, which is unbiased.
+        The features; the statistics that were used, float64 (norms, 2, C): mean, and variance; the features taken. The
+        variance is biased if `training`; else it is the running one, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
@@ -46,8 +55,8 @@ def features(
     if more := wide(C) - C:
         v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
         parameters, running = _wider(parameters, running, more)
-    y, kept = _kernels.blocks(v, parameters, running, eps, act, training, pool, torch.is_grad_enabled())
-    return y[..., :C].contiguous(), kept[-1][..., :C]
+    y, rest = _kernels.blocks(v, parameters, running, eps, act, training, pool, take, torch.is_grad_enabled())
+    return y[..., :C].contiguous(), rest[-1][..., :C], [x[..., :C].contiguous() for x in rest[: len(take)]]
 
 
 @torch.no_grad()
@@ -68,7 +77,7 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
     for i in range((len(parameters) - 2) // PER_BLOCK):
         block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # with the norm before it
         # one block at a time, so that the tensors of all blocks are not kept; the unused pool costs little
-        _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, True)
+        _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, [], True)
     return v
 
 
@@ -170,6 +179,7 @@ def _forward(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     count = v.numel() // v.shape[3]
@@ -182,8 +192,10 @@ def _forward(
         return scale_shift(weight, bias, used, eps)
 
     kept: list[Tensor] = []
+    taken: list[Tensor] = []
     before, norm_before = v, norm(parameters[0], parameters[1], _kernels.act_statistics(v, act) if training else None)
     for i in range(2, len(parameters), PER_BLOCK):
+        taken += [_kernels.act_norm(before, norm_before, act)] if (i - 2) // PER_BLOCK in take else []
         dw, dw_bias, weight_1, bias_1, pw, pw_bias, weight_2, bias_2 = parameters[i : i + PER_BLOCK]
         u, sums = _kernels.spatial_forward(before, norm_before, dw, dw_bias, act, training)
         norm_u = norm(weight_1, bias_1, sums if training else None)
@@ -191,8 +203,9 @@ def _forward(
         after, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pw_bias, act, training)
         before, norm_before = after, norm(weight_2, bias_2, sums if training else None)
         kept += [u, after] if keep else []
+    taken += [_kernels.act_norm(before, norm_before, act)] if len(parameters) // PER_BLOCK in take else []
     y = (_kernels.act_norm_pool if pool else _kernels.act_norm)(before, norm_before, act)
-    return y, [*kept, torch.stack(statistics)]
+    return y, [*taken, *kept, torch.stack(statistics)]
 
 
 def _backward(
@@ -204,15 +217,28 @@ def _backward(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
+    taken_grads: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     count = v.numel() // v.shape[3]
     *kept, statistics = kept
     outputs = [v, *kept[1::2]]
+    given = dict(zip(take, taken_grads, strict=True))
+
+    def with_taken(grad: Tensor, sums: Tensor, after: int) -> Tensor:
+        """Add the gradient of the features taken after some blocks to `grad`; return the sums of both."""
+        if after not in given:
+            return sums
+        taken = given[after].to(grad.dtype).contiguous()
+        grad += taken
+        return sums + _kernels.act_products(taken, outputs[after], act)
+
     if pool:
         grad, sums = _kernels.act_norm_pool_backward(grad.float().contiguous(), outputs[-1], act)
     else:
         grad = grad.to(v.dtype, copy=True).contiguous()  # the kernels below write into it
         sums = _kernels.act_products(grad, outputs[-1], act)
+    sums = with_taken(grad, sums, len(kept) // 2)
     gradients: list[Tensor] = []
     for block in reversed(range(len(kept) // 2)):
         i = 2 + PER_BLOCK * block
@@ -227,6 +253,7 @@ def _backward(
         )
         back, *norm_1 = norm_gradients(weight_1, statistics[2 * block + 1], sums, count, eps, training)
         dw_grad, dw_bias, sums = _kernels.spatial_backward(grad, u, back, before, norm_before, dw, act)
+        sums = with_taken(grad, sums, block)
         pointwise = [pw_grad.view_as(pw), pw_bias[0].float()]
         gradients = [dw_grad, dw_bias[0].float(), *norm_1, *pointwise, *norm_2, *gradients]
     back, *norm_0 = norm_gradients(parameters[0], statistics[0], sums, count, eps, training)
@@ -247,11 +274,12 @@ def _(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     N, _, _, C = v.shape
     norms = (len(parameters) - 2) // PER_BLOCK * 2 + 1
-    kept = [torch.empty_like(v) for _ in range(norms - 1)] if keep else []
+    kept = [torch.empty_like(v) for _ in range(len(take) + (norms - 1) * keep)]
     y = v.new_empty((N, C), dtype=torch.float32) if pool else torch.empty_like(v)
     return y, [*kept, v.new_empty((norms, 2, C), dtype=torch.float64)]
 
@@ -266,28 +294,38 @@ def _(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
+    taken_grads: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     return torch.empty_like(v), [torch.empty_like(p) for p in parameters]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    v, parameters, running, *settings, keep = inputs
+    v, parameters, running, eps, act, training, pool, take, keep = inputs
     assert keep
-    ctx.settings = settings
+    ctx.settings, ctx.pool, ctx.take = (eps, act, training), pool, list(take)
     ctx.counts = len(parameters), len(running)
-    ctx.save_for_backward(v, *parameters, *output[1])
+    ctx.save_for_backward(v, *parameters, *output[1][len(take) :])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _kept: list[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, more: list[Tensor | None]) -> tuple[Any, ...]:
     n_parameters, n_running = ctx.counts
-    rest = [None] * n_running, None, None, None, None, None
-    if grad is None:
-        return None, [None] * n_parameters, *rest
+    of_take: Any = None if ctx.take else []  # torch takes an empty list of numbers for one of tensors
+    rest = [None] * n_running, None, None, None, None, of_take, None
+    given = [(after, taken) for after, taken in zip(ctx.take, more, strict=False) if taken is not None]
     v, *tensors = ctx.saved_tensors
-    parameters, kept = tensors[:n_parameters], tensors[n_parameters:]
-    v_grad, gradients = _kernels.blocks_backward(grad, v, parameters, kept, *ctx.settings)
-    return v_grad, gradients, *rest
+    parameters, (*kept, statistics) = tensors[:n_parameters], tensors[n_parameters:]
+    blocks, pool = len(kept) // 2, ctx.pool
+    if grad is None:  # the blocks after the last one used get no gradients, not zeros, which an optimizer would use
+        if not given:
+            return None, [None] * n_parameters, *rest
+        (blocks, grad), pool = given.pop(), False
+    used = parameters[: 2 + PER_BLOCK * blocks]
+    kept = [*kept[: 2 * blocks], statistics[: 2 * blocks + 1]]
+    take, taken_grads = [after for after, _ in given], [taken for _, taken in given]
+    v_grad, gradients = _kernels.blocks_backward(grad, v, used, kept, *ctx.settings, pool, take, taken_grads)
+    return v_grad, [*gradients, *[None] * (n_parameters - len(used))], *rest
 
 
 torch.library.register_autograd("convmixer::blocks", _differentiate, setup_context=_keep)

@@ -25,7 +25,8 @@ def features(
     eps: float,
     act: int,
     training: bool,
-) -> tuple[Tensor, Tensor]:
+    take: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the stem's activation and norm, then all blocks.
 
     Args:
@@ -36,24 +37,26 @@ def features(
         eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
+        take: Also return the features after this many blocks, for each number here; ascending.
 
     Returns:
-        The features, (N, H, W, C), and the statistics that were used, float64 (norms, 2, C): mean, and variance. The
-        variance is biased if `training`; else it is the running one, which is unbiased.
+        The features, (N, H, W, C); the statistics that were used, float64 (norms, 2, C): mean, and variance; the
+        features taken. The variance is biased if `training`; else it is the running one, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 2 and 3 with another function for the depthwise convolution.
     """
     stem_statistics = _act_statistics(v.detach(), running[:2], act, training)
     x = _ActNorm.apply(v, *parameters[:2], stem_statistics, eps, act, training)
     before, norm_before = v.detach(), scale_shift(parameters[0], parameters[1], stem_statistics, eps).detach()
-    statistics = [stem_statistics]
+    statistics, taken = [stem_statistics], [x] if 0 in take else []
     for i, mixer in enumerate(mixers):
         u = mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(v.dtype).contiguous()
         own = parameters[2 + PER_BLOCK * i : 2 + PER_BLOCK * (i + 1)]
         own_running = running[2 + 4 * i : 6 + 4 * i]
         x, before, norm_before, *used = _Rest.apply(u, x, before, norm_before, *own, own_running, eps, act, training)
         statistics += used
-    return x, torch.stack(statistics)
+        taken += [x] if i + 1 in take else []
+    return x, torch.stack(statistics), taken
 
 
 def _act_statistics(v: Tensor, running: list[Tensor], act: int, training: bool) -> Tensor:

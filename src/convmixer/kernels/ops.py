@@ -31,10 +31,10 @@ SCHEMAS = (
     "act_norm_pool_backward(Tensor grad, Tensor v, int act) -> (Tensor, Tensor)",
     "act_norm_backward(Tensor(a!) grad, Tensor v, Tensor norm, int act) -> ()",
     # all blocks at once, see blocks.py
-    "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool, bool keep)"
-    " -> (Tensor, Tensor[])",
+    "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool,"
+    " int[] take, bool keep) -> (Tensor, Tensor[])",
     "blocks_backward(Tensor grad, Tensor v, Tensor[] parameters, Tensor[] kept, float eps, int act, bool training,"
-    " bool pool) -> (Tensor, Tensor[])",
+    " bool pool, int[] take, Tensor[] taken_grads) -> (Tensor, Tensor[])",
 )
 LIBRARY = torch.library.Library("convmixer", "DEF")
 for _schema in SCHEMAS:

@@ -134,20 +134,23 @@ class ConvMixer(nn.Module):
             The final features, and a list of features (B, dim, h, w) of the chosen blocks in order; or only the list.
 
         Raises:
-            RequestError: An index is out of range or the format is not NCHW.
+            RequestError: An index is out of range, there is none, or the format is not NCHW.
         """
         if output_fmt != "NCHW":
             raise RequestError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
-        take = set(self._indices(indices))
-        x = self.stem(x)
-        intermediates = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > max(take):
-                break
+        take = sorted(set(self._indices(indices)))
+        x, intermediates = self._intermediates(x, take, max(take) + 1 if stop_early else len(self.blocks))
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def _intermediates(self, x: torch.Tensor, take: list[int], depth: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the features of the first `depth` blocks, and those after each block in `take`."""
+        x, intermediates = self.stem(x), []
+        for i, block in enumerate(self.blocks[:depth]):
             x = self._run(block, x)
             if i in take:
                 intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        return x, intermediates
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -197,6 +200,8 @@ class ConvMixer(nn.Module):
         """Return the numbers of the chosen blocks, counted from 0."""
         last_n = range(self.depth - indices, self.depth) if isinstance(indices, int) else indices
         wanted = list(range(self.depth) if last_n is None else last_n)
+        if not wanted:
+            raise RequestError(f"indices {indices!r} ask for no block")
         if any(not -self.depth <= i < self.depth for i in wanted):
             raise RequestError(f"indices {indices} are out of range for {self.depth} blocks")
         return [i % self.depth for i in wanted]

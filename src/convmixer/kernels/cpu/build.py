@@ -35,6 +35,8 @@ VARIANTS = {  # each runs on any processor, so the code for other processors can
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300
+LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # and the one file it is built from; None: all other files
+_ALONE = set(LIBRARIES.values())
 _OFF_VALUES = ("0", "off", "false", "no")
 
 
@@ -67,8 +69,11 @@ def _load() -> str | None:
     return None
 
 
-def library() -> Path:
-    """Return the built library; build it first if it is not in the cache.
+def library(name: str = "kernels") -> Path:
+    """Return a built library; build it first if it is not in the cache.
+
+    Args:
+        name: One of `LIBRARIES`.
 
     Raises:
         RuntimeError: There is no compiler, it is too old, or it failed; the message says which.
@@ -81,7 +86,7 @@ def library() -> Path:
         raise RuntimeError(f"there is no C++ compiler ({compiler.strip() or 'g++'}); install g++ or set CXX")
     version = next(iter(_run([*compiler.split(), "--version"]).splitlines()), "a compiler without a version")
     folder = cache_folder() / _key(compiler, version)
-    built = folder / "kernels.so"
+    built = folder / f"{name}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(folder / "lock"):
@@ -146,19 +151,22 @@ def _key(compiler: str, version: str) -> str:
 
 
 def _build(compiler: list[str], version: str, built: Path) -> None:
-    start = time.monotonic()
-    print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
+    start, says = time.monotonic(), built.stem == "kernels"  # the other takes a second
+    if says:
+        print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
         _compile(compiler, version, Path(folder), out)
         os.replace(out, built)  # atomic: no process ever reads half a library
-    print(f"convmixer: built in {time.monotonic() - start:.0f} s: {built}", file=sys.stderr, flush=True)
+    if says:
+        print(f"convmixer: built in {time.monotonic() - start:.0f} s: {built}", file=sys.stderr, flush=True)
 
 
 def _compile(compiler: list[str], version: str, folder: Path, out: Path) -> None:
     include = Path(torch.__file__).parent / "include"
     libraries = Path(torch.__file__).parent / "lib"
-    units = [source for source in _sources() if source.suffix == ".cpp"]
+    alone = LIBRARIES[out.stem]
+    units = [s for s in _sources() if s.suffix == ".cpp" and (s.name == alone if alone else s.name not in _ALONE)]
     common = [*compiler, *flags(version), f"-I{include}", "-c"]
     jobs = [
         subprocess.Popen(

@@ -8,6 +8,7 @@ whether this works in the running Python.
 
 import ctypes
 import functools
+import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Collection
@@ -29,7 +30,7 @@ class Unchanged:
     Args:
         dicts: A change is a key that is set, added or removed.
         objects: A change is another `__class__`.
-        tensors: A change is another dtype, device or shape; other values are not a change.
+        tensors: A change is another dtype, device, layout, shape or other strides; other values are not a change.
     """
 
     def __init__(
@@ -37,30 +38,33 @@ class Unchanged:
     ) -> None:
         words = [*_words(dicts), *(id(one) + TYPE for one in objects)]
         places = [id(tensor) + _tensor_offset() for tensor in tensors]
-        library = _library()
-        self._buffers = (
-            (ctypes.c_void_p * len(words))(*words),
-            (ctypes.c_uint64 * len(words))(),
-            (ctypes.c_void_p * len(places))(*places),
-            (ctypes.c_char * (len(places) * library.convmixer_facts_bytes()))(),
-        )
-        word, value, tensor, facts = map(ctypes.addressof, self._buffers)
-        self._args = word, value, len(words), tensor, facts, len(places)
-        self._same, self._remember = library.convmixer_same, library.convmixer_remember
-        self.remember()
+        self._words, self._places = (ctypes.c_void_p * len(words))(*words), (ctypes.c_void_p * len(places))(*places)
+        self._same = _library().convmixer_same
+        self.remember(self.state())
 
-    def remember(self) -> None:
-        """Store the current state, with which `holds` compares."""
-        self._remember(*self._args)
+    def state(self) -> Any:
+        """Return the current state."""
+        library, words, places = _library(), len(self._words), len(self._places)
+        values, facts = (ctypes.c_uint64 * words)(), (ctypes.c_char * (places * library.convmixer_facts_bytes()))()
+        library.convmixer_remember(*self._args_with(values, facts))
+        return values, facts
+
+    def remember(self, state: Any) -> None:
+        """Store a state, with which `holds` compares."""
+        self._compared = state, self._args_with(*state)  # in one step, so that no thread sees half of it
 
     def holds(self) -> bool:
         """Return whether nothing has changed. From Python 3.12 on, changes of any watched dict count."""
-        return bool(self._same(*self._args))
+        return bool(self._same(*self._compared[1]))
+
+    def _args_with(self, values: Any, facts: Any) -> tuple[int, ...]:
+        word, value, tensor, fact = map(ctypes.addressof, (self._words, values, self._places, facts))
+        return word, value, len(self._words), tensor, fact, len(self._places)
 
 
 def usable() -> bool:
-    """Return whether `Unchanged` notices changes in this Python. Builds the kernels on first use."""
-    return build.available() and _noticed()
+    """Return whether `Unchanged` notices changes in this Python. Builds its library on first use, in a second."""
+    return _noticed()
 
 
 @functools.cache
@@ -73,8 +77,8 @@ def _noticed() -> bool:
         return False
     try:
         return all(_notices(change) for change in _CHANGES)
-    except (RuntimeError, AttributeError):  # there are no watchers, or all are taken
-        return False
+    except (RuntimeError, AttributeError, OSError, subprocess.SubprocessError):
+        return False  # there are no watchers, all are taken, or the library cannot be built
 
 
 class _Probe:
@@ -105,6 +109,7 @@ _CHANGES: Any = (
     lambda probe: setattr(probe, "__class__", _Other),
     lambda probe: setattr(probe.tensor, "data", torch.zeros(2, 3).double()),
     lambda probe: setattr(probe.tensor, "data", torch.zeros(2, 2)),
+    lambda probe: setattr(probe.tensor, "data", torch.zeros(3, 2).t()),
     _swap,
 )
 
@@ -115,7 +120,7 @@ def _notices(change: Any) -> bool:
     before = state.holds()
     change(probe)
     after = state.holds()
-    state.remember()
+    state.remember(state.state())
     return before and not after and state.holds()
 
 
@@ -151,7 +156,7 @@ def _word(address: int) -> int:
 
 @functools.cache
 def _library() -> ctypes.PyDLL:
-    library = ctypes.PyDLL(str(build.library()))  # keeps the GIL, so that nothing changes meanwhile
+    library = ctypes.PyDLL(str(build.library("changes")))  # keeps the GIL, so that nothing changes meanwhile
     pair = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     for name in ("convmixer_remember", "convmixer_same"):
         getattr(library, name).argtypes = (*pair, *pair)

@@ -5,6 +5,7 @@ kernel of each half of a block writes partial sums; one small launch adds them a
 the next kernel (see `sums`). Inference needs no sums, so there a half is one launch.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,12 +37,13 @@ def forward(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The op `convmixer::blocks`."""
     if not training:
         scales, statistics = running_scales(parameters, running, eps)
-        if not keep:
+        if not keep and not take:
             return infer(v, prepare(parameters, v.dtype), scales, act, pool), [statistics]
     else:
         statistics = _statistics_like(parameters)
@@ -55,18 +57,21 @@ def forward(
         return sums.scale_shift(parts, sums.Norm(weight, bias, eps, count), statistics[i])
 
     kept: list[Tensor] = []
+    taken: list[Tensor] = []
     before = v
     norm_before = norm(0, parameters[0], parameters[1], rows.statistics(v, act) if training else None)
     for i, block in enumerate(_blocks(parameters)):
         x = rows.act_norm(before, norm_before, act)
+        taken += [x] if i in take else []
         u, parts = depthwise.forward(x, depthwise.taps_of(block.taps), block.taps_bias, act)
         norm_u = norm(2 * i + 1, block.weight_1, block.bias_1, parts)
         matrix = block.matrix.flatten(1).to(v.dtype)
         before, parts = product.forward(u, norm_u, x, matrix, block.matrix_bias, act)
         norm_before = norm(2 * i + 2, block.weight_2, block.bias_2, parts)
         kept += [u, before] if keep else []
+    taken += [rows.act_norm(before, norm_before, act)] if len(parameters) // PER_BLOCK in take else []
     y = rows.pool(before, norm_before, act) if pool else rows.act_norm(before, norm_before, act)
-    return y, [*kept, statistics]
+    return y, [*taken, *kept, statistics]
 
 
 def backward(
@@ -78,6 +83,8 @@ def backward(
     act: int,
     training: bool,
     pool: bool,
+    take: Sequence[int],
+    taken_grads: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """The op `convmixer::blocks_backward`."""
     *kept, statistics = kept
@@ -89,9 +96,19 @@ def backward(
         grad = grad.to(v.dtype).contiguous()
         parts = rows.products(grad, outputs[-1], act)
 
+    given = dict(zip(take, taken_grads, strict=True))
+
+    def with_taken(grad: Tensor, parts: Tensor, after: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the features taken after some blocks; return the sum and the parts of both."""
+        if after not in given:
+            return grad, parts
+        taken = given[after].to(grad.dtype).contiguous()
+        return grad + taken, torch.cat((parts, rows.products(taken, outputs[after], act)))
+
     def norm(i: int, weight: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return sums.gradients(parts, sums.Norm(weight, weight, eps, count), statistics[i], training)
 
+    grad, parts = with_taken(grad, parts, len(outputs) - 1)
     gradients: list[Tensor] = []
     for i, block in reversed(list(enumerate(_blocks(parameters)))):
         u, before, after = kept[2 * i], outputs[i], outputs[i + 1]
@@ -107,6 +124,7 @@ def backward(
         taps_bias = sums.total(rows.act_norm_backward(dh, u, back, du, act))[:, 0]
         taps_grad = sums.total(depthwise.weight_gradient(x, du, block.taps.shape[2])).view_as(block.taps)
         grad, parts = depthwise.input_gradient(du, dh, before, depthwise.taps_of(block.taps), act)
+        grad, parts = with_taken(grad, parts, i)
         gradients = [taps_grad, taps_bias, *norm_1, matrix_grad, matrix_bias, *norm_2, *gradients]
     back, *norm_0 = norm(0, parameters[0], parts)
     out = torch.empty_like(grad)  # `grad` may be the caller's if there are no blocks

@@ -2,6 +2,7 @@
 // the GIL is held by whoever calls.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -10,19 +11,23 @@ namespace {
 constexpr int64_t SIZES = 5;
 
 struct Facts {
-  int32_t dtype, device;
-  int64_t dim, sizes[SIZES];
+  int32_t dtype, device, index, layout;
+  int64_t dim, sizes[SIZES], strides[SIZES];
 };
 
 // `place` is where a tensor's Python object has its at::Tensor. What cannot be told stays -1.
 Facts facts_of(void* place) {
   const AtenTensorHandle tensor = static_cast<AtenTensorHandle>(place);
-  Facts facts{-1, -1, -1, {}};
-  int64_t* sizes = nullptr;
+  Facts facts{};
+  int64_t *sizes = nullptr, *strides = nullptr;
   if (aoti_torch_get_dtype(tensor, &facts.dtype) || aoti_torch_get_device_type(tensor, &facts.device) ||
-      aoti_torch_get_dim(tensor, &facts.dim) || aoti_torch_get_sizes(tensor, &sizes))
-    return {-1, -1, -1, {}};
-  std::memcpy(facts.sizes, sizes, sizeof(int64_t) * (facts.dim < SIZES ? facts.dim : SIZES));
+      aoti_torch_get_device_index(tensor, &facts.index) || aoti_torch_get_layout(tensor, &facts.layout) ||
+      aoti_torch_get_dim(tensor, &facts.dim) || aoti_torch_get_sizes(tensor, &sizes) ||
+      aoti_torch_get_strides(tensor, &strides))
+    return {-1, -1, -1, -1, -1, {}, {}};
+  const std::size_t bytes = sizeof(int64_t) * (facts.dim < SIZES ? facts.dim : SIZES);
+  std::memcpy(facts.sizes, sizes, bytes);
+  std::memcpy(facts.strides, strides, bytes);
   return facts;
 }
 
