@@ -258,6 +258,25 @@ def test_whole_models_are_as_exact_as_torch(
 
 
 @interpreted
+@pytest.mark.parametrize("training", [True, False])
+def test_features_of_blocks_are_as_exact_as_torch(swapped: Any, training: bool) -> None:
+    plain = _model(8, 3, "gelu").train(training)
+    fast, images = swapped(copy.deepcopy(plain)), _random((2, 3, 8, 8), torch.float32, 1)
+    seen = []
+    for model in (plain, fast):
+        last, taken = model.forward_intermediates(images, [0])
+        (last.square().mean() + taken[0].square().mean()).backward()
+        seen.append([last, *taken, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
+    assert len(seen[0]) == len(seen[1])
+    for mine, other in zip(seen[1], seen[0], strict=True):
+        assert _error(mine, other.double()) < 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast.eval().forward_intermediates(images)[1], plain.eval().forward_intermediates(images)[1]
+        )
+
+
+@interpreted
 def test_inference_is_as_exact_as_torch(swapped: Any) -> None:
     """Without gradients a half of a block is one launch."""
     plain = _model(12, 3, "gelu").eval()

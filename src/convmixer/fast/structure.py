@@ -49,7 +49,7 @@ def unusual(model: Any) -> str | None:
 
 
 def forwards_replaced() -> bool:
-    """Return whether a method of a class of modules that the kernels know, or a function that it calls, was replaced."""
+    """Return whether a method of a class that the kernels know, or a function that it calls, was replaced."""
     return any(getattr(owner, name) is not usual for owner, name, usual in _USUAL)
 
 

@@ -46,8 +46,8 @@ def features(
         take: Also return the features after this many blocks, for each number here; ascending.
 
     Returns:
-        The features; the statistics that were used, float64 (norms, 2, C): mean, and variance; the features taken. The
-        variance is biased if `training`; else it is the running one, which is unbiased.
+        The features; the statistics that were used, float64 (norms, 2, C): mean, and variance; the features taken.
+        The variance is biased if `training`; else it is the running one, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
