@@ -128,6 +128,26 @@ def test_nan_and_inf_in_one_image_reach_its_logits_and_no_others(precision: str,
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (torch.ones(2, 3, 8, 8, dtype=torch.uint8), ValueError),  # pixels that nobody preprocessed
+        (torch.ones(2, 3, 8, 8, dtype=torch.complex64), ValueError),
+        (torch.ones(2, 4, 8, 8), ValueError),
+        (torch.ones(3, 8, 8), ValueError),
+        (torch.ones(2, 3, 8, 8).numpy(), TypeError),
+        (None, TypeError),
+    ],
+)
+def test_what_are_no_images_is_refused(given: object, error: type[Exception]) -> None:
+    optimized = optimize_for_inference(ConvMixer(8, 1, 3, 2, num_classes=5))
+    with pytest.raises(error, match=r"images must be \(B, 3, H, W\), preprocessed, not"):
+        optimized(given)
+    images = torch.ones(2, 3, 8, 8)
+    assert torch.equal(optimized(x=images.double()), optimized(images))
+    torch.testing.assert_close(optimized.half()(images.half()), optimized(images))
+
+
 def test_int8_needs_at_least_one_batch() -> None:
     with pytest.raises(RequestError, match="at least one batch"):
         optimize_for_inference(trained(32, 2, 3, 2, "gelu"), "int8", [])

@@ -10,6 +10,7 @@ from torch import Tensor
 from convmixer.fast.graphs import Graphs
 from convmixer.fast.parts import Parts
 from convmixer.fast.structure import ACTS, norms_of
+from convmixer.fast.support import check_images
 from convmixer.kernels.cuda import blocks
 from convmixer.models.convmixer import ConvMixer
 
@@ -38,15 +39,14 @@ class CudaInference(nn.Module):
         self.head = [p.detach().float().clone() for p in model.head.parameters()]
         self.graphs = Graphs(self.compute)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes), fp32."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
-        if min(images.shape[2:]) < self.patch_size:
-            raise ValueError(f"images of {tuple(images.shape[2:])} pixels are smaller than a patch")
-        with torch.inference_mode(), torch.autocast(images.device.type, enabled=False):
-            images = images.to(self.dtype)
-            return self.graphs(images) if images.is_cuda and len(images) else self.compute(images)
+        check_images(x, self.in_chans)
+        if min(x.shape[2:]) < self.patch_size:
+            raise ValueError(f"images of {tuple(x.shape[2:])} pixels are smaller than a patch")
+        with torch.inference_mode(), torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.dtype)
+            return self.graphs(x) if x.is_cuda and len(x) else self.compute(x)
 
     def compute(self, images: Tensor) -> Tensor:
         """Return the same as `forward`, without a graph; the images must have the dtype of the activations."""

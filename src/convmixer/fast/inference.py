@@ -18,7 +18,7 @@ from torch import Tensor
 from convmixer import kernels
 from convmixer.errors import RequestError
 from convmixer.fast.structure import ACTS, QUIETLY, found, is_patches
-from convmixer.fast.support import DTYPES, differentiating, say_once, tools_at_work, why_not
+from convmixer.fast.support import DTYPES, check_images, differentiating, say_once, tools_at_work, why_not
 from convmixer.fast.training import FastConvMixer
 from convmixer.kernels.cpu.build import largest_int8_weight, level
 from convmixer.kernels.cpu.network import PRECISIONS, VECTORS, pack, run
@@ -97,11 +97,11 @@ class PlainInference(nn.Module):
         super().__init__()
         self.model, self.precision = model.eval(), precision
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
         half = self.precision in ("bf16", "fp16")
-        with torch.inference_mode(), torch.autocast(images.device.type, DTYPES[self.precision], enabled=half):
-            logits: Tensor = self.model(images).float()
+        with torch.inference_mode(), torch.autocast(x.device.type, DTYPES[self.precision], enabled=half):
+            logits: Tensor = self.model(x).float()
         return logits
 
 
@@ -124,17 +124,16 @@ class FastInference(nn.Module):
         for name, value in zip(("weights", "head_weight", "head_bias"), (weights, *head), strict=True):
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
-        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != self.in_chans):
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(images.shape)}")
-        if isinstance(images, Tensor) and not torch.compiler.is_compiling() and differentiating():
+        check_images(x, self.in_chans)
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling() and differentiating():
             raise RuntimeError("an optimised model has no derivatives: differentiate the model itself")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            pooled = run(images.float(), self.weights, *self.sizes, self.act, self.precision)
-            logits = F.linear(pooled, self.head_weight, self.head_bias)
+            pooled = run(x.float(), self.weights, *self.sizes, self.act, self.precision)
+            logits = F.linear(pooled, self.head_weight.float(), self.head_bias.float())  # after .half() too
             if self.precision == "int8":  # integers have neither NaN nor Inf
-                logits = torch.where(images.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
+                logits = torch.where(x.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
             return logits
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it

@@ -97,6 +97,21 @@ def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
     return None if x.dtype is weight.dtype or (autocast and x.dtype in _CAST) else QUIETLY
 
 
+def check_images(images: Any, in_chans: int) -> None:
+    """Check what an optimised model is called with; fx's proxies are accepted.
+
+    Raises:
+        TypeError: It is not a tensor.
+        ValueError: It is not (B, in_chans, H, W), or not of floating-point numbers.
+    """
+    wanted = f"images must be (B, {in_chans}, H, W), preprocessed"
+    if not isinstance(images, Tensor):
+        if not isinstance(images, torch.fx.Proxy):
+            raise TypeError(f"{wanted}, not a {type(images).__name__}")
+    elif images.ndim != 4 or images.shape[1] != in_chans or not images.is_floating_point():
+        raise ValueError(f"{wanted}, not {tuple(images.shape)} {images.dtype}")
+
+
 def tools_at_work() -> bool:
     """Return whether a tool must see each module run: a transform, a tracer, a mode, or a hook on all modules."""
     return bool(
