@@ -224,6 +224,7 @@ class Found:
     """
 
     def __init__(self, model: Any) -> None:
+        self.kind = type(model)
         self.modules = [*model.stem.modules(), *model.blocks.modules()]
         held = [d for m in self.modules for d in (m._parameters, m._buffers, m._modules) if d]
         self.dicts = [model.__dict__, model._modules, *(m.__dict__ for m in self.modules), *held]
@@ -296,6 +297,6 @@ def known(model: nn.Module) -> Found | None:
 def found(model: nn.Module) -> Found:
     """Return the result of `unusual`; the model is checked again only if something in it has changed."""
     about = known(model)
-    if about is None or not about.holds():
+    if about is None or about.kind is not type(model) or not about.holds():
         about = _FOUND[model] = Found(model)
     return about
