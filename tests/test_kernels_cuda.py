@@ -271,9 +271,8 @@ def test_features_of_blocks_are_as_exact_as_torch(swapped: Any, training: bool) 
     for mine, other in zip(seen[1], seen[0], strict=True):
         assert _error(mine, other.double()) < 1e-4
     with torch.no_grad():
-        torch.testing.assert_close(
-            fast.eval().forward_intermediates(images)[1], plain.eval().forward_intermediates(images)[1]
-        )
+        ours, others = (model.eval().forward_intermediates(images)[1] for model in (fast, plain))
+    assert all(_error(mine, other.double()) < 1e-5 for mine, other in zip(ours, others, strict=True))
 
 
 @interpreted
