@@ -116,7 +116,7 @@ def test_a_stray_archive_beside_class_folders_is_ignored(tmp_path: Path, split: 
     assert (data.classes, data.checksum) == (expected.classes, expected.checksum)
     assert [pixels(part) for part in parts(data)] == [pixels(part) for part in parts(expected)]
     for stray in ("backup.tar", "more.parquet"):
-        assert any("since the images are in folders: 2" in note and stray in note for note in data.notes)
+        assert any("(the images are in folders): 2" in note and stray in note for note in data.notes)
 
 
 def test_pictures_beside_parquet_are_no_class_folder(tmp_path: Path) -> None:
