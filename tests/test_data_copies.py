@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from convmixer.data.datasets import DataSplits
+from convmixer.data.splits import find_conflicts
 from convmixer.errors import RequestError
 from data_sets import label, load, parts, write_folder, write_tar
 
@@ -39,6 +40,16 @@ def test_a_file_named_three_times_stays_in_one_split(tmp_path: Path) -> None:
         note.startswith("120 images are copies of others, byte for byte, and stay in one split: ")
         for note in data.notes
     )
+
+
+def test_copies_in_two_splits_are_not_counted_as_copies_that_stay_together() -> None:
+    copies = {"test": np.array([1, 2]), "train": np.array([1, 3, 3, 4])}
+    labels = {split: np.zeros(len(numbers), np.int64) for split, numbers in copies.items()}
+    notes = find_conflicts(copies, labels, lambda split, i: f"{split} {i}").notes
+    assert notes == [
+        "1 images are copies of others, byte for byte, and stay in one split: train 1 = train 2, train 2 = train 1",
+        "1 images are in two splits: kept in test: train 0 = test 0",
+    ]
 
 
 def test_a_file_of_two_labels_is_refused(tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ def test_other_data_are_measured_whole(run: Path, tmp_path: Path, capsys: pytest
     pictures(tmp_path / "split" / "test", 5, first=600)
     assert measure(capsys, run, tmp_path / "split")[0]["n"] == 10
     assert measure(capsys, run, tmp_path / "split", "--split", "train")[0]["n"] == 60
+    (tmp_path / "split" / "test").rename(tmp_path / "split" / "val")
+    result, out = measure(capsys, run, tmp_path / "split")
+    assert result["n"] == 10
+    assert "split val is measured, of val 10, train 60 images; --split chooses another" in out
 
 
 def test_the_training_s_data_are_split_as_then_wherever_they_lie(

@@ -113,7 +113,7 @@ def test_without_one_machine_the_other_goes_on(machines: tuple[Machine, Machine]
     machines[1].die()
     output, _ = processes[0].communicate(timeout=240)
     assert processes[0].returncode == 0, output
-    assert re.search(r"process 0 on \S+ lost another one", output), output
+    assert re.search(r"process 0 on \S+ lost the connection to another process", output), output
     assert resumed_at(output) >= 20
     assert json.loads(RunFolder(out).record.read_text())["results"]["processes"] == 1
 
@@ -132,7 +132,10 @@ def test_a_lost_machine_ends_the_other_and_no_checkpoint(
     assert processes[kept].returncode == 1, output
     lines = [line for line in output.splitlines() if line.startswith("convmixer train:")]
     assert len(lines) == 1 or kept == 1, output
-    assert all(re.search(r"process \d on \S+ lost another one .*continue with --resume", line) for line in lines)
+    assert all(
+        re.search(r"process \d on \S+ lost the connection to another process .*continue with --resume", line)
+        for line in lines
+    )
     step = step_of(out)
     assert step >= 20
     command = [sys.executable, "-m", "convmixer", "train", "--resume", str(out)]

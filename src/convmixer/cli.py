@@ -264,7 +264,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        help="default: test, or all images if the data have no test split",
+        help="default: test, or for data other than the training data the first of test, val and train that exists",
     )
     sub.add_argument(
         "--limit", type=int, metavar="N", help="evaluate a random sample of N images (with a fixed seed)"
@@ -305,7 +305,7 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--topk", type=int, default=5)
     sub.add_argument("--batch-size", type=int, default=32)
-    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "int8"), default="auto")
+    sub.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), default="auto")
     sub.add_argument("--out", type=Path, help="write all predictions to this .csv or .jsonl file")
     sub.add_argument(
         "--draw",

@@ -137,15 +137,19 @@ def load_classifier(
             )
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
-    from convmixer.fast import has_kernels
+    from convmixer.fast.support import why_not
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
     how = precision if precision == "int8" else choose_precision(precision, where)
-    if how == "int8" and (calibration is None or not has_kernels(where, how)):
+    if how == "int8" and (reason := why_not(where, torch.int8)):
         raise RequestError(
-            "int8 is not available here: it needs training images to calibrate on, and a CPU with kernels. Measure "
-            "it with `val --precision int8`, or use it through `export --precision int8`"
+            f"int8 needs the CPU kernels: {reason}; an int8 export does not: `export --precision int8`"
+        )
+    if how == "int8" and calibration is None:
+        raise RequestError(
+            "int8 needs images to calibrate on: `val --precision int8` takes training images, and a file of "
+            "`export --precision int8` holds the result"
         )
     loaded = load_model(source, **(expected or {}))
     about = {"source": str(source), "found": loaded.found, "precision": how, "device": str(where)}

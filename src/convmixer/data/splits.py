@@ -69,12 +69,12 @@ def find_conflicts(
 
     extra = int((counts - 1)[counts > 1].sum())
     notes = []
-    if extra and not elsewhere.all():
-        repeated = (counts > 1)[inverse] & ~contradicting
-        if repeated.any():
-            notes.append(
-                f"{extra} images are copies of others, byte for byte, and stay in one split: {some(repeated)}"
-            )
+    stay = (counts > 1)[inverse] & ~contradicting & ~elsewhere
+    if together := int(stay.sum()) - len(np.unique(inverse[stay])):
+        repeated = stay & (np.bincount(inverse[stay], minlength=len(counts)) > 1)[inverse]
+        notes.append(
+            f"{together} images are copies of others, byte for byte, and stay in one split: {some(repeated)}"
+        )
     if elsewhere.any():
         kept = " or ".join(order[i] for i in np.unique(first[inverse][elsewhere]))
         notes.append(f"{int(elsewhere.sum())} images are in two splits: kept in {kept}: {some(elsewhere)}")

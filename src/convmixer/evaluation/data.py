@@ -49,10 +49,13 @@ class EvaluationData:
         return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
 
     def said(self, split: str) -> list[str]:
-        """Return a line for the user if all images are measured, because the data have no test split."""
+        """Return a line for the user if data from elsewhere are measured on another split than test."""
         if self.own or split == "test":
             return []
-        return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
+        counts = [f"{name} {len(self.pick(name))}" for name in SPLITS if getattr(self.splits, name) is not None]
+        if len(counts) == 1:
+            return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
+        return [f"split {split} is measured, of {', '.join(counts)} images; --split chooses another"]
 
     def pick(self, split: str) -> ImageSet:
         """Return a split of the data.

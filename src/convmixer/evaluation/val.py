@@ -50,8 +50,8 @@ def val(
     Args:
         weights: See `inference.load_classifier`.
         data: See `data.load_data`; None: the data that the weights were trained on.
-        split: "train", "val" or "test"; None: test, or all images if data other than the training data have no test
-            split.
+        split: "train", "val" or "test"; None: test, or for data other than the training data the first of test, val
+            and train that exists.
         limit: Evaluate on a random sample (with a fixed seed) of this many images; None: on all.
         batch_size: Images per batch, at least 1.
         precision: See `inference.load_classifier`.

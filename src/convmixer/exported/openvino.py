@@ -99,7 +99,7 @@ def _to_int8(model: Any, source: "Source") -> Any:
 def _not_pointwise(model: Any) -> list[str]:
     """Return the names of an OpenVINO model's convolutions and multiplications that are not pointwise convolutions.
 
-    They are not quantised, see `onnx._pointwise`.
+    There are none to name in a model without depthwise convolutions. They are not quantised, see `onnx._pointwise`.
     """
     names, depthwise = [], False
     for op in model.get_ops():

@@ -30,7 +30,7 @@ from convmixer.data.sampler import KeyedBatchSampler
 from convmixer.data.transforms import eval_transform, train_transform
 from convmixer.device import available_bytes
 from convmixer.errors import RequestError
-from convmixer.fast import optimize_for_inference
+from convmixer.fast import has_kernels, optimize_for_inference
 from convmixer.fast.inference import PlainInference
 from convmixer.files import cache_folder, prune, write_atomic
 from convmixer.models.digest import digest_weights
@@ -219,7 +219,7 @@ def _trunk(job: Job) -> Iterator[nn.Module]:
     found, precision = classifier_of(job.model), job.config.precision
     assert found is not None
     with _without(job.model, found[0]):
-        if job.device.type == "cpu" and precision in ("fp32", "bf16"):
+        if has_kernels(job.device, precision):
             yield optimize_for_inference(job.model, precision)
         else:
             yield PlainInference(job.model, precision)
