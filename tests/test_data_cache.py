@@ -1,10 +1,12 @@
 """What was read of a data set is not read again: a second start asks for size and time of each file, and no more."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from convmixer.data import scan as scanning
 from convmixer.data import sources, status, tar_index
@@ -38,6 +40,44 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(kind, "header", header)
         monkeypatch.setattr(kind, "digest", digest)
     return seen
+
+
+@dataclass(frozen=True)
+class Listed(sources.OnDisk):
+    """A source of somebody else's: files in a list."""
+
+    files: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index].name
+
+    def encoded(self, index: int) -> Path:
+        return self.files[index]
+
+    def sizes_and_times(self) -> np.ndarray:
+        return status.file_status(Path(), [str(file) for file in self.files])
+
+    def identity(self) -> bytes:
+        return repr(self.files).encode()
+
+
+def test_any_source_on_this_disk_is_cached_and_its_long_files_are_told_apart(tmp_path: Path, cache: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
+    files = [tmp_path / f"{i}.bmp" for i in range(12)]
+    for i, file in enumerate(files):
+        noise[0] = max(1, i)  # BMP stores the first row last: the first 8 KiB of all files are equal
+        Image.fromarray(noise).save(file)
+    source = Listed(files)
+    for expected in (False, True):
+        found = scanning.scan(source)
+        assert found.kept is not None
+        assert found.kept.valid.all() == expected
+        (numbers,) = scanning.copies([source], [found])
+        assert numbers.tolist() == [0, 0, *range(2, 12)]
+    assert len(list((cache / "headers").iterdir())) == 1
 
 
 def test_headers_are_read_once_and_again_if_a_file_changes(tmp_path: Path, cache: Path, read: list[str]) -> None:

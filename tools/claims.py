@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "claims.md"
 HEAD = """# The paper's claims
 
-{count} of {all} claims have a verdict from our runs, over at least three seeds. `python tools/claims.py` makes this
-page from [results/claims.yaml](../results/claims.yaml) and the records; a test checks that they agree.
+{count} of {all} claims have a verdict from our runs, over at least three seeds (for speeds: three rounds of
+measurement). `python tools/claims.py` makes this page from [results/claims.yaml](../results/claims.yaml) and the
+records; a test checks that they agree.
 
-Each verdict is about a difference, paired over seeds: **supported** if its whole 95% interval agrees with the claim,
-**contradicted** if the whole interval disagrees, else **not decided**. The claims, and the smallest differences that
+Each verdict is about the mean of a difference, paired over seeds or rounds: **supported** if its whole 95% interval
+agrees with the claim, **contradicted** if the whole interval disagrees, else **not decided**. (Tables of speeds show
+the median of the rounds, so their differences are not quite the same.) The claims, and the smallest differences that
 matter, were written in the study files before the runs. The runs are short and small compared with the paper's: each
 section says how the settings differ."""
 HEADS = ("test", "difference (95% interval)", "n", "verdict", "the paper's difference", "how its settings differ")

@@ -275,7 +275,8 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mistakes",
         action="store_true",
-        help="write a page and a table of the misclassified images and likely label errors (to --out, else the run)",
+        help="write a page and a table of the misclassified images and likely label errors (to --out; without "
+        "it to the run, or if DATA is named to the current folder)",
     )
     _add_tta(sub)
     _add_reading(sub)

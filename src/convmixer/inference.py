@@ -32,8 +32,8 @@ class Classifier:
         preprocessing: How an image becomes the input.
         describe: Facts about the model: "source", "name", "precision", "device", and the metadata saved with the
             weights.
-        with_maps: A batch -> logits and class-activation maps, see `models.maps.WithMaps`; None if the model has no
-            exact maps.
+        with_maps: A batch -> logits and class-activation maps, see `models.maps.WithMaps`. If the model has no exact
+            maps, this is None, or for an exported file returns None for the maps.
         loaded: The torch model, possibly on the kernels; None for an exported file.
     """
 
@@ -218,8 +218,8 @@ class _Mirrored:
 
 @dataclass(frozen=True)
 class _LogitsOf:
-    """Computes the first output of a run. It is a class and not a closure, because a fitted estimator must be
-    picklable.
+    """Returns only the logits of a function that returns several outputs. It is a class and not a closure, because a
+    fitted estimator must be picklable.
     """
 
     run: Callable[[np.ndarray], tuple[Any, ...]]

@@ -1,6 +1,7 @@
 """Decides which folders of an image folder are splits and which are classes, by their names and structure.
 
-A folder is a split if a word of its name says so (`training_set`). If a folder could be either, an error names it.
+A folder is a split if all words of its name fit one (`training_set`), or if one word does and it shares class folders
+with a split. If two readings of the structure are as likely, an error names the folders.
 """
 
 from collections.abc import Iterable, Mapping

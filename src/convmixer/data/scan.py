@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
-from convmixer.data.sources import Arrays, Column, Files, Shards, Source, digest
-from convmixer.data.status import file_status, settled
+from convmixer.data.sources import Arrays, Column, OnDisk, Shards, Source
+from convmixer.data.status import settled
 from convmixer.files import atomic_file, cached_file, prune
 from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
-OnDisk = Files | Shards | Column
 CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
 CACHE_BYTES = 1 << 30  # all scans together; beyond this the least recently used are deleted
 PART = 256
@@ -52,7 +50,9 @@ def scan(source: Source) -> Scan:
     if isinstance(source, Arrays):
         digests = np.array([source.digest(i) for i in range(len(source))], np.uint64)
         return Scan([source.header(0)] * len(source) if len(source) else [], digests)
-    kept = _Kept.load(source) if _has_files(source) and len(source) >= CACHED_FROM else None
+    kept = (
+        _Kept.load(source) if isinstance(source, OnDisk) and source.in_files and len(source) >= CACHED_FROM else None
+    )
     headers: list[Header | str] = [""] * len(source)
     digests = np.zeros(len(source), np.uint64)
     if kept:
@@ -67,7 +67,7 @@ def scan(source: Source) -> Scan:
     todo = np.flatnonzero(~kept.valid) if kept else np.arange(len(source))
     parts = [todo[start : start + PART].tolist() for start in range(0, len(todo), PART)]
     # threads wait for the disk; sources in memory are faster without them
-    with ThreadPoolExecutor(8 if isinstance(source, (Files, Shards)) else 1) as pool:
+    with ThreadPoolExecutor(1 if isinstance(source, Column) else 8) as pool:
         results = pool.map(lambda part: [check(index) for index in part], parts)
         checked = track(results, "checking images", len(parts), shown_from=80)
         for part, pairs in zip(parts, checked, strict=True):
@@ -79,10 +79,6 @@ def scan(source: Source) -> Scan:
     return Scan(headers, digests, kept)
 
 
-def _has_files(source: Source) -> TypeGuard[OnDisk]:
-    return isinstance(source, (Files, Shards)) or (isinstance(source, Column) and bool(source.files))
-
-
 class _Kept:
     """The headers and digests of images in the cache, each valid while its file keeps its size and time.
 
@@ -92,7 +88,7 @@ class _Kept:
     """
 
     def __init__(self, source: OnDisk, table: dict[str, np.ndarray] | None) -> None:
-        self.source, self.status, self.changed = source, _status(source), False
+        self.source, self.status, self.changed = source, source.sizes_and_times(), False
         count = len(source)
         self.table = table or {name: np.full(count, -1 if name == "mode" else 0, kind) for name, kind in _COLUMNS}
         size, time = self.status.T
@@ -103,7 +99,7 @@ class _Kept:
     def load(cls, source: OnDisk) -> "_Kept":
         """Return the cached headers and digests; none if the cache is damaged or belongs to other files."""
         try:
-            os.utime(path := _cache_file(source))  # marks it used
+            os.utime(path := cls._file(source))  # marks it used
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 table = {name: file[name].astype(kind) for name, kind in _COLUMNS} | {"modes": file["modes"]}
         except Exception:  # missing, truncated, or of another version
@@ -136,7 +132,7 @@ class _Kept:
         """Write the cache if it has changed; if it cannot be written, nothing is cached."""
         if not self.changed:
             return
-        path = _cache_file(self.source)
+        path = self._file(self.source)
         with contextlib.suppress(OSError), atomic_file(path) as file:
             np.savez(file, **self.table)  # type: ignore[arg-type]  # its stubs know no names of arrays
         prune(path.parent.glob("*.npz"), CACHE_BYTES)
@@ -149,6 +145,10 @@ class _Kept:
             self.changed = True
         return int(self.table["whole"][index])
 
+    @staticmethod
+    def _file(source: OnDisk) -> Path:
+        return cached_file("headers", source.identity(), ".npz")
+
 
 _COLUMNS = (
     ("size", np.int64),
@@ -159,32 +159,6 @@ _COLUMNS = (
     ("digest", np.uint64),
     ("whole", np.uint64),  # 0: not read
 )
-
-
-def _status(source: OnDisk) -> np.ndarray:
-    """Return size and time of the file that each image is in, int64 (N, 2); rows of parquet share those of all."""
-    if isinstance(source, Column):
-        status = file_status(Path(), [os.path.abspath(file) for file in source.files])
-        return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(source), 1))
-    if isinstance(source, Shards):
-        return file_status(Path(), [os.path.abspath(tar) for tar in source.tars])[source.places[:, 0]]
-    if source.status is not None:
-        return source.status
-    return file_status(source.root, [source.name(index) for index in range(len(source))])
-
-
-def _cache_file(source: OnDisk) -> Path:
-    if isinstance(source, Files):
-        what = os.fsencode(os.path.abspath(source.root)) + source.paths.tobytes()
-    elif isinstance(source, Shards):
-        what = _names(source.tars) + source.places.tobytes()
-    else:
-        what = _names(source.files) + f"\0{source.chosen}\0{len(source)}".encode(errors="surrogateescape")
-    return cached_file("headers", what, ".npz")
-
-
-def _names(files: Sequence[Path]) -> bytes:
-    return b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)
 
 
 def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:
@@ -199,7 +173,7 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
     _, inverse, counts = np.unique(joined, return_inverse=True, return_counts=True)
     several = (counts[inverse] > 1) & (joined != 0)
     for source, part, first in zip(sources, scans, start[:-1], strict=True):
-        if isinstance(source, Files):  # the digests of others are of the whole contents
+        if not isinstance(source, (Arrays, Column, Shards)):  # their digests are of the whole contents
             for index in np.flatnonzero(several[first : first + len(part.digests)]):
                 joined[first + index] = _digest_whole(source, part.kept, int(index))
             if part.kept:
@@ -210,7 +184,7 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
     return np.split(numbers, start[1:-1])
 
 
-def _digest_whole(source: Files, kept: _Kept | None, index: int) -> int:
+def _digest_whole(source: Source, kept: _Kept | None, index: int) -> int:
     try:
         return kept.digest_whole(index) if kept else source.digest(index, whole=True)
     except OSError:  # deleted meanwhile; reading the image will report it

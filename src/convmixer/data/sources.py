@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from convmixer.data.status import file_status
 from convmixer.decode.load import brightest
 from convmixer.preprocess import load_image, read_header
 
@@ -115,8 +116,28 @@ class Encoded:
         return load_image(self.encoded(index), in_chans, bits)
 
 
+class OnDisk(Encoded):
+    """Base class of the sources whose images are in files on this disk, so that their headers can be cached."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the images are in files on this disk; a class of which only some sources are overrides this."""
+        return True
+
+    def sizes_and_times(self) -> np.ndarray:
+        """Return size and time of the file that each image is in, int64 (N, 2), see `file_status`."""
+        raise NotImplementedError
+
+    def identity(self) -> bytes:
+        """Return bytes that only a source of the same images in the same files has."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Files(Encoded):
+class Files(OnDisk):
     """Image files.
 
     Args:
@@ -138,9 +159,17 @@ class Files(Encoded):
     def encoded(self, index: int) -> Path | bytes:
         return self.root / self.name(index)
 
+    def sizes_and_times(self) -> np.ndarray:
+        if self.status is not None:
+            return self.status
+        return file_status(self.root, [self.name(index) for index in range(len(self))])
+
+    def identity(self) -> bytes:
+        return os.fsencode(os.path.abspath(self.root)) + self.paths.tobytes()
+
 
 @dataclass(frozen=True)
-class Column(Encoded):
+class Column(OnDisk):
     """A parquet column of encoded images, held as Arrow memory.
 
     Args:
@@ -165,6 +194,18 @@ class Column(Encoded):
         data = self.images[index].as_py()
         return data or b""
 
+    @property
+    def in_files(self) -> bool:
+        return bool(self.files)
+
+    def sizes_and_times(self) -> np.ndarray:
+        """Return one size and time for all rows, which change if any of the files changes."""
+        status = file_status(Path(), [os.path.abspath(file) for file in self.files])
+        return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(self), 1))
+
+    def identity(self) -> bytes:
+        return _names(self.files) + f"\0{self.chosen}\0{len(self)}".encode(errors="surrogateescape")
+
 
 def binary_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column's encoded bytes, taken out of Hugging Face's struct<bytes, path> if it is one."""
@@ -172,7 +213,7 @@ def binary_column(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 @dataclass(frozen=True)
-class Shards(Encoded):
+class Shards(OnDisk):
     """Members of uncompressed tar files.
 
     Args:
@@ -194,6 +235,16 @@ class Shards(Encoded):
     def encoded(self, index: int) -> Path | bytes:
         tar, offset, size = self.places[index]
         return read_range(self.tars[tar], int(offset), int(size))
+
+    def sizes_and_times(self) -> np.ndarray:
+        return file_status(Path(), [os.path.abspath(tar) for tar in self.tars])[self.places[:, 0]]
+
+    def identity(self) -> bytes:
+        return _names(self.tars) + self.places.tobytes()
+
+
+def _names(files: Sequence[Path]) -> bytes:
+    return b"\0".join(os.fsencode(os.path.abspath(file)) for file in files)
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:

@@ -16,7 +16,7 @@ from convmixer.errors import RequestError, shown
 
 TEST_FRACTION = 0.2  # of train, if the data have no test split
 TEST_SEED = 0  # every run has the same test images, so that runs with different seeds can be compared
-KEPT_IN = ("test", "val", "train")  # of several copies, only those in the first of these stay
+KEPT_IN = ("test", "val", "train")  # copies stay in the first of these splits that has one, and leave the others
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def val(
         out: A folder for metrics.json, per_class.csv and confusion_matrix.png, or None.
         expected: See `inference.load_classifier`.
         options: What the user said about the columns, folders and groups of `data`.
-        mistakes: Write a page and a table of the misclassified images. They go to `out`; if that is None, a run that
-            is measured on its own data gets them in its folder, and otherwise they go to the current folder.
+        mistakes: Write a page and a table of the misclassified images. They go to `out`. If that is None, they go to
+            the run's folder if `data` is None too, else to the current folder.
         tta: Average the probabilities of each image and its mirror image (test-time augmentation).
 
     Returns:

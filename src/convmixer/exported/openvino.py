@@ -97,9 +97,9 @@ def _to_int8(model: Any, source: "Source") -> Any:
 
 
 def _not_pointwise(model: Any) -> list[str]:
-    """Return the names of an OpenVINO model's convolutions and multiplications that are not pointwise convolutions.
+    """Return the names of an OpenVINO model's convolutions and matrix products that are not pointwise convolutions.
 
-    There are none to name in a model without depthwise convolutions. They are not quantised, see `onnx._pointwise`.
+    They are not quantised, see `onnx._pointwise`. The list is empty if the model has no depthwise convolution.
     """
     names, depthwise = [], False
     for op in model.get_ops():

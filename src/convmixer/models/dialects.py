@@ -185,7 +185,7 @@ def _preprocessing_said(content: Any, in_chans: int) -> dict[str, Any]:
         if isinstance(said.get(key), (list, tuple)) and len(said[key]) == 1:
             said[key] = tuple(said[key]) * in_chans
     if not isinstance(said.get("interpolation"), str) or said["interpolation"] not in FILTERS:
-        said.pop("interpolation", None)  # only training uses "" and "random"
+        said.pop("interpolation", None)  # timm's "" and "random" are for training, and say nothing of evaluation
     return said
 
 

@@ -25,12 +25,13 @@ RELATIONS = {
 CHOSEN = "●"
 HEADS = ("arm", "test top-1 %", "n", "parameters", "MACs", "train images/s", "infer images/s", "time", "memory")
 HOW = (
-    "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds; "
-    "it is supported if the whole 95% interval agrees with it, contradicted if the whole interval disagrees, "
-    "else not decided with this many seeds. Claims, directions and the smallest differences that matter stood in the "
-    "study file before it ran; the intervals are not corrected for the number of claims. Speeds and memory (beyond "
-    "libraries and data) are those of a few steps of each arm in a fresh process, one arm after the other on one "
-    "machine before the runs; time is that of a run at this speed. The runs themselves may have shared machines."
+    "± is half the 95% t interval over the seeds. A claim is about the difference first − second, paired over seeds "
+    "(a speed: over rounds of measurement); it is supported if the whole 95% interval agrees with it, contradicted "
+    "if the whole interval disagrees, else not decided with this many pairs. Claims, directions and the smallest "
+    "differences that matter stood in the study file before it ran; the intervals are not corrected for the number "
+    "of claims. Before the runs, a few steps of each arm were measured in a fresh process, one arm after the other "
+    "on one machine: this gives the speeds (the table has the median of the rounds), and the memory without "
+    "libraries and data; time is that of a run at this speed. The runs themselves may have shared machines."
 )
 
 
@@ -279,10 +280,11 @@ def _sizes_sentence(results: StudyResults) -> str:
     sizes = "; ".join(f"{arm['label']}: {_size(arm['sizes'])}" for arm in arms.values())
     if not match:
         return f"Sizes are as written in the study, nothing was matched. {sizes}."
-    how = f"Arms have the {match['by']} of {arms[match['like']]['label']}, by solving for {match['solve']}"
+    like = arms[match["like"]]["label"]
+    how = f"{match['solve']} of each arm was chosen so that it has about as many {match['by']} as {like}"
     others = [a for n, a in arms.items() if not a["solved"] and n != match["like"]]
-    fixed = [f"{a['label']} with {a[match['by']]:,}" for a in others]
-    return f"{how}{' (not: ' + ', '.join(fixed) + ')' if fixed else ''}. {sizes}."
+    fixed = [f"{a['label']} ({a[match['by']]:,})" for a in others]
+    return f"{how}{'; exceptions: ' + ', '.join(fixed) if fixed else ''}. {sizes}."
 
 
 def _commands(results: StudyResults) -> str:
@@ -336,7 +338,7 @@ def _each(texts: Iterable[str]) -> str:
 
 
 def _computed_with(results: StudyResults, measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return in words what runs (by name) or probes (by arm) were computed with, and on which arms."""
+    """Return precision, device, threads and kernels of runs or probes; if they differ, with the arms of each."""
     ways: dict[str, set[str]] = {}
     for name, r in measured.items():
         way = ", ".join(f"{key} {r[key]}" for key in ("precision", "device", "threads", "kernels") if key in r)

@@ -1,7 +1,7 @@
 """`convmixer serve`: one model as a web page, and as an HTTP API for programs.
 
     GET  /             the page                     GET  /v1/model     what is served
-    POST /v1/predict   images -> classes            GET  /docs         this API, offline
+    POST /v1/predict   images -> classes            GET  /docs         describes this API, offline
     GET  /healthz      the process runs             GET  /readyz       the model answers
     GET  /metrics      Prometheus                   GET  /openapi.json
 
@@ -47,7 +47,7 @@ def create_app(
     access: Access | None = None,
     samples: Sequence[bytes] = (),
 ) -> FastAPI:
-    """Return the application. The model runs once when it starts, so a broken one fails before the server listens.
+    """Return the application. The model is run once here, so that a broken one fails before the server listens.
 
     Args:
         classifier: The model to serve.
@@ -130,7 +130,7 @@ def _add_health(app: FastAPI) -> None:
     @app.get("/readyz", summary="Whether the model answers", responses={503: {"model": Error}})
     async def readyz() -> dict[str, str]:
         if not app.state.ready:
-            raise Refusal(503, "not_ready", "the model is being loaded", {"retry-after": "1"})
+            raise Refusal(503, "not_ready", "the server is starting or stopping", {"retry-after": "1"})
         return {"status": "ready"}
 
 

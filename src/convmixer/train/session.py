@@ -47,10 +47,10 @@ WEIGHTS_SECONDS = 10.0  # least time between two saves of all weights while a cl
 FINISH_SECONDS = 0.7  # time for the files that a run writes at its end, without pictures
 DRAWN_AT_END = 3.0  # time for the pictures at the end, as a multiple of the time for those at the start
 KNOWN_AFTER = 10  # steps after which the speed is known well enough to say how many epochs fit
-ENDLESS = 10**9  # number of steps of a stage that only the time ends
+ENDLESS = 10**9  # steps of a stage without a fixed number: only the time ends it
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
 SLOW_LOADING = 0.3  # share of an epoch spent waiting for images
-SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after one killed a loader worker, which may get it first
+SIGNAL_SECONDS = 2.0  # a worker may get a signal before this process: how long to wait for ours after one was killed
 
 
 class Run:
@@ -240,7 +240,7 @@ class Run:
     # After each step
 
     def _after_step(self) -> bool:
-        """Do what is due after a step; True ends the run."""
+        """Do what is due after a step, and return whether the training of the stage ends here."""
         if self.lock:
             self.lock.check()
         done = self.module.steps_done
@@ -261,7 +261,7 @@ class Run:
         return stop or over
 
     def _stage_is_over(self, done: int) -> bool:
-        """Return whether the stage ends after a step, because of its number or because of the time."""
+        """Return whether the stage ends after step `done`: by its length, the time, or lost patience."""
         if self.budget:
             self.budget.look()
             self._out_of_time = self.budget.is_over(done)
@@ -270,14 +270,14 @@ class Run:
         return done == self.stage.plan.end or self._lost_patience()
 
     def _lost_patience(self) -> bool:
-        """Return whether the last `patience` epochs of the stage were no better than one before."""
+        """Return whether the last `patience` epochs of the stage brought no new best."""
         if not self.config.patience or not self.rows:
             return False
         began = self.stage.plan.first / self.steps_per_epoch
         return bool(self.rows[-1]["epoch"] - max(self.best["epoch"], began) >= self.config.patience)
 
     def _say_if_short(self, done: int) -> None:
-        """Print once, as soon as the speed is known, if so few epochs fit into the time that little is learned."""
+        """Print once, as soon as the speed is known, if too few epochs fit into the time to learn much."""
         if not self.budget or self._said_length or (done != KNOWN_AFTER and self._share_done() < 0.05):
             return
         self._said_length = True
