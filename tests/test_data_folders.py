@@ -68,7 +68,7 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "hint"),
     [
-        (["val.csv", "train.csv"], r"to take the labels from a table give it: .*train\.csv"),
+        (["val.csv", "train.csv"], r"to take the labels from a table, give .*: .*train\.csv"),
         (["labels.txt"], r"labels\.txt is not read: make a table of it, a \.csv with a row path,label"),
         (["images.zip"], r"images\.zip is a compressed archive: unpack it"),
         (["annotations/trimaps/a.png"], r"the folder 'annotations' names no class"),

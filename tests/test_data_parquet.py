@@ -42,7 +42,7 @@ def test_each_file_numbers_the_classes_in_its_own_order(tmp_path: Path) -> None:
         (["dog"], [0, 1], "test.parquet has label 1 but only 1 class names"),
         (None, [0, 1], "train.parquet names its classes, .*test.parquet only numbers them"),
         (["cat", "dog"], ["a", "b"], "do not fit together"),
-        (["cat", "dog"], [0.5, 1.5], "do not fit together|between classes"),
+        (["cat", "dog"], [0.5, 1.5], "do not fit together|whole numbers"),
     ],
 )
 def test_files_that_do_not_fit_together(tmp_path: Path, names: list[str] | None, labels: Any, reason: str) -> None:

@@ -34,7 +34,7 @@ def test_dog_breed_identification(tmp_path: Path) -> None:
     rows = [f"{i:032x},{label(i)}" for i in range(60)]
     (tmp_path / "labels.csv").write_text("\n".join(["id,breed", *rows]))
     (tmp_path / "sample_submission.csv").write_text("id,affenpinscher\n0,0.1\n")
-    with pytest.raises(RequestError, match=r"to take the labels from a table give it: .*labels\.csv"):
+    with pytest.raises(RequestError, match=r"to take the labels from a table, give .*: .*labels\.csv"):
         load(tmp_path)
     data = load(tmp_path / "labels.csv")
     assert sum(map(len, parts(data))) == 60
@@ -67,7 +67,7 @@ def test_facial_expressions(tmp_path: Path) -> None:
         (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
     rows = [f"302,{i}.png,{'Happiness' if i % 9 == 0 else 'happiness' if i % 2 else 'neutral'}" for i in range(60)]
     (tmp_path / "data" / "legend.csv").write_text("\n".join(["user.id,image,emotion", *rows]))
-    with pytest.raises(RequestError, match="say where the images are with --image-root"):
+    with pytest.raises(RequestError, match="name the folder of the images with --image-root"):
         load(tmp_path / "data" / "legend.csv")
     options = Options(image_root=str(tmp_path / "images"), label_column="emotion")
     assert (

@@ -179,7 +179,7 @@ def test_what_is_no_single_label_is_refused(tmp_path: Path) -> None:
 
     refused("an image has exactly one label", pa.array([[0, 1]] * 60))
     refused("NaN", pa.array([0.0, float("nan")] * 30))
-    refused("between classes, such as 0.5", pa.array([0.5, 1.0] * 30))
+    refused("holds 0.5, but labels are texts or whole numbers", pa.array([0.5, 1.0] * 30))
     refused("holds 'nan', which is not a label", pa.array(["a", "nan"] * 30))
     refused("have no label in column 'label'", pa.array([0, None] * 30))
     refused(r"two class names 'cat' and 'cat' are equal", pa.array([0, 1] * 30), ["cat", "cat"])

@@ -30,8 +30,8 @@ def why_not(config: Config, device: torch.device, cropped: bool) -> str | None:
     if config.auto_augment and not policies.supported(config.auto_augment):
         return f"auto_augment {config.auto_augment} has operations that are not available there"
     if not cropped and (config.scale, config.ratio) != WHOLE and config.train_interpolation == "nearest":
-        return "crops are resized by nearest"
-    return "scale goes above 1" if not cropped and config.scale[1] > 1 else None
+        return "crops are resized with nearest-neighbour interpolation"
+    return "scale is above 1" if not cropped and config.scale[1] > 1 else None
 
 
 class Augmentation:

@@ -81,7 +81,7 @@ def choose_columns(rows: Rows, locator: Locator, options: Options) -> Columns:
     if label is not None and normal(rows.names[label]) not in LABELS and rows.has_header:
         notes.append(f"labels are those of column {rows.names[label]!r}")
     if classes:
-        notes.append(f"labels are the columns with a 1: {', '.join(rows.names[n] for n in classes[:5])}, ...")
+        notes.append(f"each label is the column with a 1: {', '.join(rows.names[n] for n in classes[:5])}, ...")
         labels = [next(rows.names[n] for n in classes if _is_one(row[n])) for row in rows.cells]
     else:
         assert label is not None
@@ -135,7 +135,7 @@ def _by_name(rows: Rows, option: str, wanted: str) -> int:
 
 
 def _only(rows: Rows, numbers: Sequence[int]) -> int:
-    """Return the first of columns of one name, if all hold the same cells."""
+    """Return the first of several columns with the same name, if all hold the same cells."""
     if any(rows.column(n) != rows.column(numbers[0]) for n in numbers[1:]):
         raise RequestError(f"{rows.path}: {len(numbers)} columns are called {rows.names[numbers[0]]!r}: rename them")
     return numbers[0]
@@ -205,7 +205,7 @@ def _nowhere(rows: Rows, number: int, locator: Locator) -> str:
         return f"{rows.path}: {example} is a URL, which is never fetched: download the images, give their paths"
     return (
         f"{rows.path}: no column names images that are in {locator.base}; {example!r} of {rows.names[number]!r} is "
-        "not there: say where the images are with --image-root, or which column it is with --path-column"
+        "not there: name the folder of the images with --image-root, or their column with --path-column"
     )
 
 
@@ -240,7 +240,7 @@ def _is_one(cell: str) -> bool:
 
 def _ask(rows: Rows, numbers: Sequence[int], option: str) -> str:
     names = [rows.names[n] for n in numbers]
-    could = f"it could be {', '.join(names[:8])}" if names else f"of {', '.join(rows.names[:8])} none is"
+    could = f"it could be {', '.join(names[:8])}" if names else f"none of {', '.join(rows.names[:8])} fits"
     return f"{could}: say it with {flag(option)} NAME"
 
 

@@ -119,10 +119,12 @@ def _nothing(walked: Walk) -> str:
 
 
 def _expected(walked: Walk) -> str:
-    """Return how image folders must be, and what else the folder holds that could be given."""
+    """Return the layout that is expected, and what else in the folder could be given as the data."""
     tables = [file for file in walked.files if file.lower().endswith(TABLES)]
     tables.sort(key=lambda file: split_of(file.rpartition("/")[2])[0] != "train")
-    hint = f"; to take the labels from a table give it: {walked.root / tables[0]}" if tables else ""
+    hint = (
+        f"; to take the labels from a table, give the table as the data: {walked.root / tables[0]}" if tables else ""
+    )
     archives = [file for file in walked.files if file.lower().endswith(ARCHIVES)]
     hint += f"; {archives[0]} is a compressed archive: unpack it" if archives else ""
     lists = [file for file in walked.files if _is_list(file)]

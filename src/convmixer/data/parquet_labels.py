@@ -1,4 +1,6 @@
-"""The labels of parquet files: texts, or numbers whose names each file's metadata give in an order of its own."""
+"""Reads the labels of parquet files: texts, or numbers whose names are in each file's metadata.
+
+Files may number the same classes differently."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -53,7 +55,9 @@ class Classes:
                 continue
             if own is None or self.names is None:
                 with_names, without = (first, file) if own is None else (file, first)
-                raise RequestError(f"{with_names} names its classes, {without} only numbers them: say which they are")
+                raise RequestError(
+                    f"{with_names} names its classes, {without} only numbers them: give both the same class names"
+                )
             if missing := next((name for name in own if tidy_name(name) not in known), None):
                 raise RequestError(f"{file} has the class {shown(missing)!r}, which {first} does not have")
             self._numbers[file] = [known[tidy_name(name)] for name in own]
@@ -91,7 +95,9 @@ def read_labels(
         if pa.types.is_floating(column.type):
             column = _whole_numbers(name, split, column)
         if names is not None and not pa.types.is_integer(column.type):
-            raise RequestError(f"split {split}: column {name!r} holds {column.type}, but its classes have numbers")
+            raise RequestError(
+                f"split {split}: column {name!r} holds {column.type}, but the metadata name classes by number"
+            )
         lowest = pc.min(column).as_py() if pa.types.is_integer(column.type) else 0
         if column.null_count or lowest < 0:
             raise RequestError(f"some images of split {split} have no label in column {name!r}; remove them")
@@ -113,4 +119,4 @@ def _whole_numbers(name: str, split: str, column: pa.ChunkedArray) -> pa.Chunked
         return column.cast(pa.int64())
     except pa.ArrowInvalid as error:
         between = next(value for value in column.to_pylist() if value != int(value))
-        raise RequestError(f"column {name!r} holds numbers between classes, such as {between}") from error
+        raise RequestError(f"column {name!r} holds {between}, but labels are texts or whole numbers") from error

@@ -1,8 +1,9 @@
 """Runs the CUDA kernels of all blocks of a ConvMixer in order: the GPU's part of `convmixer.kernels.blocks`.
 
-As on the CPU, only u and v of each block are kept, the outputs of the depthwise and of the pointwise convolution. The
-kernel of each half of a block writes partial sums; one small launch adds them and computes the scale and shift for
-the next kernel (see `sums`). Inference needs no sums, so there a half is one launch.
+As on the CPU, two tensors of each block are kept for the backward pass: u and v, the outputs of the depthwise and of
+the pointwise convolution. Each half of a block is one kernel, which also writes partial sums for BatchNorm; a second,
+small kernel adds them and computes the scale and shift that the next half applies (see `sums`). Inference needs no
+sums, so a half is a single launch.
 """
 
 from collections.abc import Sequence
