@@ -1,6 +1,7 @@
 """Reads the labels of parquet files: texts, or numbers whose names are in each file's metadata.
 
-Files may number the same classes differently."""
+Files may number the same classes differently.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
