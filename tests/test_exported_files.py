@@ -119,6 +119,16 @@ def test_what_is_no_export_is_not_written_over(exports: Exports, tmp_path: Path,
     assert [file.read_text() for file in run.iterdir()] == ["dear"]
 
 
+def test_a_folder_that_only_shares_a_name_with_a_page_is_not_replaced(exports: Exports, tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    for name in ("model.js", "index.html"):
+        (page / name).write_text("dear")
+        with pytest.raises(RequestError, match="choose another --out"):
+            exports.write(page, "web")
+    assert {file.name: file.read_text() for file in page.iterdir()} == {"model.js": "dear", "index.html": "dear"}
+
+
 def test_a_page_replaces_an_older_page(exports: Exports, tmp_path: Path) -> None:
     path = tmp_path / "page"
     for _ in range(2):

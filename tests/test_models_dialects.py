@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,21 @@ def test_what_weights_expect_can_be_given(tmp_path: Path) -> None:
     assert "relu as asked instead of gelu" in loaded.found
     with pytest.raises(RequestError, match="crop_pct"):
         load_model(tmp_path / "w.pth", crop_pct=2.0)
+
+
+def test_every_field_but_the_channels_can_be_given(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "w.pth")
+    before = load_model(tmp_path / "w.pth").preprocessing
+    for item in fields(Preprocessing):
+        given = {item.name: 12 if item.name == "bits" else getattr(before, item.name)}
+        if item.name == "in_chans":
+            with pytest.raises(RequestError, match="in_chans cannot be overridden, only act, img_size"):
+                load_model(tmp_path / "w.pth", **given)
+        else:
+            loaded = load_model(tmp_path / "w.pth", **given)
+            assert loaded.preprocessing == replace(before, **given)
+            assert "as asked instead of" in loaded.found
+    assert "16-bit images use 12 bits as asked instead of 16" in loaded.found
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,9 @@ def test_a_path_with_the_name_of_a_shipped_model_is_said(
     assert "was taken" not in load_model(name).found
     shutil.copytree(digits_weights, name)
     said = load_model(name).found
-    assert f"{tmp_path / name} was taken, not the model of that name: rename it" in said
+    assert f"{tmp_path / name} was taken, not the known model of the same name" in said
     assert "was taken" not in load_model(f"./{name}").found  # this can mean only one thing
     shutil.rmtree(name)
     (tmp_path / name).mkdir()
-    with pytest.raises(RequestError, match=r"holds no weights.*rename it to use that one"):
+    with pytest.raises(RequestError, match=r"holds no weights.*to use the model, rename the path"):
         load_model(name)

@@ -61,7 +61,7 @@ def test_the_section_says_what_is_a_prediction(growth: ModuleType) -> None:
     text = growth.section(made(growth))
     assert "**A prediction, not a measurement**" in text
     assert "1,281,167 rows of a table, which point to 1,000 files | 130.12 s | 13.81 s | 384 MB |" in text
-    assert "it gives 130 s, 14 s and 0.4 GB" in text
+    assert "it predicts 130 s, 14 s and 0.4 GB" in text
     assert "off by -0% to +0%" in text or "off by +0% to +0%" in text
 
 

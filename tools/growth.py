@@ -260,7 +260,7 @@ def section(record: dict[str, Any]) -> str:
         _start_row(far, f"{far['images']:,} rows of a table, which point to {found['starts'][0]['images']:,} files"),
         "",
         f"Fitted: first {_line(model['start'])}; again {_line(model['again'])}; memory "
-        f"{model['start_bytes'][0]:.0f} bytes an image. For the table, which was not used for the fit, it gives "
+        f"{model['start_bytes'][0]:.0f} bytes an image. For the last row, which was left out of the fit, it predicts "
         f"{apply(model['start'], [far['images'], 1]):.0f} s, {apply(model['again'], [far['images'], 1]):.0f} s and "
         f"{apply(model['start_bytes'], [far['images'], 1]) / 1e9:.1f} GB.",
         "",
@@ -279,7 +279,7 @@ def section(record: dict[str, Any]) -> str:
         f"Loading, 32 px: {_speeds(found['workers'], 'workers', 'worker')}. "
         f"Training on digits, one thread a process: {_speeds(found['processes'], 'processes', 'process')}. "
         "Two processes on this machine sum gradients in "
-        f"{model['all_reduce'][1] * 1e3:.1f} ms and {model['all_reduce'][0] * 1e9:.2f} ms per MB.",
+        f"{model['all_reduce'][1] * 1e3:.1f} ms plus {model['all_reduce'][0] * 1e9:.2f} ms per MB.",
         "",
         *_predictions(model, e),
     ]

@@ -124,7 +124,7 @@ def load_classifier(
         device: "auto", "cpu", "cuda" or "mps"; exported files run on the device of their runtime.
         calibration: Only for int8: the loaded model -> typical preprocessed images (B, C, H, W).
         expected: Overrides of the input settings stored with the weights, see `models.weights.load_model`: "act" and
-            fields of `Preprocessing`.
+            fields of `Preprocessing` (not `in_chans`).
 
     Raises:
         RequestError: The source cannot be loaded, or not with this precision.

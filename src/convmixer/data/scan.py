@@ -31,8 +31,7 @@ class Scan:
 
     Args:
         headers: The header of each image, or the reason why it cannot be read.
-        digests: uint64 (N,): digest of the contents, or of the size and the first 8 KiB if the file is longer; 0 if
-            the image cannot be read.
+        digests: uint64 (N,): digests of the images, see `Source.digest`; 0 if an image cannot be read.
         kept: Their place in the cache; None: they are not cached.
     """
 
@@ -116,7 +115,7 @@ class _Kept:
         return headers, t["digest"].copy()
 
     def keep(self, headers: list[Header | str], digests: np.ndarray) -> None:
-        """Keep a scan for the next start, except for images that cannot be read or changed just now."""
+        """Keep a scan for the next start, except for unreadable images and files that changed in the last moments."""
         modes = sorted({header[0] for header in headers if not isinstance(header, str)})
         numbers = {mode: number for number, mode in enumerate(modes)}
         flat = [(-1, 0, 0) if isinstance(h, str) else (numbers[h[0]], *h[1]) for h in headers]
@@ -179,7 +178,7 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
             if part.kept:
                 part.kept.save()
     _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
-    numbers = first[inverse]  # the first of its copies: single images keep their order
+    numbers = first[inverse]  # an image's number is the index of its first copy
     numbers[joined == 0] = -1
     return np.split(numbers, start[1:-1])
 

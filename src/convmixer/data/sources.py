@@ -41,8 +41,8 @@ class Source(Protocol):
         ...
 
     def digest(self, index: int, whole: bool = False) -> int:
-        """Return a 64-bit digest that is not 0: of the whole stored image if it is short or `whole`, else of its size
-        and its first 8 KiB.
+        """Return a 64-bit digest that is not 0: of the whole stored image, or, if it is a file longer than 8 KiB and
+        not `whole`, of its size and its first 8 KiB.
         """
         ...
 
@@ -124,7 +124,7 @@ class OnDisk(Encoded):
 
     @property
     def in_files(self) -> bool:
-        """Whether the images are in files on this disk; a class of which only some sources are overrides this."""
+        """Whether the images are in files on this disk; override it if that depends on the instance."""
         return True
 
     def sizes_and_times(self) -> np.ndarray:
@@ -199,7 +199,9 @@ class Column(OnDisk):
         return bool(self.files)
 
     def sizes_and_times(self) -> np.ndarray:
-        """Return one size and time for all rows, which change if any of the files changes."""
+        """Return the same pair for every row: a digest of all files' sizes and times in place of the size, and the
+        newest time.
+        """
         status = file_status(Path(), [os.path.abspath(file) for file in self.files])
         return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(self), 1))
 

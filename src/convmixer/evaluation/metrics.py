@@ -61,7 +61,7 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         labels: int64 (N,).
 
     Returns:
-        top1, top5 (percent; top-n if there are n < 5 classes), loss (mean cross-entropy), n,
+        top1, top5 (percent; top-k if there are k < 5 classes), loss (mean cross-entropy), n (images),
         ece (expected calibration error, 0 to 1, 15 bins of equal width), ci95 (Wilson interval of top1, percent).
 
     Source: Guo et al., arXiv 1706.04599, Eq. 3 (ece); Wilson 1927 (interval).

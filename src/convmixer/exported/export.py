@@ -24,7 +24,7 @@ from convmixer.exported.quiet import quiet
 from convmixer.exported.samples import choose_samples
 from convmixer.exported.source import Source, prepared
 from convmixer.preprocess import Preprocessing
-from convmixer.run_folder import RunFolder, is_run
+from convmixer.run_folder import RunFolder, is_run, is_web_export
 from convmixer.text import terminal
 
 
@@ -73,7 +73,8 @@ def export(
     if kind.folder:
         print(f"{terminal(said)}{'; everybody who opens the page sees them' if pictures else ''}")
         if p.bits < 16:
-            print(f"the page refuses 16-bit grey PNG files: the model uses {p.bits} of the bits, a browser cannot")
+            asked = f"the model reads them as {p.bits}-bit images, which a browser cannot do"
+            print(f"the page refuses 16-bit grey PNG files: {asked}")
     return result
 
 
@@ -95,7 +96,8 @@ def export_model(
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the input.
         images: Real images to check on, and to calibrate int8 with.
-        path: The file or folder to write. An older export there is replaced; anything else is an error.
+        path: The file or folder to write. A file there is replaced by a file, and an older export by a web folder;
+            anything else there is an error.
         format: A name in `formats.FORMATS`.
         precision: One of the format's precisions.
         about: Further facts to store in the file, e.g. the architecture.
@@ -180,14 +182,14 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _check_target(path: Path, kind: Format) -> None:
-    """Check that nothing is at a path, or an export of the same format, which may be replaced.
+    """Check that what is at a path may be replaced: a file by a file; an empty folder or web export by a web export.
 
     Raises:
         RequestError: Something else is at the path.
     """
     if kind.folder:
         taken = path.is_symlink() or (path.exists() and not path.is_dir())
-        if taken or (path.is_dir() and any(path.iterdir()) and not (path / kind.folder).is_file()):
+        if taken or (path.is_dir() and any(path.iterdir()) and not is_web_export(path)):
             raise RequestError(f"{path} exists and is not an exported page: choose another --out")
     elif path.is_dir():
         raise RequestError(f"{path} is a folder: name a file that ends in {kind.suffix}")

@@ -39,13 +39,14 @@ TIMM_NAMES = {
 WRAPPED = "timm_model."  # the prefix of every key in files of transformers' TimmWrapper
 OLD_MODEL = "pytorch_model.bin"  # the file that timm's save_for_hf and older tools write instead of MODEL
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)  # locuslab/convmixer-cifar10
-# how messages name the fields of Preprocessing that --img-size and the other flags set
+# how messages name the fields of Preprocessing that `load_model` can override
 _MEANING = {
     "img_size": "{} px",
     "mean": "mean {}",
     "std": "std {}",
     "interpolation": "{}",
     "crop_pct": "crop {}",
+    "bits": "16-bit images use {} bits",
 }
 _ARGS = ("dim", "depth", "kernel_size", "patch_size", "act")
 
@@ -58,7 +59,8 @@ class LoadedModel:
         model: The model in eval mode, on the CPU, fp32.
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the model's input.
-        metadata: The metadata saved with the model: "name", "model_args", "version", and those given to `save_model`.
+        metadata: The metadata saved with the model: "name" and "model_args"; if `save_model` wrote it, also
+            "version" and what it was given.
         source: The folder or file that the weights came from.
         found: A text that says what the file contains.
     """
@@ -180,7 +182,8 @@ def load_model(source: str | Path, act: str | None = None, **preprocessing: Any)
             weights such as `convmixer_256_8.cifar10`, or of weights on timm's hub: `convmixer_768_32`,
             `hf-hub:OWNER/NAME`, `OWNER/NAME`.
         act: Activation to use instead of the stored or guessed one.
-        **preprocessing: Fields of `Preprocessing` that override those stored with the weights.
+        **preprocessing: Fields of `Preprocessing` that override those stored with the weights: all but `in_chans`,
+            which the model's first layer decides.
 
     Raises:
         RequestError: There are no such weights, or they cannot be used; the message says why.
@@ -195,7 +198,7 @@ def _load(source: str | Path) -> LoadedModel:
         load = _load_newest if path.is_dir() else _load_file
         if name not in (*shipped(), *VARIANTS):
             return load(path)
-        note = f"{path.absolute()} was taken, not the model of that name: rename it to use that one"
+        note = f"{path.absolute()} was taken, not the known model of the same name; to use the model, rename the path"
         try:
             loaded = load(path)
         except RequestError as error:
@@ -207,11 +210,11 @@ def _load(source: str | Path) -> LoadedModel:
 
 
 def adapt_channels(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return patch-embedding weights (dim, C, p, p) for another number of channels, with the same response to grey.
+    """Return patch-embedding weights (dim, C, p, p) for another number of channels.
 
-    They are summed over the colours for one channel, else repeated and scaled; the response is the same if one number
-    of channels is a multiple of the other. timm's function of this kind takes
-    only weights of three channels before timm 1.0.31.
+    They are summed over the colours for one channel, else repeated and scaled. The response to a grey image stays the
+    same if `in_chans` is 1 or a multiple of C. timm's function of this kind takes only weights of three channels
+    before timm 1.0.31.
 
     Source: ours, with the rule of timm's `adapt_input_conv`.
     """
@@ -255,7 +258,9 @@ def _load_file(path: Path) -> LoadedModel:
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """Return the config inside a .safetensors file, or next to a file with a hub name; None if there is none."""
+    """Return the config next to model.safetensors or pytorch_model.bin, else that inside a .safetensors file; None if
+    there is none.
+    """
     if path.suffix != ".safetensors" and path.name != OLD_MODEL:
         return None
     beside = path.with_name(MODEL_CONFIG)
@@ -362,7 +367,7 @@ def _load_foreign(path: Path, act: Any = None) -> LoadedModel:
         p = replace(guess, **checkpoint.said)
     except (ValueError, TypeError) as error:
         raise RequestError(f"the args in {path}: {shown(error, 200)}") from error
-    assumed = [key for key in _MEANING if key not in checkpoint.said]
+    assumed = [key for key in _MEANING if key not in (*checkpoint.said, "bits")]  # few images use them
     notes = [checkpoint.found]
     notes += [f"from its args: {_in_words(p, checkpoint.said)}"] if checkpoint.said else []
     notes += [f"assumed {_in_words(p, assumed)}"] if assumed else []
@@ -378,6 +383,8 @@ def _in_words(p: Preprocessing, keys: Iterable[str]) -> str:
 def _overridden(loaded: LoadedModel, act: str | None, changes: dict[str, Any]) -> LoadedModel:
     """Return a model with its stored activation or preprocessing overridden, and a note on each change."""
     notes = [loaded.found]
+    if other := changes.keys() - _MEANING.keys():
+        raise RequestError(f"{shown(min(other))} cannot be overridden, only act, {', '.join(_MEANING)}")
     if act is not None:
         loaded, old = _with_act(loaded, act)
         notes.append(f"{act} as asked instead of {old}")

@@ -125,7 +125,7 @@ class _Pictures:
     """Writes images and videos with labels.
 
     Args:
-                path: A folder or a video file; None: nothing is drawn.
+        path: A folder or a video file; None: nothing is drawn.
         sources: The images and videos that are classified; if `path` is a video file, they must be one video.
     Attributes:
         written: The pictures and videos that were written.

@@ -29,7 +29,7 @@ from convmixer.serve.limits import Limits
 from convmixer.serve.schema import Evidence, Prediction, Predictions
 
 DECODING_PIXELS = 100_000_000  # pixels of all images that are decoded at once; each takes up to 12 bytes
-MAX_SLOW_IMAGES = 16  # images whose decoding may take long, in their one queue; further ones are refused
+MAX_SLOW_IMAGES = 16  # most images in or waiting for slow decoding; further ones are refused
 LARGE_PIXELS = 4_000_000  # after an image of this size, freed memory is handed back to the system
 
 

@@ -50,7 +50,7 @@ def compare(
 
     Returns:
         `report` and `records` (paths), `verdicts` (one mapping per claim), `missing` and `failed` (run names). For a
-        dry run: `arms` and `seconds_total`.
+        dry run: `arms`, `seconds_total` and `runs`.
 
     Raises:
         RequestError: The study, the data or the folder cannot be used; nothing was trained.

@@ -1,4 +1,4 @@
-"""Writes the files of a run: settings, metrics, log, model card. Nothing here computes."""
+"""Writes and reads the files of a run: settings, metrics, log, record. Also makes the text of its model card."""
 
 import csv
 import io
@@ -163,8 +163,8 @@ def describe(
     """Return the contents of the settings file: everything needed to repeat, continue or judge the run.
 
     `asked` holds the settings as the user gave them, some of them "auto". In `config` each "auto" is replaced by the
-    value that was chosen for the data and the machine. Only settings in `asked` are listed as differences from the
-    recipe.
+    value that was chosen for the data and the machine. Differences from the recipe are those of
+    `asked`, so an "auto" that was resolved is not one.
     """
     changed = difference(recipe or Config(), asked)
     sizes = {split: len(images) if (images := getattr(data, split)) else 0 for split in ("train", "val", "test")}

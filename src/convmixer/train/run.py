@@ -44,9 +44,10 @@ def train(
     Args:
         data: The data argument.
         config: Resolved settings.
-        out: New or empty folder; None: the next free `runs/<recipe>-<number>`.
+        out: New or empty folder; None: the next free `runs/<name>-<number>`, named after the recipe or, without one,
+            the data.
         recipe: The recipe's settings, to report differences from; None: the defaults.
-        recipe_name: Its name.
+        recipe_name: The recipe's name.
         build: Name and arguments for `create_model`, instead of `config.model`.
         on_epoch: Called with an epoch's row of metrics when the row is on disk; if it raises, the run ends.
         quiet: Do not print settings, epochs and results.
@@ -59,7 +60,8 @@ def train(
 
     Raises:
         RequestError: The settings, the data or the folder cannot be used.
-        SystemExit: 143 after SIGTERM, 130 after Ctrl-C; a checkpoint is saved then.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C. A checkpoint is saved then; if the signal also ended a
+            process that loads images, the last checkpoint is kept instead.
     """
     started = time.time() if started is None else started
     with _processes(config) as restarted:
@@ -67,7 +69,7 @@ def train(
             return _continue(RunFiles(out), data, None, on_epoch, callbacks)
         on_first(lambda: check_loggers(config.logger))
         if out is not None:
-            on_first(lambda: check_empty(out))  # checked now and below, so that an error leaves no folder
+            on_first(lambda: check_empty(out))  # before the data are read; again below, under the lock
         job = everywhere(lambda: prepare(data, config, build))
         _check_equal(job)
         seconds = on_first(lambda: _budget(config, started))
