@@ -90,12 +90,12 @@ def test_a_folder_beside_that_is_called_like_built_in_data(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CONVMIXER_DATA", raising=False)
     digits = load_data("digits", **SETTINGS)
-    assert digits.notes[0].endswith("is taken; for the one in this folder write ./digits")
+    assert digits.notes[0].endswith("is used; for the folder of that name write ./digits")
     assert len(parts(digits)[0]) > 1000
     assert load_data("./digits", **SETTINGS).spec == str(tmp_path / "digits")
     assert read_argument("cifar10").notes == (
         "cifar10: read from data/cifar10",
-        "cifar10: the data set of that name is taken; for the one in this folder write ./cifar10",
+        "cifar10: the built-in data set is used; for the folder of that name write ./cifar10",
     )
     assert not read_argument("./cifar10").notes
 

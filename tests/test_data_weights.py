@@ -39,7 +39,10 @@ def test_weights_have_a_mean_of_one_and_stay_with_their_images(tmp_path: Path) -
     train = parts(data)[0]
     expected = numbers(train) / numbers(train).mean()
     np.testing.assert_allclose(train.weights, expected, rtol=1e-6)
-    assert any(note.startswith("training images count as column 'weight' says, from ") for note in data.notes)
+    assert any(
+        note.startswith("training images have the weights of column 'weight' in the loss, from ")
+        for note in data.notes
+    )
     assert not any("not used, a column" in note for note in data.notes)
     assert load(table(tmp_path)).train.weights is None  # type: ignore[union-attr]
     config = Config(hflip=0.5)

@@ -142,7 +142,8 @@ def test_hostile_weights_are_refused_by_every_command(place: Path) -> None:
     for (source, name, _), (status, deeds, said) in zip(names, rows, strict=True):
         assert not deeds, (source, name)
         assert status == 2, (source, name, said)
-        assert len(said.strip().splitlines()) == 1, (source, name, said)
+        lines = [line for line in said.strip().splitlines() if "building the font cache" not in line]
+        assert len(lines) == 1, (source, name, said)  # Matplotlib's own line comes if its cache takes five seconds
     assert not (place / OWNED).exists()
 
 

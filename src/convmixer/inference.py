@@ -137,12 +137,12 @@ def load_classifier(
             )
         return _from_exported(Path(source), precision)
     from convmixer.device import choose_device, choose_precision
-    from convmixer.fast.support import why_not
+    from convmixer.fast.support import DTYPES, why_not
     from convmixer.models.weights import load_model
 
     where = choose_device(device)
     how = precision if precision == "int8" else choose_precision(precision, where)
-    if how == "int8" and (reason := why_not(where, torch.int8)):
+    if how == "int8" and (reason := why_not(where, DTYPES[how])):
         raise RequestError(
             f"int8 needs the CPU kernels: {reason}; an int8 export does not: `export --precision int8`"
         )

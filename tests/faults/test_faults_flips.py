@@ -155,7 +155,7 @@ def test_a_resume_with_a_damaged_checkpoint_ends_with_the_same_weights(
     flip(RunFolder(run).checkpoints / LATEST, 1)
     RunFolder(run).metrics.write_bytes(b"\xff\x00noise")
     resume(run)
-    assert "latest.pt: its digest does not match; continuing from previous.pt" in capsys.readouterr().out
+    assert "latest.pt: its contents do not match its digest; continuing from previous.pt" in capsys.readouterr().out
     assert differences(whole, run) == []
 
 
