@@ -95,7 +95,7 @@ def test_a_web_page_says_that_it_cannot_read_them(tmp_path: Path, capsys: pytest
         tmp_path / "w", model, architecture="convmixer_8_1_p1_k3", model_args={}, classes="ab", preprocessing=p
     )
     export(str(tmp_path / "w"), "web", out=tmp_path / "page")
-    assert "the page refuses 16-bit grey PNG files: the model uses 12 of the bits" in capsys.readouterr().out
+    assert "the page refuses 16-bit grey PNG files: the model reads them as 12-bit images" in capsys.readouterr().out
 
 
 def test_values_above_the_bits_are_refused_but_for_a_few() -> None:
