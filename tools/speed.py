@@ -97,12 +97,13 @@ def _cell(record: dict[str, Any] | None) -> str:
     other = results["peers"][results["best_peer"]]["images_per_second"]
     words = results["best_peer"].split("-")
     theirs = OTHERS[words[0]] if words[1] == results["precision"] else f"{OTHERS[words[0]]}, {words[1]}"
-    left_out = any("compile" in name for name in results["left_out"]) and "compile" not in str(list(results["peers"]))
+    compiled, left_out = ("compile" in " ".join(results[key]) for key in ("peers", "left_out"))
+    missing = ", torch.compile not measured" if left_out and not compiled else ""
     memory = f", {results['peak_memory_ratio']:.2f} of the memory" if results.get("peak_memory_ratio") else ""
     return (
         f"**{_speed(results['ours']['images_per_second'])}** against {_speed(other)} ({theirs}): "
         f"[{results['ratio']:.2f}x](../benchmarks/records/{record['file']}), "
-        f"{results['share_of_bound']:.0%} of the bound{memory}{', torch.compile not measured' if left_out else ''}"
+        f"{results['share_of_bound']:.0%} of the bound{memory}{missing}"
     )
 
 

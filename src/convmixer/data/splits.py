@@ -69,9 +69,10 @@ def find_conflicts(
 
     extra = int((counts - 1)[counts > 1].sum())
     notes = []
-    stay = (counts > 1)[inverse] & ~contradicting & ~elsewhere
-    if together := int(stay.sum()) - len(np.unique(inverse[stay])):
-        repeated = stay & (np.bincount(inverse[stay], minlength=len(counts)) > 1)[inverse]
+    stay = ~contradicting & ~elsewhere
+    staying = np.bincount(inverse[stay], minlength=len(counts))
+    if together := int((staying - 1)[staying > 1].sum()):
+        repeated = stay & (staying > 1)[inverse]
         notes.append(
             f"{together} images are copies of others, byte for byte, and stay in one split: {some(repeated)}"
         )

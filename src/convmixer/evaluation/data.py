@@ -39,6 +39,11 @@ class EvaluationData:
     own: bool
     changed: bool = False
 
+    @property
+    def there(self) -> list[str]:
+        """The names of the splits that exist, in the order of `SPLITS`."""
+        return [name for name in SPLITS if getattr(self.splits, name) is not None]
+
     def choose(self, split: str | None) -> str:
         """Return the split to measure on.
 
@@ -46,13 +51,13 @@ class EvaluationData:
             split: The split that the user chose; None: test, or for data other than the training data, the first of
                 test, val and train that exists.
         """
-        return split or next(name for name in SPLITS if self.own or getattr(self.splits, name) is not None)
+        return split or (SPLITS if self.own else self.there)[0]
 
     def said(self, split: str) -> list[str]:
         """Return a line for the user if data from elsewhere are measured on another split than test."""
         if self.own or split == "test":
             return []
-        counts = [f"{name} {len(self.pick(name))}" for name in SPLITS if getattr(self.splits, name) is not None]
+        counts = [f"{name} {len(self.pick(name))}" for name in self.there]
         if len(counts) == 1:
             return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
         return [f"split {split} is measured, of {', '.join(counts)} images; --split chooses another"]
@@ -65,8 +70,8 @@ class EvaluationData:
         """
         images: ImageSet | None = getattr(self.splits, split)
         if images is None:
-            there = [name for name in SPLITS[::-1] if getattr(self.splits, name) is not None]
-            raise RequestError(f"{self.splits.name} has no {split} split: choose --split from {', '.join(there)}")
+            there = ", ".join(reversed(self.there))
+            raise RequestError(f"{self.splits.name} has no {split} split: choose --split from {there}")
         return images
 
     def training_images(self) -> ImageSet:

@@ -52,9 +52,7 @@ def features(
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
     C = len(parameters[0])
-    if more := wide(C) - C:
-        v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
-        parameters, running = _wider(parameters, running, more)
+    v, parameters, running = _widened(v, parameters, running)
     y, rest = _kernels.blocks(v, parameters, running, eps, act, training, pool, take, torch.is_grad_enabled())
     return y[..., :C].contiguous(), rest[-1][..., :C], [x[..., :C].contiguous() for x in rest[: len(take)]]
 
@@ -70,10 +68,7 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
     Returns:
         The output of that convolution, which `features` takes as `v`. If there is no block, `v` itself.
     """
-    C = len(parameters[0])
-    if more := wide(C) - C:
-        v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
-        parameters, running = _wider(parameters, running, more)
+    v, parameters, running = _widened(v, parameters, running)
     for i in range((len(parameters) - 2) // PER_BLOCK):
         block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # with the norm before it
         # one block at a time, so that the tensors of all blocks are not kept; the unused pool costs little
@@ -112,13 +107,18 @@ def wide(channels: int) -> int:
     return channels + -channels % 8
 
 
-def _wider(parameters: list[Tensor], running: list[Tensor], more: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Pad all parameters with zeros for `more` channels, which stay zero and add nothing to the other channels."""
+def _widened(v: Tensor, parameters: list[Tensor], running: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Pad all tensors with zeros up to `wide` channels, which stay zero and add nothing to the other channels."""
+    C = len(parameters[0])
+    more = wide(C) - C
+    if not more:
+        return v, parameters, running
+    v = v if v.shape[3] == wide(C) else F.pad(v, (0, more))
     vector, depthwise, pointwise = (0, more), (0,) * 7 + (more,), (0, 0, 0, 0, 0, more, 0, more)
     block = [depthwise, vector, vector, vector, pointwise, vector, vector, vector]
     sides = [vector, vector, *block * (len(parameters) // PER_BLOCK)]
     parameters = [F.pad(tensor, side) for tensor, side in zip(parameters, sides, strict=True)]
-    return parameters, [F.pad(tensor, vector) for tensor in running]
+    return v, parameters, [F.pad(tensor, vector) for tensor in running]
 
 
 def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:

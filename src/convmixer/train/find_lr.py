@@ -6,7 +6,6 @@ The model is trained from its starting weights with the run's settings, except f
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from convmixer.results import plots
 from convmixer.run_folder import RATES, RATES_PICTURE
 from convmixer.text import terminal
 from convmixer.train import features
+from convmixer.train.distributed import world_size
 from convmixer.train.engine import fit
 from convmixer.train.folder import RunFiles, check_empty
 from convmixer.train.freeze import ALL
@@ -54,7 +54,7 @@ def find_lr(data: str, config: Config, out: Path | None = None, name: str = "lr"
 
     Source: arXiv 1506.01186, Sec. 3.3 (the range test); a geometric ramp and the steepest fall as in fastai.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise RequestError("find-lr runs in one process: start it without torchrun")
     if out is not None:
         check_empty(out)
