@@ -73,7 +73,7 @@ class Loader:
             start = time.perf_counter()
             try:
                 batch = next(source[0], _END)
-            except RuntimeError as error:  # PyTorch has no kinds of its own
+            except RuntimeError as error:  # PyTorch has no more specific class for these
                 self._give_up_place(error, time.perf_counter() - start)
                 batch = _FAILED
             if batch is _FAILED:

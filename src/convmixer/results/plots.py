@@ -320,7 +320,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
     shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
     if len(shown) > NUMBERED:
         shown = shown[_alike(share[np.ix_(shown, shown)])]
-    names, longer = told_apart(classes), told_apart(classes, 18)  # for the axes, and for the list of pairs
+    names, longer = told_apart(classes), told_apart(classes, 18)  # short ones for the axes, longer ones for the pairs
     listed = [(longer[i], longer[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
     side = min(12.0, 3.4 + 0.24 * len(shown))
     with drawing(_STYLE | {"axes.grid": False}, (as_drawn(name) for name in classes)):

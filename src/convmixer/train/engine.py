@@ -1,4 +1,4 @@
-"""Lightning's Trainer as we use it: it takes steps until it is told to stop, and signals end it cleanly.
+"""Takes training steps with Lightning's Trainer until a function says stop or a signal arrives.
 
 For Lightning all steps are one endless epoch. Our own epochs follow from the number of the step, so training can
 start in the middle of one.
