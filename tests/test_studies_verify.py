@@ -32,7 +32,7 @@ def test_verify_names_what_does_not_hold(whole: Path, tmp_path: Path) -> None:
     assert verify(changed())["holds"]
     with pytest.raises(RuntimeError, match="1 of 1 recorded numbers do not hold: depthwise-seed0"):
         verify(changed(results=record["results"] | {"test_top1": record["results"]["test_top1"] - 1}))
-    with pytest.raises(RequestError, match="other data"):
+    with pytest.raises(RequestError, match="does not hold the data that depthwise-seed0 was measured on"):
         verify(changed(data=record["data"] | {"checksum": "sha256:0"}))
     with pytest.raises(RequestError, match="weights of depthwise-seed0 are not at"):
         verify(changed(results=record["results"] | {"weights": "nowhere"}))

@@ -258,9 +258,7 @@ def _load_file(path: Path) -> LoadedModel:
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:
-    """Return the config next to model.safetensors or pytorch_model.bin, else that inside a .safetensors file; None if
-    there is none.
-    """
+    """Return the config beside a hub folder's weights, else the one inside a .safetensors file, or None."""
     if path.suffix != ".safetensors" and path.name != OLD_MODEL:
         return None
     beside = path.with_name(MODEL_CONFIG)
