@@ -37,7 +37,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_shipped_studies() -> None:
-    names = "ablation kernel-size mixers mixers-tuned models models-100 models-tuned patch-size smoke stems"
+    names = "ablation block kernel-size mixers mixers-tuned models models-100 models-tuned patch-size smoke stems"
     assert list_studies() == names.split()
 
 
