@@ -82,6 +82,8 @@ def test_images_of_any_form_are_the_same_images(
         (COLOUR.astype(np.uint16), "must be uint8"),
         ([*COLOUR[:19], None], "image 19 of X is a NoneType"),
         (5, "X is a int"),
+        (np.ma.masked_greater(COLOUR, 250), r"X has masked values: fill them, e.g. X.filled\(0\)"),
+        (list(np.ma.masked_greater(COLOUR, 250)), "X has masked values"),
     ],
 )
 def test_what_is_no_images_is_refused(fitted: ConvMixerClassifier, images: Any, message: str) -> None:
@@ -110,6 +112,7 @@ def test_a_column_of_labels_is_taken_with_a_warning(fitted: ConvMixerClassifier)
         (["e\u0301", "\u00e9"] * 10, "Unicode"),
         (LABELS[:3], "20 images but 3 labels"),
         (None, "requires y to be passed, but the target y is None"),
+        (np.ma.masked_equal(LABELS, 1), "y has masked values"),
     ],
 )
 def test_labels_that_are_none_are_refused(labels: Any, message: str) -> None:

@@ -273,6 +273,14 @@ def test_a_second_derivative_is_refused(mixer: str) -> None:
         first.square().sum().backward()
 
 
+@pytest.mark.parametrize("mixer", ["depthwise", "linear"])
+def test_batched_gradients_are_refused(mixer: str) -> None:
+    images = _images(2, (12, 12)).requires_grad_()
+    logits = accelerate(_isotropic(mixer=mixer))(images)
+    with pytest.raises(RuntimeError, match="is_grads_batched: CONVMIXER_KERNELS=0"):
+        torch.autograd.grad(logits, images, torch.ones(3, *logits.shape), is_grads_batched=True)
+
+
 def test_an_unpickled_model_finds_the_kernels_or_does_without(tmp_path: Path) -> None:
     fast, images = accelerate(_model()).eval(), _images()
     torch.save((fast, images), tmp_path / "model.pt")
@@ -297,6 +305,15 @@ def test_an_unpickled_model_finds_the_kernels_or_does_without(tmp_path: Path) ->
 def test_an_empty_batch_gives_no_logits(stem: str) -> None:
     assert accelerate(_isotropic(stem=stem)).eval()(torch.empty(0, 3, 12, 12)).shape == (0, 7)
     assert accelerate(_model()).eval()(torch.empty(0, 3, 12, 12)).shape == (0, 7)
+
+
+@pytest.mark.parametrize("stem", ["patch", "stride1-pool"])
+def test_an_empty_batch_in_training_changes_nothing_but_the_count(stem: str) -> None:
+    model = accelerate(_isotropic(stem=stem)).train()
+    before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    model(torch.empty(0, 3, 12, 12)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers() if name in before)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_weights_of_any_strides_are_read_as_they_are() -> None:

@@ -111,6 +111,23 @@ def test_no_block_asked_for_is_refused(kind: str) -> None:
                 call(X, none)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_features_are_one_graph_with_the_kernels() -> None:
+    fast = accelerate(_model("convmixer", 8)).eval()
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: fast.forward_intermediates(x, [0, 2]), backend=keep, fullgraph=True)
+    (last, taken), (expected, wanted) = compiled(X), fast.forward_intermediates(X, [0, 2])
+    for a, b in zip([last, *taken], [expected, *wanted], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert sum("convmixer" in str(node.target) for graph in graphs for node in graph.graph.nodes) == 1
+
+
 def _assigned(model: Any) -> None:
     model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()}, assign=True)
 

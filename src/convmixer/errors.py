@@ -23,7 +23,7 @@ def shown(value: object, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> RequestError:
     """Return the error for a name that is not known, suggesting the nearest one.
 
     Args:
@@ -32,6 +32,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> RequestError:
         known: The known names.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names[:20])}"
     return RequestError(f"unknown {kind} {name!r}: {hint}")

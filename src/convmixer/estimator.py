@@ -29,7 +29,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d
 
 from convmixer.config import Config, override
-from convmixer.data.in_memory import Batch, as_images, is_file, opened
+from convmixer.data.in_memory import Batch, as_images, check_unmasked, is_file, opened
 from convmixer.data.labels import NO_LABEL, check_names, tidy_name
 from convmixer.errors import RequestError, unknown
 from convmixer.inference import Classifier, finite, load_classifier, softmax
@@ -224,6 +224,7 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if y is None:
         raise ValueError("ConvMixerClassifier requires y to be passed, but the target y is None")
+    check_unmasked(y, "y")
     y = np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
     if y.ndim > 1 and y.shape[1] != 1:
         raise ValueError(
@@ -257,6 +258,7 @@ def _copies(sample_weight: Any, count: int) -> tuple[np.ndarray, np.ndarray | No
     """
     if sample_weight is None:
         return np.ones(count, np.int64), None
+    check_unmasked(sample_weight, "sample_weight")
     weights = np.asarray(sample_weight, float)
     if weights.shape != (count,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(count,)}!")

@@ -76,8 +76,19 @@ def _is_array(X: Any) -> bool:
 
 
 def _numpy(X: Any) -> np.ndarray:
+    check_unmasked(X, "X")
     values: np.ndarray = X.detach().cpu().numpy() if hasattr(X, "detach") else X
     return values
+
+
+def check_unmasked(values: Any, what: str) -> None:
+    """Check that no value is hidden by numpy's mask, which all later steps would ignore.
+
+    Raises:
+        ValueError: Values are masked.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(f"{what} has masked values: fill them, e.g. {what}.filled(0), or leave them out")
 
 
 def _batch(X: np.ndarray) -> tuple[Batch, list[str]]:

@@ -240,6 +240,7 @@ class Found:
         self.weights = [p for p in own if p.ndim == 4]
         self.parts: Any = None  # see parts.py
         self.reason = unusual(model) or (None if usual else QUIETLY) or _types_reason(own, buffers)
+        self.in_chans = 0 if self.reason else model.stem[0].in_channels
         self.frozen: list[Tensor] = []  # parameters without gradients, see `frozen_blocks`
         if not self.reason and (blocks := frozen_blocks(model)) is not None:
             parts = [model.stem, *list(model.blocks)[:blocks]]

@@ -72,7 +72,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if torch.compiler.is_compiling():  # torch.compile guards on each value read here
         usual = all_depthwise(model.blocks) and not forwards_replaced() and frozen_blocks(model) is None
         known = unusual(model) or (None if usual else QUIETLY)
-        return known or _settings(model, model.stem[0].weight, x)
+        return known or _settings(model, model.stem[0].weight, x, model.stem[0].in_channels)
     if tools_at_work():
         return QUIETLY
     about = found(model)
@@ -81,18 +81,22 @@ def unfit(model: Any, x: Tensor) -> str | None:
     if about.frozen and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *about.frozen)):
         return "the first BatchNorms are in eval mode, but their layers are trained"
     weight = about.weights[0]
-    reason = why_not(weight.device, weight.dtype) or _settings(model, weight, x)  # autocast raises for a meta device
-    return reason or why_not(weight.device, _computed_in(weight))
+    reason = why_not(weight.device, weight.dtype) or _settings(model, weight, x, about.in_chans)
+    if reason or (dtype := _computed_in(weight)) is weight.dtype:  # only now: autocast raises for a meta device
+        return reason
+    return why_not(weight.device, dtype)
 
 
-def _settings(model: Any, weight: Tensor, x: Tensor) -> str | None:
+def _settings(model: Any, weight: Tensor, x: Tensor, in_chans: int) -> str | None:
     """Return what is wrong with the images of a pass, or with the way the model is run."""
     if x.device != weight.device:
         return f"the model is on {weight.device}, the images on {x.device}"
     if model.grad_checkpointing:
         return "gradient checkpointing is on"
-    if x.ndim != 4 or x.shape[1] != model.stem[0].in_channels or x.layout is not torch.strided:
+    if x.ndim != 4 or x.shape[1] != in_chans or x.layout is not torch.strided:
         return QUIETLY  # the plain model reports what is wrong
+    if not x.shape[0]:
+        return QUIETLY  # the kernels divide by the number of values
     autocast = torch.is_autocast_enabled(x.device.type)
     return None if x.dtype is weight.dtype or (autocast and x.dtype in _CAST) else QUIETLY
 
@@ -118,7 +122,6 @@ def tools_at_work() -> bool:
         forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
         or torch._C._len_torch_dispatch_stack()
         or _has_any_global_hook()
         or forwards_replaced()

@@ -37,8 +37,16 @@ SCHEMAS = (
     " bool pool, int[] take, Tensor[] taken_grads) -> (Tensor, Tensor[])",
 )
 LIBRARY = torch.library.Library("convmixer", "DEF")
+
+
+def _refuse_batches(*_: Any) -> Any:
+    """Raise an error that says what to do; torch's names only the op."""
+    raise RuntimeError("the kernels do not run with is_grads_batched: CONVMIXER_KERNELS=0 runs plain PyTorch")
+
+
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
+    LIBRARY.impl(_schema.partition("(")[0], _refuse_batches, "Batched")
 
 
 def differentiable_once(ctx: Any, *gradients: Any) -> Any:
