@@ -157,6 +157,13 @@ def test_a_seal_counts_for_one_path_alone(run: Path) -> None:
             find_data(None, {"data": metadata["data"] | change}, "weights")
 
 
+def test_a_train_split_of_which_a_part_was_used_is_said() -> None:
+    trained_on = {"spec": "digits", "fraction": 0.25}
+    part, whole = (find_data("digits", {"data": entry}, "weights") for entry in (trained_on, {"spec": "digits"}))
+    assert "a part of this split (--fraction 0.25)" in part.said("train")[0]
+    assert part.said("test") == whole.said("train") == []
+
+
 def test_metadata_of_other_types_are_no_data(run: Path) -> None:
     for entry in ({}, None, [], "digits", {"spec": None}):
         with pytest.raises(RequestError, match="does not say what it was trained on"):

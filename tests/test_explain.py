@@ -130,5 +130,5 @@ def test_a_model_without_maps_gets_no_evidence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(plots, "save", lambda figure, path: titles.append([a.get_title() for a in figure.axes]))
     pixels = np.zeros((8, 8))
     plots.explanation(pixels, pixels, pixels, None, ["a", "b"], [0.9, 0.1], tmp_path / "a.png")
-    assert titles == [["The photo", "What the network saw: 8 x 8 pixels", "Probability, %"]]
+    assert titles == [["The photo", "Network input: 8 x 8 pixels", "Probability, %"]]
     plt.close("all")

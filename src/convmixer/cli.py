@@ -20,12 +20,13 @@ from convmixer._version import __version__
 from convmixer.config import Config, field_types, override
 from convmixer.errors import Failed, RequestError, unknown
 from convmixer.exported.formats import FORMATS, PRECISIONS
+from convmixer.processes import own_start
 from convmixer.run_folder import RECORD, STUDY_RECORDS, is_run
 
 if TYPE_CHECKING:
     from convmixer.data.options import Options
 
-STARTED = time.time()  # before the heavy imports, which a time budget includes
+IMPORTED = time.time()  # before the heavy imports, which a time budget includes
 SHIPPED = "convmixer_256_8.cifar10"  # the weights inside the package
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # file and class names may not be encodable here
     parser = _parser()
     args, extra = parser.parse_known_args(argv)
+    args.started = own_start(IMPORTED) if argv is None else time.time()
     if extra:
         return _fail(args, _unexpected(parser, args.command, extra[0]), 2)
     try:
@@ -219,14 +221,14 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
             raise RequestError(
                 f"--resume continues with the settings of {args.resume}: leave out {' and '.join(given)}"
             )
-        return resume(args.resume, args.data, changes=flags)
+        return resume(args.resume, args.data, changes=flags, started=args.started)
     args.data = args.data or "digits"
     name, recipe, config = _settings(args)
     if args.find_lr:
         from convmixer.train.find_lr import find_lr
 
         return find_lr(args.data, config, args.out, f"{name}-lr")
-    return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name, started=STARTED)
+    return train(args.data, config, out=args.out, recipe=recipe, recipe_name=name, started=args.started)
 
 
 def _add_meaning(sub: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ Standard library only.
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def own_start(otherwise: float) -> float:
+    """Return when this process began, in seconds since 1970, or `otherwise` if the system does not report it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
+        up, began = time.clock_gettime(time.CLOCK_BOOTTIME), _started(os.getpid())
+        return min(otherwise, time.time() - up + int(began) / os.sysconf("SC_CLK_TCK"))  # type: ignore[arg-type]
+    return otherwise
 
 
 def child_environment(**others: str) -> dict[str, str]:

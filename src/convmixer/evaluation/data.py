@@ -33,11 +33,13 @@ class EvaluationData:
         splits: The splits. If `own`, they are those of the training run, else those that the data come with.
         own: Whether the model was trained on these data.
         changed: Whether these are the training data, but have changed since.
+        fraction: The share of the train split that the model was trained on.
     """
 
     splits: DataSplits
     own: bool
     changed: bool = False
+    fraction: float = 1.0
 
     @property
     def there(self) -> list[str]:
@@ -54,7 +56,12 @@ class EvaluationData:
         return split or (SPLITS if self.own else self.there)[0]
 
     def said(self, split: str) -> list[str]:
-        """Return a line for the user if data from elsewhere are measured on another split than test."""
+        """Return a line for the user if data from elsewhere are measured on another split than test, or if the model
+        was trained on only a part of the split.
+        """
+        if self.own and split == "train" and self.fraction < 1:
+            used = f"--fraction {self.fraction:g}"
+            return [f"the model was trained on a part of this split ({used}); all of its images are measured"]
         if self.own or split == "test":
             return []
         counts = [f"{name} {len(self.pick(name))}" for name in self.there]
@@ -102,19 +109,23 @@ def find_data(
     options = (options or Options()).absolute()
     trained_on = metadata.get("data")
     trained_on = trained_on if isinstance(trained_on, dict) else {}
-    spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
+    spec, checksum, fraction = (
+        trained_on.get("spec"),
+        trained_on.get("checksum"),
+        _share(trained_on.get("fraction"), 1.0),
+    )
     if data is None:
         _check_trusted(spec, trained_on, weights)
         if options.given():
             raise RequestError(f"{_flags(options)}: name the data too; the training data are read as in training")
         splits = _load(str(spec), trained_on, _known_options(trained_on), recorded=True)
-        return EvaluationData(splits, True, checksum not in (None, splits.checksum))
+        return EvaluationData(splits, True, checksum not in (None, splits.checksum), fraction)
     if spec in (data, read_argument(data).spec):
         splits = _load(data, trained_on, _agreed(trained_on, options))
-        return EvaluationData(splits, True, checksum not in (None, splits.checksum))
+        return EvaluationData(splits, True, checksum not in (None, splits.checksum), fraction)
     splits = _load(data, trained_on, options, hold_out=False)
     if splits.checksum == checksum:  # the training data in a different place
-        return EvaluationData(_load(data, trained_on, _agreed(trained_on, options)), True)
+        return EvaluationData(_load(data, trained_on, _agreed(trained_on, options)), True, fraction=fraction)
     return EvaluationData(splits, False)
 
 

@@ -175,7 +175,7 @@ def _accuracies(runs: Sequence[RunSummary], labels: Sequence[str], axes: Axes) -
         style = style_of(i) | {"linestyle": "none"}
         axes.errorbar(top, place, xerr=[[top - interval[0]], [interval[1] - top]], capsize=3, ms=7, **style)
     names = [labels[i] for i, _, _ in reversed(measured)]
-    axes.set_yticks(range(len(measured)), names, parse_math=False)
+    axes.set_yticks(range(len(measured)), names)
     axes.set(xlabel="test top-1, %", ylim=(-0.6, len(measured) - 0.4))
     axes.grid(axis="y", visible=False)
     return bool(measured)

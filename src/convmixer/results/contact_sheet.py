@@ -45,7 +45,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path)
                 va="center",
                 color="#1a1a1a",
                 fontsize=SIZE,
-                parse_math=False,
             )
         picture = io.BytesIO()
         figure.savefig(picture, format="png", facecolor="white")
@@ -57,7 +56,7 @@ def label_width(names: Sequence[str]) -> int:
     """Return the room that the longest name needs, in pixels."""
     from convmixer.results.fonts import font_file
 
-    font = ImageFont.truetype(font_file("".join(names)), SIZE * 100 / 72)
+    font = ImageFont.truetype(font_file("".join(names), say=False), SIZE * 100 / 72)
     return 4 * GAP + math.ceil(1.05 * max(map(font.getlength, names), default=0))  # several fonts may draw them
 
 

@@ -27,7 +27,8 @@ def drawing(style: dict[Any, Any], texts: Iterable[str] = ()) -> Iterator[None]:
     """
     families, missing = families_for("".join(texts))
     _say_once(missing)
-    with plt.rc_context(style | {"font.family": families}), warnings.catch_warnings():
+    plain = {"font.family": families, "text.parse_math": False}  # a $ in a name is no formula
+    with plt.rc_context(style | plain), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
         yield
 
@@ -41,7 +42,7 @@ def _say_once(missing: str) -> None:
 
 
 def as_drawn(text: str, most: int = 14) -> str:
-    """Return a name as it is drawn with `parse_math=False`: shortened, and without bytes that are not valid text."""
+    """Return a name as `drawing` draws it: shortened, and without bytes that are not valid text."""
     return shortened(text.encode(errors="replace").decode(), most)
 
 
@@ -95,10 +96,12 @@ def _holds(path: str) -> frozenset[int]:
         return frozenset()
 
 
-def font_file(text: str) -> str:
+def font_file(text: str, say: bool = True) -> str:
     """Return the file of the font that has most characters of a text; matplotlib's own if it has all.
 
-    If it lacks some, a line says so once.
+    Args:
+        text: The text.
+        say: Print a line, once, if the font lacks some characters.
     """
     wanted = {ord(c) for c in text if c.isprintable() and not c.isspace()}
     own = font_manager.findfont(OWN)
@@ -106,5 +109,6 @@ def font_file(text: str) -> str:
         return own
     files = [path for _, path in _installed()]
     best = max([own, *files], key=lambda path: len(wanted & _holds(path)))
-    _say_once("".join(map(chr, sorted(wanted - _holds(best)))))
+    if say:
+        _say_once("".join(map(chr, sorted(wanted - _holds(best)))))
     return best

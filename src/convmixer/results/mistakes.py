@@ -21,6 +21,7 @@ from convmixer.text import html as escape_html
 
 LABEL_ERRORS, WORST = 36, 48  # pictures shown at most
 PAIRS, IN_PAIR = 12, 8  # pairs of classes, and pictures of each
+MOST_PICTURES = LABEL_ERRORS + WORST + PAIRS * IN_PAIR
 SIDE = 160  # longer side of a picture in the page, pixels
 
 Read = Callable[[int], Image.Image | None]
@@ -209,7 +210,7 @@ class _Page:
         of = int((a.labels == label).sum())
         shown = images[np.argsort(-a.confidence[images], kind="stable")][:IN_PAIR]
         title = f"{self._class(label)} → {self._class(predicted)}"
-        share = f"{len(images):,} of {of:,} images, {100 * len(images) / of:.0f}%"
+        share = f"{len(images):,} of {of:,} images, {100 * len(images) / of:.0f}%" if of > 1 else "the only image"
         cards = "".join(self._card(int(i)) for i in shown)
         return f'<h3>{title} <span class="soft">{share}</span></h3><div class="cards">{cards}</div>'
 

@@ -78,14 +78,14 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mappin
         _line(rate, rows, "lr", "at the end of the epoch", BLUE)
         titles = ("Loss", "Accuracy, %", "Learning rate", "Training, images/s")
         for axes, title in zip((loss, accuracy, rate, speed), titles, strict=True):
-            axes.set(title=title, xlabel="epoch")
+            axes.set(title=title, xlabel="epoch", xlim=(0, 1.03 * max(1, rows[-1]["epoch"])))
             axes.xaxis.get_major_locator().set_params(integer=True)
             if axes.lines:
                 axes.legend()
         if not accuracy.lines:
             accuracy.text(0.5, 0.5, "no validation split", ha="center", color=GREY, transform=accuracy.transAxes)
-        rate.set_ylim(bottom=0)
-        speed.set_ylim(bottom=0)
+        for axes in (rate, speed):
+            axes.set_ylim(0, (1.08 * axes.dataLim.y1 or 1) if axes.lines else 1)
         save(figure, path)
 
 
@@ -134,7 +134,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
             axes.axis("off")
         for axes, image, text in zip(grid.flat, images, titles, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(as_drawn(text), fontsize=8, pad=3, parse_math=False)
+            axes.set_title(as_drawn(text), fontsize=8, pad=3)
         figure.suptitle(title, fontsize=11)
         save(figure, path)
 
@@ -262,7 +262,7 @@ def explanation(
     with drawing(_STYLE, (as_drawn(name, 22) for name in classes)):
         figure, panels = plt.subplot_mosaic(rows, figsize=(8.2, 7.4), layout="constrained")
         _picture(panels["photo"], photo, "The photo")
-        _picture(panels["seen"], seen, f"What the network saw: {seen.shape[1]} x {seen.shape[0]} pixels")
+        _picture(panels["seen"], seen, f"Network input: {seen.shape[1]} x {seen.shape[0]} pixels")
         if evidence is not None:
             _overlay(figure, panels["evidence"], framed, evidence, len(seen), classes[0])
         _probabilities(panels["bars"], classes, shares)
@@ -279,7 +279,6 @@ def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarra
     """Draw the evidence in colour over a pale grey photo; where the evidence is weak, the photo shows through."""
     grey = framed if framed.ndim == 2 else framed @ np.array([0.299, 0.587, 0.114])
     _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 22)}")
-    axes.title.set_parse_math(False)
     bound = float(np.abs(evidence).max()) or 1.0
     right, bottom = (side // n * n / side * len(framed) - 0.5 for n in evidence.shape[::-1])  # whole patches
     shown = axes.imshow(
@@ -298,7 +297,7 @@ def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarra
 def _probabilities(axes: Axes, classes: Sequence[str], shares: Sequence[float]) -> None:
     axes.barh(range(len(classes)), [100 * share for share in shares], color=BLUE, height=0.6)
     axes.set(title="Probability, %", xlim=(0, 118), ylim=(max(len(classes), 4) - 0.4, -0.6))
-    axes.set_yticks(range(len(classes)), [as_drawn(name, 22) for name in classes], parse_math=False)
+    axes.set_yticks(range(len(classes)), [as_drawn(name, 22) for name in classes])
     axes.grid(False, axis="y")
     for number, share in enumerate(shares):
         axes.text(100 * share + 1.5, number, f"{100 * share:.1f}", va="center", fontsize=9)
@@ -367,8 +366,8 @@ def _matrix(figure: Figure, axes: Axes, counts: np.ndarray, share: np.ndarray, c
     n = len(classes)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     size = 10 if n <= NUMBERED else 8 if n <= 30 else 7
-    axes.set_xticks(range(n), classes, rotation=90, parse_math=False, fontsize=size)
-    axes.set_yticks(range(n), classes, parse_math=False, fontsize=size)
+    axes.set_xticks(range(n), classes, rotation=90, fontsize=size)
+    axes.set_yticks(range(n), classes, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true")
     for row, column in np.ndindex(n, n) if n <= NUMBERED else ():
         color = "white" if share[row, column] > 50 else "black"
@@ -384,7 +383,7 @@ def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
         return
     names = [f"{true} → {predicted}" for true, predicted, _, _ in pairs]
     axes.barh(range(len(pairs)), [n for _, _, n, _ in pairs], color=ORANGE, height=0.6)
-    axes.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=8)
+    axes.set_yticks(range(len(pairs)), names, fontsize=8)
     for place, (_, _, n, percent) in enumerate(pairs):
         axes.text(n, place, f" {n} ({percent:.0f}%)", va="center", fontsize=8)
     axes.set_title("True → predicted, most images first", fontsize=10)

@@ -25,6 +25,8 @@ from convmixer.train.setup import Job
 
 GAUGE_EVERY = 0.02  # share of the budget between two runs of the gauge
 GAUGE_IMAGES, GAUGE_SECONDS = 16, 0.05
+GAUGE_SHARE = 1e-4  # share of the budget for a run of the gauge, if that is more than GAUGE_SECONDS
+PROBED_SHARE, PROBED_SECONDS = 0.01, 1.0  # of the budget, at least: for measuring how long evaluating a split takes
 PROBED_IMAGES = 512
 SLACK = 1.1  # factor on the estimate of the time reserved for the end
 _OVER = -1.0  # instead of a share: the training ended here
@@ -45,7 +47,7 @@ class Budget:
         self.kept = 0.05 * seconds  # reserved for the end
         self.slowdown = 1.0  # how many times longer the gauge takes now than at the start
         self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
-        self.evaluated = 0.0  # images that the end evaluates, divided by those of the validation split
+        self.evaluated = 0.0  # how many times longer the end's evaluation takes than that of the validation split
         self.writing = 5.0  # seconds for pictures and files at the end, at the speed of the start
         self.steps: list[tuple[float, float]] = []
         # (seconds, share): from here the share grows linearly with time, and reaches 1 when the reserved time begins
@@ -53,6 +55,7 @@ class Budget:
         self._gauge: Callable[[], float] | None = None
         self._gauged_at, self._first = 0.0, 0.0
         self._gauged = [1.0]
+        self._doubts = 3  # how often it may still be measured again before training ends
 
     def restore(self, step: int, new_from: float | None = None) -> float:
         """Read the shares of a killed run, and return the seconds that it took.
@@ -101,10 +104,20 @@ class Budget:
     def is_over(self, done: int) -> bool:
         """Return whether training ends after `done` steps, because less than half a step's time is left."""
         if done >= len(self.steps):
-            if not from_first(self._left() < 0.5 * self.step_seconds()):
+            if not from_first(self._left() < 0.5 * self.step_seconds() and self._is_sure()):
                 return False
             self._add(_OVER)
         return self.steps[done][0] == _OVER
+
+    def _is_sure(self) -> bool:
+        """Measure the machine's speed again, and return whether training must still end: it cannot be taken back."""
+        if self._gauge is None or world_size() > 1 or self._doubts == 0:
+            return True
+        self._doubts -= 1
+        self._gauged += [self._gauge() / self._first for _ in range(3)]
+        self.slowdown = statistics.median(self._gauged[-5:])
+        self.keep()
+        return self._left() < 0.5 * self.step_seconds()
 
     def step_seconds(self) -> float:
         """Return the seconds per step, from the last few."""
@@ -154,17 +167,23 @@ class Budget:
             _score(module, job, [images] * times)
             return time.perf_counter() - began
 
-        counts = [len(part) for part in (job.data.val, job.data.test if job.config.test else None) if part]
-        per_image = seconds_per_image(module, job, 0.02 * self.seconds) if counts else 0.0
-        val = len(job.data.val) if job.data.val else 0
-        self.end_of_epoch, self.evaluation = 0.1 + val * per_image, sum(counts) * per_image
-        self.evaluated = sum(counts) / val if val else 0.0
         times = 1
         gauge()  # warms up
-        times = max(1, round(GAUGE_SECONDS / gauge()))
+        seconds = max(GAUGE_SECONDS, GAUGE_SHARE * self.seconds)
+        times = max(1, round(seconds / statistics.median(gauge() for _ in range(3))))
+        # each for itself: the images of only one may be kept decoded
+        val = self._seconds_of_split(module, job, "val")
+        test = self._seconds_of_split(module, job, "test") if job.config.test else 0.0
+        self.end_of_epoch, self.evaluation = 0.1 + val, val + test
+        self.evaluated = (val + test) / val if val else 0.0
         self._first = statistics.median(gauge() for _ in range(5))  # a single one may be an exception
         self._gauge, self._gauged_at = gauge, self.elapsed()
         self.keep()
+
+    def _seconds_of_split(self, module: TrainingModule, job: Job, split: str) -> float:
+        images = getattr(job.data, split)
+        most = max(PROBED_SECONDS, PROBED_SHARE * self.seconds)
+        return len(images) * seconds_per_image(module, job, split, most) if images else 0.0
 
     def _now(self) -> float:
         now = self.elapsed()
@@ -198,12 +217,12 @@ def _images_to_gauge(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(shape, device=job.device), torch.zeros(GAUGE_IMAGES, dtype=torch.int64, device=job.device)
 
 
-def seconds_per_image(module: TrainingModule, job: Job, most_seconds: float = 60.0) -> float:
-    """Return the seconds that evaluation takes for one image, measured on images of the val or test split.
+def seconds_per_image(module: TrainingModule, job: Job, split: str, most_seconds: float = 60.0) -> float:
+    """Return the seconds that evaluation takes for one image, measured on images of a split, "val" or "test".
 
     It loads images until 512 are loaded or half of `most_seconds` has passed, and then evaluates them.
     """
-    loader = job.eval_loader("val") or job.eval_loader("test")
+    loader = job.eval_loader(split)
     batches: list[Any] = []
     start = time.perf_counter()
     assert loader is not None

@@ -1,6 +1,8 @@
 """Pictures and sample files of a run: augmented images, learned filters, curves, mistakes."""
 
 import re
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from convmixer.data.transforms import erase, mix
 from convmixer.files import atomic_file
 from convmixer.models import inspection
 from convmixer.results import plots
-from convmixer.results.mistakes import write_mistakes
+from convmixer.results.mistakes import MOST_PICTURES, SIDE, write_mistakes
+from convmixer.results.page import thumbnail
 from convmixer.train.scores import Scores
 from convmixer.train.setup import Job
 
 SHOWN = 32
-MISTAKES_SECONDS = 5.0  # limit for reading the images; a run with a time budget reserves 10 s for all final files
+REHEARSED = 8  # images that are read to measure how long the page of mistakes takes
+MISTAKES_SECONDS = 5.0  # limit for reading the images of the page of mistakes
 
 
 def augmented(job: Job, path: Path) -> None:
@@ -75,6 +79,28 @@ def mistakes(data: DataSplits, split: str, found: Scores | None, path: Path) -> 
     if found and found.answers is not None and len(found.answers):
         about = f"The chosen weights of this run on the {split} split of {data.name}."
         write_mistakes(path, found.answers, data.classes, images.picture, images.name, about, MISTAKES_SECONDS)
+
+
+def rehearse(
+    job: Job, rows: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], model: nn.Module, found: Scores | None
+) -> float:
+    """Return the seconds that the pictures and the page of mistakes take, drawn into a folder that is then deleted.
+
+    For the page a few images are read, not as many as it shows.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        results(Path(folder), rows, steps, model, found, job.data.classes)
+    drawn = time.perf_counter()
+    images = job.data.test if job.config.test and job.data.test else job.data.val
+    if not images:
+        return drawn - began
+    places = range(min(REHEARSED, len(images)))
+    for place in places:
+        if (picture := images.picture(place)) is not None:
+            thumbnail(picture, "", SIDE)
+    reading = (time.perf_counter() - drawn) / len(places) * min(len(images), MOST_PICTURES)
+    return drawn - began + min(reading, MISTAKES_SECONDS)
 
 
 def _title(target: torch.Tensor, classes: Sequence[str]) -> str:

@@ -214,7 +214,8 @@ def _open_mlflow(folder: RunFolder, known: str | None) -> tuple[Any, Callable[[]
 
     experiment, where = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), mlflow.get_tracking_uri()
     logger = MLFlowLogger(experiment, folder.path.resolve().name, where, run_id=known)
-    return logger, lambda: f"run {logger.run_id} in {where}"
+    shown = re.sub(r"//[^/@]*@", "//", where)  # without a password
+    return logger, lambda: f"run {logger.run_id} in {shown}"
 
 
 _OPENERS: dict[str, Callable[[RunFolder, str | None], tuple[Any, Callable[[], str]]]] = {

@@ -82,7 +82,7 @@ def _measure(job: Job) -> dict[str, float]:
     if features.why_not(job):
         module = job.module(1.0)
         step = statistics.median(measure_speed(module, job.train_loader()))
-        per_image = seconds_per_image(module, job) if val or test else 0.0
+        per_image = seconds_per_image(module, job, "val" if val else "test") if val or test else 0.0
         epoch = job.steps_per_epoch * step + val * per_image
     else:
         per_image, step = features.measure(job)

@@ -66,7 +66,7 @@ def train(
     started = time.time() if started is None else started
     with _processes(config) as restarted:
         if out is not None and restarted and on_first(lambda: is_run(out)):
-            return _continue(RunFiles(out), data, None, on_epoch, callbacks)
+            return _continue(RunFiles(out), data, None, on_epoch, callbacks, started)
         on_first(lambda: check_loggers(config.logger))
         if out is not None:
             on_first(lambda: check_empty(out))  # before the data are read; again below, under the lock
@@ -95,8 +95,8 @@ def _budget(config: Config, started: float) -> float | None:
     seconds, spent = parse_seconds(config.max_time) if config.max_time else None, time.time() - started
     if seconds and spent + LEAST_SECONDS > seconds:
         raise RequestError(
-            f"max_time {config.max_time} is too short: reading the data took {spent:.1f} s, and the end of a run "
-            f"takes {LEAST_SECONDS:g} s or more: set a longer max_time"
+            f"max_time {config.max_time} is too short: starting and reading the data took {spent:.1f} s, and the end "
+            f"of a run takes {LEAST_SECONDS:g} s or more: set a longer max_time"
         )
     return seconds
 
@@ -109,6 +109,7 @@ def resume(
     on_epoch: OnEpoch | None = None,
     changes: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Continue a run from its newest checkpoint and return the result, as `train` does.
 
@@ -120,7 +121,7 @@ def resume(
         data: Its data on this machine; None: the data argument or path that the run recorded.
         device: Device to compute on; None: the one that the run recorded.
         max_bad_fraction: Share of unreadable images allowed from now on; None: as before.
-        on_epoch, callbacks: As in `train`.
+        on_epoch, callbacks, started: As in `train`.
         changes: New values of settings in `CHANGEABLE`. New `epochs` or `max_time` extend a finished run too.
 
     Raises:
@@ -135,7 +136,7 @@ def resume(
     # another machine need not see the folder
     settings = folder.read_config()["settings"] if rank() == 0 or is_run(path) else {}
     with _processes(override(override(Config(), settings), changes)):
-        return _continue(folder, data, changes, on_epoch, callbacks)
+        return _continue(folder, data, changes, on_epoch, callbacks, started)
 
 
 def _continue(
@@ -144,8 +145,10 @@ def _continue(
     changes: Mapping[str, Any] | None = None,
     on_epoch: OnEpoch | None = None,
     callbacks: Sequence[Any] = (),
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Continue a run in processes that are connected; the first one reads the folder for all."""
+    started = time.time() if started is None else started
     contents = on_first(folder.read_config)
     results, length = on_first(folder.read_results), {"epochs", "max_time"} & (changes or {}).keys()
     if results and not length:
@@ -167,7 +170,7 @@ def _continue(
         _check_equal(job)
         if job.data.checksum != contents["data"]["checksum"]:
             raise RequestError(f"the data of {folder.path} have changed since it began: start a new run")
-        run = Run(job, folder, contents, time.time(), lock, on_epoch, callbacks=callbacks)
+        run = Run(job, folder, contents, started, lock, on_epoch, callbacks=callbacks)
         run.restore(state, new_length=bool(length))
         return run.to_the_end()
 

@@ -46,6 +46,7 @@ OnEpoch = Callable[[dict[str, Any]], None]
 WEIGHTS_SECONDS = 10.0  # least time between two saves of all weights while a classifier is trained on features
 FINISH_SECONDS = 0.7  # time for the files that a run writes at its end, without pictures
 DRAWN_AT_END = 3.0  # time for the pictures at the end, as a multiple of the time for those at the start
+MOST_DRAWN_SHARE = 0.15  # of a time budget: if the pictures may take more, they are not drawn to measure the time
 KNOWN_AFTER = 10  # steps after which the speed is known well enough to say how many epochs fit
 ENDLESS = 10**9  # steps of a stage without a fixed number: only the time ends it
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
@@ -124,6 +125,15 @@ class Run:
             gallery.samples(self.job.data, self.folder.samples)
         if self.budget:
             self.budget.writing = FINISH_SECONDS + DRAWN_AT_END * (time.perf_counter() - began)
+
+    def _rehearse(self, found: Scores | None) -> None:
+        """After the first epoch, draw the pictures to measure how long that takes at the end, and delete them."""
+        budget = self.budget
+        if not (budget and self.writes and self.config.draw) or len(self.rows) != 1:
+            return
+        if budget.slowdown * budget.writing < MOST_DRAWN_SHARE * budget.seconds:
+            seconds = gallery.rehearse(self.job, self.rows, self.steps.rows, self.stage.whole(), found)
+            budget.writing = FINISH_SECONDS + seconds / budget.slowdown
 
     def restore(self, state: dict[str, Any] | None, new_length: bool = False) -> None:
         """Go back to a checkpoint.
@@ -363,7 +373,7 @@ class Run:
 
     def _end_epoch(self) -> None:
         began = time.perf_counter()
-        row = self._measure_epoch()
+        row, found = self._measure_epoch()
         self.rows.append(row)
         better = not self.best or not self.job.data.val or _rank(row) > _rank(self.best)
         if better:
@@ -388,7 +398,9 @@ class Run:
         if self.on_epoch:
             self.on_epoch(row)
         if self.budget:
-            self.budget.saw_end_of_epoch(time.perf_counter() - began, self._validation_seconds)
+            seconds = time.perf_counter() - began
+            self._rehearse(found)
+            self.budget.saw_end_of_epoch(seconds, self._validation_seconds)
 
     def _place(self) -> str:
         """Return how far the run is as a text to print after the number of an epoch."""
@@ -404,7 +416,7 @@ class Run:
                 "the run continues on the changed data, but cannot be resumed with them"
             )
 
-    def _measure_epoch(self) -> dict[str, Any]:
+    def _measure_epoch(self) -> tuple[dict[str, Any], Scores | None]:
         module, done = self.module, self.module.steps_done
         steps = (done - 1) % self.steps_per_epoch + 1
         train_loss = float(sum_over_processes(module.loss_sum.clone())) / (steps * world_size())  # waits for a GPU
@@ -418,7 +430,7 @@ class Run:
         found = self.stage.score_val()
         whole = found is not None and not self.stage.features  # features have been computed before
         self._validation_seconds = time.perf_counter() - began if whole else 0.0
-        return {
+        row = {
             "epoch": round(done / self.steps_per_epoch, 6),
             "step": done,
             "lr": float(module.optimizer.param_groups[0]["lr"]),
@@ -430,6 +442,7 @@ class Run:
             "loader_share": self.loader.waited_seconds / seconds,
             "seconds": self._seconds(),
         }
+        return row, found
 
     def _write_weights(self) -> None:
         """Write the newest weights, and the best ones if they are not on disk."""
@@ -455,6 +468,7 @@ class Run:
                 "val_fraction": c.val_fraction,
                 "test_fraction": c.test_fraction,
                 "seed": c.seed,
+                "fraction": c.fraction,
                 "max_bad_fraction": c.max_bad_fraction,
                 "img_size": c.img_size,
                 "options": self.job.data.options.given(),
