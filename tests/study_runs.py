@@ -19,7 +19,7 @@ from convmixer.studies.schema import find_study
 def tiny(folder: Path, **changes: Any) -> Path:
     """Write a variant of the smoke study that takes seconds."""
     raw = yaml.safe_load(find_study("smoke").read_text(encoding="utf-8"))
-    raw["recipe"] |= {"epochs": 2, "precision": "fp32", "checkpoint_seconds": 0.2}
+    raw["recipe"] |= {"epochs": 2, "precision": "fp32", "checkpoint_seconds": 0.2, "draw": False}
     for arm in raw["arms"].values():
         arm["depth"] = 1
     path = folder / "tiny.yaml"
@@ -27,11 +27,13 @@ def tiny(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(study: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+def start(study: Path, out: Path, *more: str, program: str = "convmixer") -> "subprocess.Popen[str]":
     """Start a worker on one thread of plain PyTorch, so that its numbers are the same each time."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CONVMIXER_KERNELS": "0", "PYTHONUNBUFFERED": "1"}
+    paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
-        [sys.executable, "-m", "convmixer", "compare", str(study), "digits", "--out", str(out), *more],
+        [sys.executable, "-m", program, "compare", str(study), "digits", "--out", str(out), *more],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -180,6 +180,7 @@ def trained(workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.parametrize("command", these(dict(RUN)), ids=lambda c: c.where)
 def test_commands_run(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(command, trained, RUN, monkeypatch)

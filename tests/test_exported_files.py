@@ -19,6 +19,7 @@ from tests.exports import ALL, CLASSES, Exports
 import convmixer
 from convmixer.cli import main
 from convmixer.errors import RequestError
+from convmixer.exported.export import export
 from convmixer.exported.formats import FORMATS, format_of
 from convmixer.exported.load import load_exported
 
@@ -72,15 +73,18 @@ def test_the_same_weights_give_the_same_bytes(exports: Exports, tmp_path: Path, 
 
 
 def test_another_process_gives_the_same_bytes(digits_weights: Path, tmp_path: Path) -> None:
-    for number in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": number}
-        code = (
-            "from pathlib import Path\nfrom convmixer.exported.export import export\n"
-            f"for name, end in (('onnx', '.onnx'), ('openvino', '.xml'), ('torch', '.pt2')):\n"
-            f"    export({str(digits_weights)!r}, name, out=Path({str(tmp_path / number)!r}, 'm' + end), limit=9)\n"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
-    first, second = (contents(tmp_path / number / "m.onnx") for number in ("1", "2"))
+    """Its hash seed differs from this process's, which is random unless PYTHONHASHSEED is set."""
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom convmixer.exported.export import export\n"
+        "for name, end in (('onnx', '.onnx'), ('openvino', '.xml'), ('torch', '.pt2')):\n"
+        "    export(sys.argv[1], name, out=Path(sys.argv[2], 'm' + end), limit=9)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(digits_weights), str(tmp_path / "there")]
+    subprocess.run(arguments, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    for name, end in (("onnx", ".onnx"), ("openvino", ".xml"), ("torch", ".pt2")):
+        export(str(digits_weights), name, out=Path(tmp_path / "here", "m" + end), limit=9)
+    first, second = (contents(tmp_path / place / "m.onnx") for place in ("here", "there"))
     assert first.keys() == second.keys() == {"m.onnx", "m.xml", "m.bin", "m.pt2"}
     assert [name for name in first if first[name] != second[name]] == []
 

@@ -47,14 +47,17 @@ def test_a_folder_without_its_queue_goes_on_from_its_records(whole: Path, tmp_pa
     assert (out / "records.jsonl").read_text() == before
 
 
-def test_equal_runs_of_another_study_are_reused(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("measured_here")
+def test_equal_runs_of_another_study_are_reused(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arms = yaml.safe_load(tiny(tmp_path).read_text())["arms"]
     arms = {"convolution": arms["depthwise"], "wider": arms["none"] | {"dim": 36, "fixed": True}}
     claim = {"says": "it mixes", "first": "convolution", "second": "wider", "relation": "better", "matters": 1.0}
     match = {"by": "parameters", "like": "convolution", "solve": "dim"}
     study, out = tiny(tmp_path, arms=arms, claims=[claim], match=match, seeds=[0]), tmp_path / "out"
-    said = finish(start(study, out, "--reuse", str(whole)))
-    assert said.count("reused   convolution-seed") == 1
+    compare(str(study), "digits", out, reuse=whole)
+    assert capsys.readouterr().out.count("reused   convolution-seed") == 1
     assert numbers(out)["convolution-seed0"] == numbers(whole)["depthwise-seed0"]
     assert not (out / "runs" / "convolution-seed0").exists()
     assert (out / "runs" / "wider-seed0").exists()

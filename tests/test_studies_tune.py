@@ -104,6 +104,7 @@ def test_no_seed_runs_before_every_trial_has_ended(ended: Path, tmp_path: Path) 
     assert "Incomplete: 5 of 8 runs" in (out / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_trial_that_diverges_is_recorded_and_not_chosen(tmp_path: Path) -> None:
     study = tuned(tmp_path, trials=2, settings={"lr": {"low": 1e30, "high": 1e31, "log": True}})
     raw = yaml.safe_load(study.read_text())

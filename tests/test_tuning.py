@@ -117,15 +117,16 @@ def test_a_killed_trial_goes_on_where_it_was(space: Path, tmp_path: Path, capsys
 def test_two_workers_share_a_search(space: Path, tmp_path: Path) -> None:
     out = tmp_path / "search"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = [sys.executable, "-m", "convmixer", *command(space, out, "--trials", "6", "--epochs", "30")]
-    workers = [subprocess.Popen(first, env=environment)]
-    while not (out / "tune.json").exists():
-        assert workers[0].poll() is None
-    workers.append(subprocess.Popen([*first, "--worker"], env=environment))
+    long = ["--epochs", "8"]  # the faster worker must not end before the other one has imported everything
+    assert main(command(space, out, "--trials", "1", *long)) == 0
+    later = [sys.executable, "-m", "convmixer", *command(space, out, "--trials", "6", *long)]
+    workers = [subprocess.Popen([*later, flag], env=environment) for flag in ("--resume", "--worker")]
     assert [worker.wait(200) for worker in workers] == [0, 0]
     found = trials(out)
     assert 6 <= len(found) <= 7  # both may start one when five have been started
-    assert len({trial.user_attrs["worker"]["pid"] for trial in found}) == 2
+    first, *others = (trial.user_attrs["worker"]["pid"] for trial in found)
+    assert first == os.getpid()
+    assert set(others) == {worker.pid for worker in workers}
     assert len({trial.params["lr"] for trial in found}) == len(found)
 
 
