@@ -17,6 +17,7 @@ def _plan(**settings: Any) -> dict[str, Any]:
     return plan("digits", Config(**{"workers": 0, "precision": "fp32", **settings}))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_counts_by_hand_and_measurements_that_make_sense(capsys: pytest.CaptureFixture[str]) -> None:
     small = _plan(model="convmixer_32_2_p1_k3", batch_size=64, epochs=3)
     # positions x (stem + depth x (depthwise + pointwise)) + classifier
@@ -34,6 +35,7 @@ def test_counts_by_hand_and_measurements_that_make_sense(capsys: pytest.CaptureF
     assert "images/s" in shown
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_command_prints_json_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits", "--model", "convmixer_16_2_p2_k3", "--epochs", "100000000", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -72,14 +72,14 @@ def test_several_processes_equal_one_with_the_same_global_batch(one: Path, tmp_p
 
 def test_evaluation_counts_every_image_once(one: Path, tmp_path: Path) -> None:
     """101 and 360 images, which three processes cannot share evenly."""
-    three = results(run(tmp_path / "three", torchrun(3), "--batch-size", "96", "--epochs", "1"))
+    three = results(run(tmp_path / "three", torchrun(3), "--batch-size", "96", "--epochs", "1", "--draw", "false"))
     alone = results(one)
     assert [three["val_n"], three["test_n"]] == [alone["val_n"], alone["test_n"]] == [101, 360]
 
 
 def test_statistics_are_the_mean_over_processes(tmp_path: Path) -> None:
     """Also in the moving average, for which those of only the first process would be wrong."""
-    one_step = ("--sync-bn", "false", "--batch-size", "1024", "--epochs", "1", "--lr", "1e-9")
+    one_step = ("--sync-bn", "false", "--batch-size", "1024", "--epochs", "1", "--lr", "1e-9", "--draw", "false")
     single = weights(run(tmp_path / "one", (), *one_step))
     double = weights(run(tmp_path / "two", torchrun(2), *one_step))
     key = "stem.2.running_mean"
@@ -96,10 +96,11 @@ def workers_of(agent: int) -> list[int]:
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_is_restarted_and_the_result_is_the_same(tmp_path: Path, victim: int) -> None:
     """torchrun starts the group again; statistics and the moving average are those of all processes."""
-    settings = ("--sync-bn", "false", "--checkpoint-seconds", "1e-6", "--epochs", "6", "--mixup", "0.2")
+    settings = ("--sync-bn", "false", "--epochs", "4", "--mixup", "0.2", "--draw", "false", "--logger", "none")
     whole = run(tmp_path / "whole", torchrun(2), *settings)
     disturbed = tmp_path / "disturbed"
-    process = start(disturbed, torchrun(2, "--max-restarts", "2"), *settings)
+    launcher = torchrun(2, "--max-restarts", "2")
+    process = start(disturbed, launcher, *settings, "--checkpoint-seconds", "1e-6")  # one each step
     latest, seen, deadline = RunFolder(disturbed).checkpoints / LATEST, set[int](), time.monotonic() + 120
     while len(seen) < 15 and time.monotonic() < deadline and process.poll() is None:  # in mid-epoch
         try:
