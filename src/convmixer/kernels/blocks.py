@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from convmixer.kernels.ops import LIBRARY, differentiable_once
 
 PER_BLOCK = 8  # depthwise weight and bias, norm weight and bias, pointwise weight and bias, norm weight and bias
+CANCELLED = 32  # mean by standard deviation, from which on the variance is computed again
 _kernels = torch.ops.convmixer
 
 
@@ -92,9 +94,7 @@ def frozen_norm(
         act: 0 for GELU, 1 for ReLU.
     """
     scale, shift = scale_shift(weight, bias, torch.stack(running).double(), eps).double()
-    mean, variance = statistics_of(_kernels.act_statistics(v, act), v.numel() // v.shape[3], running)[
-        :, : len(weight)
-    ]
+    mean, variance = statistics_of(_kernels.act_statistics(v, act), v, running, eps, act)[:, : len(weight)]
     return (scale * (variance + eps).sqrt()).float(), (shift + mean * scale).float()
 
 
@@ -133,18 +133,32 @@ def scale_shift(weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) ->
     return torch.stack((scale, bias - statistics[0] * scale)).float()
 
 
-def statistics_of(sums: Tensor | None, count: int, running: list[Tensor]) -> Tensor:
-    """Return mean and variance, float64 (2, C).
+def statistics_of(sums: Tensor | None, v: Tensor, running: list[Tensor], eps: float, act: int) -> Tensor:
+    """Return mean and variance of act(v), float64 (2, C).
 
     Args:
         sums: Sums of the values and of their squares over the batch, float64 (2, C); None: use `running`.
-        count: Number of values in each sum.
+        v: Output of a convolution, (N, H, W, C).
         running: Running mean and variance, (C,) each.
+        eps: BatchNorm's.
+        act: 0 for GELU, 1 for ReLU.
     """
     if sums is None:
         return torch.stack(running).double()
-    mean, square = sums / count
-    return torch.stack((mean, (square - mean * mean).clamp_(min=0)))
+    mean, square = sums / (v.numel() // v.shape[3])
+    found = torch.stack((mean, (square - mean * mean).clamp_(min=0)))
+    return _without_cancellation(found, v, eps, act) if v.device.type == "cpu" else found  # a GPU would wait
+
+
+def _without_cancellation(found: Tensor, v: Tensor, eps: float, act: int) -> Tensor:
+    """Compute the variance in two passes for channels in which squares in fp32 lose it: |mean| >> deviation."""
+    mean, variance = found.numpy()  # on a few values numpy takes a third of torch's time
+    lost = np.abs(mean) > CANCELLED * np.sqrt(variance + eps)
+    if lost.any():
+        values = v.flatten(0, 2)[:, torch.from_numpy(lost)].double()
+        values = F.relu(values) if act else F.gelu(values)
+        found[:, torch.from_numpy(lost)] = torch.stack(torch.var_mean(values, 0, correction=0)[::-1])
+    return found
 
 
 def norm_gradients(
@@ -182,26 +196,26 @@ def _forward(
     take: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    count = v.numel() // v.shape[3]
     statistics: list[Tensor] = []
 
-    def norm(weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
+    def norm(v: Tensor, weight: Tensor, bias: Tensor, sums: Tensor | None) -> Tensor:
         i = 2 * len(statistics)
-        used = statistics_of(sums, count, running[i : i + 2])
+        used = statistics_of(sums, v, running[i : i + 2], eps, act)
         statistics.append(used)
         return scale_shift(weight, bias, used, eps)
 
     kept: list[Tensor] = []
     taken: list[Tensor] = []
-    before, norm_before = v, norm(parameters[0], parameters[1], _kernels.act_statistics(v, act) if training else None)
+    sums = _kernels.act_statistics(v, act) if training else None
+    before, norm_before = v, norm(v, parameters[0], parameters[1], sums)
     for i in range(2, len(parameters), PER_BLOCK):
         taken += [_kernels.act_norm(before, norm_before, act)] if (i - 2) // PER_BLOCK in take else []
         dw, dw_bias, weight_1, bias_1, pw, pw_bias, weight_2, bias_2 = parameters[i : i + PER_BLOCK]
         u, sums = _kernels.spatial_forward(before, norm_before, dw, dw_bias, act, training)
-        norm_u = norm(weight_1, bias_1, sums if training else None)
+        norm_u = norm(u, weight_1, bias_1, sums if training else None)
         matrix = pw.flatten(1).to(v.dtype)
         after, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pw_bias, act, training)
-        before, norm_before = after, norm(weight_2, bias_2, sums if training else None)
+        before, norm_before = after, norm(after, weight_2, bias_2, sums if training else None)
         kept += [u, after] if keep else []
     taken += [_kernels.act_norm(before, norm_before, act)] if len(parameters) // PER_BLOCK in take else []
     y = (_kernels.act_norm_pool if pool else _kernels.act_norm)(before, norm_before, act)

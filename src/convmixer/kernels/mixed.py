@@ -45,7 +45,7 @@ def features(
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 2 and 3 with another function for the depthwise convolution.
     """
-    stem_statistics = _act_statistics(v.detach(), running[:2], act, training)
+    stem_statistics = _act_statistics(v.detach(), running[:2], eps, act, training)
     x = _ActNorm.apply(v, *parameters[:2], stem_statistics, eps, act, training)
     before, norm_before = v.detach(), scale_shift(parameters[0], parameters[1], stem_statistics, eps).detach()
     statistics, taken = [stem_statistics], [x] if 0 in take else []
@@ -59,9 +59,9 @@ def features(
     return x, torch.stack(statistics), taken
 
 
-def _act_statistics(v: Tensor, running: list[Tensor], act: int, training: bool) -> Tensor:
+def _act_statistics(v: Tensor, running: list[Tensor], eps: float, act: int, training: bool) -> Tensor:
     """Return the statistics of act(v) that the norm uses, float64 (2, C)."""
-    return statistics_of(_kernels.act_statistics(v, act) if training else None, v.numel() // v.shape[3], running)
+    return statistics_of(_kernels.act_statistics(v, act) if training else None, v, running, eps, act)
 
 
 class _ActNorm(torch.autograd.Function):
@@ -112,11 +112,11 @@ class _Rest(torch.autograd.Function):
         act: int,
         training: bool,
     ) -> tuple[Tensor, ...]:
-        statistics_1 = _act_statistics(u, running[:2], act, training)
+        statistics_1 = _act_statistics(u, running[:2], eps, act, training)
         norm_u = scale_shift(weight_1, bias_1, statistics_1, eps)
         matrix = pointwise.flatten(1).to(u.dtype)
         v, sums = _kernels.channel_forward(u, norm_u, before, norm_before, matrix, pointwise_bias, act, training)
-        statistics_2 = statistics_of(sums if training else None, v.numel() // v.shape[3], running[2:])
+        statistics_2 = statistics_of(sums if training else None, v, running[2:], eps, act)
         norm_v = scale_shift(weight_2, bias_2, statistics_2, eps)
         ctx.save_for_backward(
             u, before, norm_before, norm_u, pointwise, weight_1, weight_2, statistics_1, statistics_2, v
