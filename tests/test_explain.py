@@ -94,6 +94,24 @@ def test_kernel_growth_measures_norm_and_radius() -> None:
     assert growth["block 2"] == pytest.approx({"norm": 5.0, "radius": (16 / 25) ** 0.5})
 
 
+def test_structure_is_zero_for_random_kernels_and_high_for_smooth_ones() -> None:
+    torch.manual_seed(0)
+    model = create_model("convmixer_64_2_p4_k7", num_classes=2)
+    assert inspection.kernel_structure(model) == pytest.approx(0, abs=0.02)
+    bump = torch.exp(-((torch.arange(7) - 3.0) ** 2) / 8)
+    with torch.no_grad():
+        for block in model.blocks:
+            block[0].fn[0].weight.copy_((bump[:, None] * bump).expand(64, 1, 7, 7))
+    smooth = inspection.kernel_structure(model)
+    assert smooth is not None
+    assert 0.8 < smooth < 1
+    with torch.no_grad():
+        for block in model.blocks:
+            block[0].fn[0].weight.copy_((torch.arange(49) % 2 * 2 - 1.0).view(1, 1, 7, 7).expand(64, 1, 7, 7))
+    assert inspection.kernel_structure(model) == pytest.approx(-1, abs=0.03)  # each neighbour is the opposite
+    assert inspection.kernel_structure(create_model("convmixer_4_1_p4_k1", num_classes=2)) is None
+
+
 def test_receptive_field_is_the_kernel_after_one_block_and_grows() -> None:
     torch.manual_seed(0)
     model = create_model("convmixer_8_3_p2_k3", num_classes=2).eval()

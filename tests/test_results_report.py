@@ -71,6 +71,7 @@ def made_up(
             top1 = means.get(arm, 60.0) + draw.uniform(-0.3, 0.3) + 0.5 * seed
             history = [{"epoch": e, "train_loss": 2 / e + i / 9 + draw.random() / 9} for e in range(1, 11)]
             results = {"arm": arm, "test_top1": top1, "seconds": 600 + 60.0 * i, "history": history}
+            results["kernel_structure"] = 0.3 + 0.01 * seed if arm == "k9" else None
             record = RunRecord(f"{arm}-seed{seed}", "none", {}, {}, results, seed, environment, "2000-01-01T00:00:00")
             append(folder / "records.jsonl", record)
     return folder
@@ -94,6 +95,17 @@ def test_a_claim_about_a_speed_is_judged_by_the_turns_of_the_probe(tmp_path: Pat
     assert claim["difference"] == pytest.approx(-200 * 1.01)
     assert (claim["n"], claim["verdict"]) == (3, "contradicted")
     assert "2,800" in (tmp_path / "report.md").read_text()
+
+
+def test_a_claim_without_a_second_arm_compares_with_random_kernels(tmp_path: Path) -> None:
+    claims = write_report(made_up(tmp_path, study="kernel-size"))["verdicts"]
+    claim = next(claim for claim in claims if claim["measure"] == "kernel_structure")
+    assert claim["difference"] == pytest.approx(0.31)
+    assert (claim["n"], claim["verdict"]) == (3, "supported")
+    text = (tmp_path / "report.md").read_text()
+    assert "k = 9 − random kernels (0): at least 0.1 more" in text
+    assert "+0.31 (+0.29 to +0.33)" in text
+    assert StudyResults(tmp_path).values("k3", "kernel_structure") == {}
 
 
 def test_one_seed_decides_nothing_and_is_said_to_be_incomplete(tmp_path: Path) -> None:

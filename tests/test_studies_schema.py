@@ -93,6 +93,7 @@ def test_runs_complete_the_pairs_of_a_seed_first() -> None:
         ("match/target", 2, "unknown key of match 'target'"),
         ("claims/0/first", "c", "unknown arm in a claim 'c'"),
         ("claims/0/second", "a", "not a with itself"),
+        ("claims/0/second", "", "unknown arm in a claim ''"),
         ("claims/0/relation", "beter", "did you mean 'better'"),
         ("claims/0/matters", -1, "matters must be"),
         ("claims/0/measure", "train_top1", "unknown measure"),
@@ -113,6 +114,13 @@ def test_runs_complete_the_pairs_of_a_seed_first() -> None:
 def test_what_is_wrong_is_named(path: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parse("x", changed(path, value))
+
+
+def test_only_a_claim_about_structure_may_leave_out_the_second_arm() -> None:
+    one = {key: value for key, value in GOOD["claims"][0].items() if key != "second"}
+    with pytest.raises(RequestError, match="claim needs 'second'"):
+        parse("x", GOOD | {"claims": [one]})
+    assert parse("x", GOOD | {"claims": [one | {"measure": "kernel_structure"}]}).claims[0].second == ""
 
 
 def test_missing_parts_are_named() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from convmixer.results.report import difference_text, table
-from convmixer.results.study import StudyResults
+from convmixer.results.study import SPEEDS, StudyResults
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "claims.md"
@@ -99,7 +99,7 @@ def _row(test: dict[str, Any]) -> tuple[str, ...]:
     paper = test["paper"] or {}
     says = paper.get("says", "").replace(" beside ", " vs. ")  # the plans of finished studies are not edited
     theirs = f"{paper['difference']:+.2f}: {says} ({paper['source']})" if "difference" in paper else "–"
-    unit = "" if test["measure"] == "test_top1" or not test["n"] else " images/s"
+    unit = " images/s" if test["measure"] in SPEEDS and test["n"] else ""
     settings = " ".join(test["settings"].split()) or "–"
     return test["says"], difference_text(test) + unit, str(test["n"]), test["verdict"], theirs, settings
 

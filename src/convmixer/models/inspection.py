@@ -1,4 +1,4 @@
-"""Returns as arrays what a model has learned: patch filters, depthwise kernels and their size, receptive field."""
+"""Returns what a model has learned: patch filters, depthwise kernels, their size and structure, receptive field."""
 
 import re
 
@@ -45,6 +45,28 @@ def kernel_growth(model: nn.Module) -> dict[str, dict[str, float]]:
         radius = float((energy * distance).sum() / total) ** 0.5 if total else 0.0
         growth[name] = {"norm": total**0.5, "radius": radius}
     return growth
+
+
+def kernel_structure(model: nn.Module) -> float | None:
+    """Return how alike neighbouring weights of the depthwise kernels are: about 0 for random kernels, at most 1.
+
+    For each kernel, less its mean, this is the mean product of two weights that are next to each other in a row or
+    column, divided by the mean square. Independent weights give -1 / (k² - 1) on average, which is subtracted.
+
+    Returns:
+        The mean over all kernels of all layers, or None if the model has no depthwise kernels.
+
+    Source: Moran's I (Moran 1950, Notes on continuous stochastic phenomena), less its expectation; its use here is
+        ours.
+    """
+    found = []
+    for kernels in depthwise_kernels(model).values():
+        centred = kernels.astype(np.float64) - kernels.mean((1, 2), dtype=np.float64, keepdims=True)
+        square = (centred**2).mean((1, 2))
+        rows, columns = centred[:, :, 1:] * centred[:, :, :-1], centred[:, 1:] * centred[:, :-1]
+        product = (rows.mean((1, 2)) + columns.mean((1, 2))) / 2
+        found.append(product / np.maximum(square, 1e-30) + 1 / (kernels[0].size - 1))
+    return float(np.concatenate(found).mean()) if found else None
 
 
 def receptive_field(model: ConvMixer, images: torch.Tensor, seed: int = 0) -> dict[str, np.ndarray]:

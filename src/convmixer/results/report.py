@@ -9,7 +9,7 @@ from convmixer.files import write_atomic
 from convmixer.results.order import order_sentences, order_table
 from convmixer.results.page import embedded, figure, html_page, html_table
 from convmixer.results.statistics import CONTRADICTED, SUPPORTED
-from convmixer.results.study import ArmRow, StudyResults
+from convmixer.results.study import SPEEDS, ArmRow, StudyResults
 from convmixer.results.study_plots import UNITS, figures, standalone
 from convmixer.run_folder import StudyFolder
 from convmixer.text import html as escape_html
@@ -160,14 +160,15 @@ def _claim_cells(results: StudyResults) -> list[Sequence[str]]:
 def _rule(results: StudyResults, claim: dict[str, Any]) -> str:
     arms, unit = results.plan["arms"], UNITS[claim["measure"]]
     rule = RELATIONS[claim["relation"]].format(m=f"{claim['matters']:g}")
-    return f"{arms[claim['first']]['label']} − {arms[claim['second']]['label']}: {rule} ({unit})"
+    second = arms[claim["second"]]["label"] if claim["second"] else "random kernels (0)"
+    return f"{arms[claim['first']]['label']} − {second}: {rule} ({unit})"
 
 
 def difference_text(claim: dict[str, Any]) -> str:
     """Return the difference of a judged claim with its interval, as tables show it."""
     if claim["difference"] is None:
         return "not measured"
-    digits = 2 if claim["measure"] == "test_top1" else 0
+    digits = 0 if claim["measure"] in SPEEDS else 2
     text = f"{claim['difference']:+.{digits}f}"
     if claim["low"] is None:
         return f"{text} (no interval from one pair)"

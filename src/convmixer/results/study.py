@@ -9,6 +9,7 @@ from convmixer import records
 from convmixer.results.statistics import Interval, mean_interval, paired_difference, verdict
 from convmixer.run_folder import STUDY, StudyFolder, study_of_weights
 
+STRUCTURE = "kernel_structure"  # of depthwise kernels; 0 if they are random
 SPEEDS = ("train_images_per_second", "infer_images_per_second")  # from the probe; runs may have shared machines
 
 
@@ -91,7 +92,8 @@ class StudyResults:
         """Return seed -> value of an arm's measure. For a speed, the keys are the rounds of the probe."""
         if measure in SPEEDS:
             return {i: float(turn[measure]) for i, turn in enumerate(self.plan["probes"][arm]["rounds"])}
-        return {r.seed or 0: float(r.results[measure]) for r in self.of_arm(arm)}
+        known = {r.seed or 0: r.results.get(measure) for r in self.of_arm(arm)}  # None: old, or without such kernels
+        return {seed: float(value) for seed, value in known.items() if value is not None}
 
     def weights_of(self, arm: str, seed: int) -> tuple[Path, str] | None:
         """Return the study folder that holds a run's weights, and the arm's name there; None if it has not ended.
@@ -129,7 +131,9 @@ class StudyResults:
 
     def _judge(self, claim: dict[str, Any]) -> dict[str, Any]:
         measure = claim["measure"]
-        difference = paired_difference(self.values(claim["first"], measure), self.values(claim["second"], measure))
+        first = self.values(claim["first"], measure)
+        second = self.values(claim["second"], measure) if claim["second"] else dict.fromkeys(first, 0.0)
+        difference = paired_difference(first, second)
         finite = difference is not None and difference.n > 1
         return claim | {
             "difference": difference.mean if difference else None,

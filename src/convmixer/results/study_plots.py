@@ -49,6 +49,7 @@ _STYLE: dict[Any, Any] = {
 ALIKE = 1.1  # a cost that differs by less than this factor, such as matched parameters, is not plotted
 UNITS = {
     "test_top1": "test top-1, percentage points",
+    "kernel_structure": "correlation of neighbouring weights in a kernel",
     "train_images_per_second": "training, images/s",
     "infer_images_per_second": "inference, images/s",
 }

@@ -14,14 +14,14 @@ import yaml
 
 from convmixer.config import Config, difference, override, parse_seconds
 from convmixer.errors import RequestError, unknown
-from convmixer.results.study import SPEEDS
+from convmixer.results.study import SPEEDS, STRUCTURE
 from convmixer.studies.arms import check_sizes
 from convmixer.studies.tune import Tune, parse_tune
 
 RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
 # larger is better; a claim may be about any of them
-MEASURES = ("test_top1", *SPEEDS)
+MEASURES = ("test_top1", STRUCTURE, *SPEEDS)
 # settings of `train` that a study's recipe must not hold, and what to do instead
 ELSEWHERE = {
     "seed": "write `seeds`",
@@ -69,7 +69,8 @@ class Claim:
     Args:
         says: The sentence.
         first: Name of the arm the sentence is about.
-        second: Name of the arm it is compared with.
+        second: Name of the arm it is compared with. A claim about `kernel_structure` may leave it out: it
+            then compares `first` with random kernels, which have 0.
         relation: "better": first - second is at least `matters`. "at-least": first is worse by less than `matters`.
             "same": they differ by less than `matters`.
         matters: Smallest difference that matters, in the unit of the measure (percentage points for accuracy).
@@ -80,9 +81,9 @@ class Claim:
 
     says: str
     first: str
-    second: str
     relation: str
     matters: float
+    second: str = ""
     measure: str = "test_top1"
     paper: dict[str, Any] | None = None
     settings: str = ""
@@ -278,11 +279,13 @@ def _match(raw: Any, arms: Mapping[str, Arm]) -> Match:
 def _claim(raw: Any, arms: Mapping[str, Arm]) -> Claim:
     values = _mapping(raw, "claim")
     _keys(values, "key of a claim", [f.name for f in dataclasses.fields(Claim)])
-    _need(values, "claim", ("says", "first", "second", "relation", "matters"))
+    _need(values, "claim", ("says", "first", "relation", "matters"))
+    if values.get("measure") != STRUCTURE:
+        _need(values, "claim", ("second",))
     claim = Claim(**values)
     for kind, value, known in (
         ("arm in a claim", claim.first, arms),
-        ("arm in a claim", claim.second, arms),
+        ("arm in a claim", claim.second, arms if "second" in values else [""]),
         ("relation", claim.relation, RELATIONS),
         ("measure", claim.measure, MEASURES),
     ):

@@ -18,7 +18,7 @@ from convmixer.config import to_dict
 from convmixer.data.loader import Loader
 from convmixer.data.watch import Watch
 from convmixer.files import write_atomic
-from convmixer.models.inspection import kernel_growth
+from convmixer.models.inspection import kernel_growth, kernel_structure
 from convmixer.models.weights import load_model, save_model
 from convmixer.run_folder import BEST, LAST, LATEST, MODEL, SHARES
 from convmixer.seal import make_seal
@@ -521,6 +521,7 @@ class Run:
             "images_per_second": self.trained_images / max(self.training_seconds, 1e-9),
             "loader_share": sum(row["loader_share"] for row in self.rows) / len(self.rows),
             "parameters": sum(p.numel() for p in self.job.model.parameters()),
+            "kernel_structure": kernel_structure(self.job.model),
             "precision": self.config.precision,
             "device": self.job.device.type,
             "kernels": self.job.kernels,
