@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser
+from tests.pages import SIZES, serious
 
 from convmixer.cli import main
 from convmixer.results import mistakes
@@ -111,6 +113,29 @@ def test_names_of_strangers_are_escaped_and_short(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "\u202e" not in page
     assert "x" * 100 not in page[page.index("<section>") :]
+
+
+def test_a_class_with_one_image_is_not_counted_as_1_of_1(tmp_path: Path) -> None:
+    page = page_of(answers_of([[0.1, 0.9], [0.2, 0.8]], [0, 1]), ["a", "b"], tmp_path / "m.html")
+    assert "a → b" in page
+    assert "the only image" in page
+    assert "1 of 1" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("classes", "scheme"), [(2, "dark"), (43, "light"), (1000, "dark")])
+def test_the_page_fits_and_is_legible(browser: Browser, tmp_path: Path, size: str, classes: int, scheme: Any) -> None:
+    names = [f"a_long_name_without_any_space_at_all_{n}" if n % 2 else f"speed limit {n}" for n in range(classes)]
+    page_of(many(2 * classes, classes), names, tmp_path / "m.html")
+    width, height = SIZES[size]
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.goto((tmp_path / "m.html").as_uri())
+    edges = "[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right)"
+    assert max(page.evaluate(edges)) <= width + 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert serious(page) == []
+    page.close()
 
 
 def test_the_table_holds_every_mistake_and_marks_the_doubtful_labels(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -
     head = "".join(f"<th>{escape_html(h)}</th>" for h in heads) if any(heads) else ""
     lines = "".join("<tr>" + "".join(_cell(cell, heads[i]) for i, cell in enumerate(row)) + "</tr>" for row in rows)
     table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
+    return f'<div class="scroll" tabindex="0">{table}</div>'  # so that keys scroll it too
 
 
 def _cell(text: str, head: str) -> str:
