@@ -2,14 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer.fast import accelerate, optimize_for_inference
@@ -90,6 +94,52 @@ def _averaged(model: nn.Module) -> torch.Tensor:
     return averaged(X)
 
 
+def _moving_average(model: nn.Module) -> torch.Tensor:
+    from timm.utils import ModelEmaV3
+
+    average = ModelEmaV3(model.train(), decay=0.5)
+    model(X * 2)
+    average.update(model)
+    return average.module.eval()(X)
+
+
+def _checkpointed(model: nn.Module) -> torch.Tensor:
+    images = X.clone().requires_grad_()
+    checkpoint(model.train(), images, use_reentrant=False).square().sum().backward()
+    assert images.grad is not None
+    return torch.cat([images.grad.flatten(), *(b.flatten().float() for b in model.buffers())])
+
+
+def _quantisation_aware(model: Any) -> torch.Tensor:
+    model.train().qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    return torch.ao.quantization.prepare_qat(model)(X)  # type: ignore[no-any-return]
+
+
+def _timms_weights(model: nn.Module) -> torch.Tensor:
+    """Load timm's weights into the model and the other way round, every key."""
+    torch.manual_seed(1)
+    theirs = timm.models.convmixer.ConvMixer(dim=8, depth=2, kernel_size=3, patch_size=2, num_classes=5).eval()
+    model(X)
+    model.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(X), theirs(X), rtol=1e-3, atol=1e-4)
+    return model(X)  # type: ignore[no-any-return]
+
+
+def _in_threads(model: nn.Module) -> torch.Tensor:
+    """Copies that change while other threads run the model."""
+
+    def changed(scale: float) -> torch.Tensor:
+        own: Any = copy.deepcopy(model)
+        for _ in range(5):
+            own.blocks[0][1].weight = nn.Parameter(own.blocks[0][1].weight.detach() * scale)
+            own(X), model(X)
+        return own(X).detach()
+
+    with ThreadPoolExecutor(4) as pool:
+        return torch.stack(list(pool.map(changed, (0.8, 0.9, 1.1, 1.2))))
+
+
 def _grad_cam(model: Any) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     last = model.blocks[-1]
@@ -144,6 +194,12 @@ ACCELERATED: dict[str, Callable[[Any], Any]] = {
     "make_fx": _traced_by_make_fx,
     "dynamic quantisation": lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, dtype=torch.qint8)(X),
     "averaged weights": _averaged,
+    "checkpointing": _checkpointed,
+    "EMA": _moving_average,
+    "QAT": _quantisation_aware,
+    "weights of timm": _timms_weights,
+    "exported features": lambda m: torch.export.export(FeatureGetterNet(m, out_indices=(0, 1)), (X,)).module()(X)[1],
+    "threads": _in_threads,
 }
 
 
@@ -220,6 +276,24 @@ def test_distributed_data_parallel_trains_an_accelerated_model(tmp_path: Any) ->
         for model in (_plain(), accelerate(_plain())):
             nn.parallel.DistributedDataParallel(model.train())(X).square().sum().backward()
             gradients.append(model.blocks[0][1].weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fully_sharded_training_of_an_accelerated_model(tmp_path: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        gradients = []
+        for model in (_plain(), accelerate(_plain())):
+            for part in (*model.blocks, model):
+                fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+            model.train()(X).square().sum().backward()
+            gradients.append(model.blocks[0][1].weight.grad.full_tensor())
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
