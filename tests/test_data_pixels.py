@@ -103,5 +103,5 @@ def test_values_above_the_bits_are_refused_but_for_a_few() -> None:
     values[0, :4] = 5000
     assert np.asarray(to_mode(Image.fromarray(values), 1, 12)).max() == 255
     values[:2] = 5000
-    with pytest.raises(ImageError, match="its values go up to 5000, above the 4095 of the 12-bit images"):
+    with pytest.raises(ImageError, match="its values go up to 5000, but 12-bit images have at most 4095"):
         to_mode(Image.fromarray(values), 1, 12)

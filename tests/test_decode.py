@@ -93,12 +93,12 @@ def test_another_process_gives_the_same_pixels(photo: Image.Image, kind: str, in
     data = encoded(photo, kind, **KINDS[kind])
     file = tmp_path / "bild-\udcff.x"  # names are bytes
     file.write_bytes(data)
-    here = pixels.decode(data, in_chans, trusted=True)
+    here = pixels.decode(data, in_chans, confined=True)
     for source in (data, file):
         apart = worker.image_apart(source, in_chans)
         assert apart.mode == here.mode
         np.testing.assert_array_equal(np.asarray(apart), np.asarray(here))
-        assert worker.header_apart(source) == pixels.header(source, trusted=True)
+        assert worker.header_apart(source) == pixels.header(source, confined=True)
         np.testing.assert_array_equal(np.asarray(load_image(source, in_chans)), np.asarray(here))
 
 
@@ -130,7 +130,7 @@ def test_heic_is_read_or_named(photo: Image.Image, monkeypatch: pytest.MonkeyPat
     assert read_header(buffer.getvalue()) == ("RGB", photo.size)
     monkeypatch.setattr(pixels, "formats", lambda apart: ["PNG"])
     with pytest.raises(ImageError, match=r"HEIC image.*convmixer\[heic\]"):
-        pixels.decode(buffer.getvalue(), 3, trusted=True)
+        pixels.decode(buffer.getvalue(), 3, confined=True)
 
 
 def test_damage_is_told_alike_from_another_process() -> None:

@@ -145,7 +145,7 @@ def test_a_stranger_s_weights_cannot_name_a_folder(
     for source in (weights, whole, run):  # a whole run of somebody else is no better
         assert cli.main(["val", str(source)]) == 2
         assert cli.main(["recalibrate", str(source), "--out", str(tmp_path / "out")]) == 2
-        assert "not read unasked: name the data" in capsys.readouterr().err
+        assert "does not open these data by itself: name the data" in capsys.readouterr().err
     assert not opened
 
 
@@ -153,7 +153,7 @@ def test_a_seal_counts_for_one_path_alone(run: Path) -> None:
     metadata = json.loads((RunFolder(run).weights("best") / "config.json").read_text())["convmixer"]
     assert find_data(None, metadata, "weights").own
     for change in ({"spec": str(run.parent)}, {"seal": None}, {"seal": "0" * 64}, {"seal": 7}):
-        with pytest.raises(RequestError, match="not read unasked"):
+        with pytest.raises(RequestError, match="by itself"):
             find_data(None, {"data": metadata["data"] | change}, "weights")
 
 

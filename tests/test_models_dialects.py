@@ -138,7 +138,7 @@ def test_what_is_not_taken_is_said(tmp_path: Path) -> None:
 
 def test_several_models_alike_are_refused(tmp_path: Path) -> None:
     torch.save(prefixed("student.", small(0)) | prefixed("teacher.", small(1)), tmp_path / "w.pth")
-    with pytest.raises(RequestError, match=r"several models, 'student\.' and 'teacher\.': save the one you want"):
+    with pytest.raises(RequestError, match=r"several models, one under 'student\.' and one under 'teacher\.': save"):
         load_model(tmp_path / "w.pth")
 
 

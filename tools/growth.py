@@ -323,7 +323,7 @@ def _predictions(model: dict[str, list[float]], environment: dict[str, Any]) -> 
         "extrapolates far beyond what was measured, "
         "leaves out loading and evaluation, and assumes that no machine is slower than another.",
         "",
-        f"| machines | a step | of it, the network | an epoch | {case['epochs']} epochs, days |",
+        f"| machines | a step | share of the network | an epoch | {case['epochs']} epochs, days |",
         "|---|---|---|---|---|",
         *rows,
     ]

@@ -95,9 +95,9 @@ class Loader:
                 source = self._reopened(source, done)
 
     def _reopened(self, source: list[Iterator[Any]], done: int) -> list[Iterator[Any]]:
-        """Return the batches from one on, made at the place that is chosen now.
+        """Return an iterator over the batches from number `done` on, in a list, made in the place chosen now.
 
-        A thread lets go of the old ones, which only the list refers to: to end their workers may take seconds.
+        The old iterator, in `source`, is freed in a thread, because ending its workers may take seconds.
         """
         new = [self._open(done)]
         threading.Thread(target=source.clear).start()
@@ -114,7 +114,7 @@ class Loader:
             raise error
 
     def _open(self, done: int) -> Iterator[Any]:
-        """Return the batches from number `done` on, made at the place that is chosen now."""
+        """Return an iterator over the batches from number `done` on, made in the place that is chosen now."""
         place = self.pace.place
         if done or not self._kept or self._kept[0] != place:
             timeout = self.pace.patience() if place.workers else 0

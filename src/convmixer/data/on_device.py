@@ -24,9 +24,8 @@ from convmixer.device import available_bytes
 from convmixer.preprocess import Preprocessing
 
 MOST_BYTES = 4 * 2**30
-GRAPHED = (
-    2**22
-)  # values of a batch up to which launching costs a GPU more than computing each operation for all images
+# batches of up to this many values run in one CUDA graph: launches cost more than each operation on all images
+GRAPHED = 2**22
 AsGraph = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]  # see `fast.graphs.Graphs`
 
 

@@ -61,7 +61,7 @@ def _here_or_apart(
 ) -> Any:
     try:
         try:
-            return here(source, *args, trusted=False)
+            return here(source, *args, confined=False)
         except Apart:
             if apart is None:
                 raise

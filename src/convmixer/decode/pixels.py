@@ -32,65 +32,65 @@ _ORIENTATION = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # 
 Header = tuple[str, tuple[int, int]]
 
 
-def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, trusted: bool) -> Image.Image:
+def decode(source: Path | bytes, in_chans: int, bits: int = 16, *, confined: bool) -> Image.Image:
     """Return an image as 8-bit RGB (in_chans 3) or grey (1), upright.
 
     Args:
         source: A file, or the bytes of one.
         in_chans: 3 or 1.
         bits: See `to_mode`.
-        trusted: Decode the image here in any case, because another process limits the time of this one.
+        confined: Decode the image here in any case, because another process limits this one.
 
     Raises:
-        Apart: The image should be decoded in another process; only raised if `trusted` is False.
+        Apart: The image should be decoded in another process; only raised if `confined` is False.
         Exception: The image cannot be read; damaged files raise nearly any error from inside a decoder.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
-    file = _Bytes(data, trusted) if checks.needs_clock(data) else io.BytesIO(data)
-    with _open(file, trusted, len(data) <= checks.METADATA_BYTES) as image:
+    file = _Bytes(data, confined) if checks.needs_clock(data) else io.BytesIO(data)
+    with _open(file, confined, len(data) <= checks.METADATA_BYTES) as image:
         if image.format in checks.JPEG:
             checks.check_scans(data, image.width * image.height)
-        elif not trusted:
+        elif not confined:
             checks.check_opened(image)
         image.load()
-        if not trusted and image.format not in checks.JPEG:
+        if not confined and image.format not in checks.JPEG:
             checks.check_metadata(image)
         return to_mode(_upright(image), in_chans, bits)
 
 
-def peak(source: Path | bytes, trusted: bool) -> int:
+def peak(source: Path | bytes, confined: bool) -> int:
     """Return the largest value of an image of 16-bit or 32-bit integers; 0 for other images.
 
     Arguments and errors are those of `decode`.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
-    file = _Bytes(data, trusted) if checks.needs_clock(data) else io.BytesIO(data)
-    with _open(file, trusted, len(data) <= checks.METADATA_BYTES) as image:
+    file = _Bytes(data, confined) if checks.needs_clock(data) else io.BytesIO(data)
+    with _open(file, confined, len(data) <= checks.METADATA_BYTES) as image:
         if not image.mode.startswith("I"):
             return 0
-        if not trusted:
+        if not confined:
             checks.check_opened(image)
         image.load()
         return int(np.asarray(image).max())
 
 
-def header(source: Path | bytes, trusted: bool) -> Header:
+def header(source: Path | bytes, confined: bool) -> Header:
     """Return an image's mode and size as stored; arguments and errors are those of `decode`."""
     with (
-        _Bytes(source, trusted) if isinstance(source, bytes) else _File(io.FileIO(source), trusted) as file,
-        _open(file, trusted) as image,
+        _Bytes(source, confined) if isinstance(source, bytes) else _File(io.FileIO(source), confined) as file,
+        _open(file, confined) as image,
     ):
         return image.mode, image.size
 
 
-def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
+def _open(file: BinaryIO, confined: bool, small: bool = False) -> Image.Image:
     if not file.read(1):
         raise ImageError("the file is empty")
     file.seek(0)
-    if not trusted:
+    if not confined:
         checks.check_file(file, small)
     try:
-        image = Image.open(file, formats=formats(trusted))
+        image = Image.open(file, formats=formats(confined))
     except Image.UnidentifiedImageError:
         raise ImageError(_unknown(file)) from None
     width, height = image.size
@@ -102,17 +102,17 @@ def _open(file: BinaryIO, trusted: bool, small: bool = False) -> Image.Image:
 class _Clock:
     """A file that stops being read when this thread has used its CPU time.
 
-    If trusted, it raises ImageError after `SECONDS`, else Apart after `HERE_SECONDS`. CPU time counts, not wall time,
-    because whether an image can be read must not depend on the load of the machine.
+    If confined, it raises ImageError after `SECONDS`, else Apart after `HERE_SECONDS`. CPU time counts, not wall
+    time: whether an image can be read must not depend on the load of the machine.
 
     Args:
         content: The file.
-        trusted: See `decode`.
+        confined: See `decode`.
     """
 
-    def __init__(self, content: Any, trusted: bool) -> None:
+    def __init__(self, content: Any, confined: bool) -> None:
         super().__init__(content)  # type: ignore[call-arg]
-        self._trusted, self._seconds = trusted, SECONDS if trusted else HERE_SECONDS
+        self._confined, self._seconds = confined, SECONDS if confined else HERE_SECONDS
         self._look_at = time.monotonic() + self._seconds  # the CPU time cannot be used up before this
         self._start = time.thread_time()
 
@@ -120,7 +120,7 @@ class _Clock:
         if time.monotonic() > self._look_at:
             left = self._seconds - (time.thread_time() - self._start)
             if left <= 0:
-                raise ImageError(too_slow()) if self._trusted else Apart
+                raise ImageError(too_slow()) if self._confined else Apart
             self._look_at = time.monotonic() + left
         return super().read(size)  # type: ignore[misc]
 
@@ -201,7 +201,7 @@ def to_mode(image: Image.Image, in_chans: int, bits: int = 16) -> Image.Image:
 def _upper_byte(values: np.ndarray, bits: int) -> np.ndarray:
     """Return the upper 8 bits of integers that use `bits` bits."""
     if bits < 16 and 100 * np.count_nonzero(values >= 1 << bits) > values.size:
-        raise ImageError(f"its values go up to {values.max()}, above the {(1 << bits) - 1} of the {bits}-bit images")
+        raise ImageError(f"its values go up to {values.max()}, but {bits}-bit images have at most {(1 << bits) - 1}")
     return (values.clip(0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
 
 

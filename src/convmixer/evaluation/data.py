@@ -56,8 +56,8 @@ class EvaluationData:
         return split or (SPLITS if self.own else self.there)[0]
 
     def said(self, split: str) -> list[str]:
-        """Return a line for the user if data from elsewhere are measured on another split than test, or if the model
-        was trained on only a part of the split.
+        """Return a line for the user if other data than the training data are measured, not on their test split; or
+        if the model was trained on only a part of the split.
         """
         if self.own and split == "train" and self.fraction < 1:
             used = f"--fraction {self.fraction:g}"
@@ -66,7 +66,8 @@ class EvaluationData:
             return []
         counts = [f"{name} {len(self.pick(name))}" for name in self.there]
         if len(counts) == 1:
-            return [f"no test split, and not the training data: all {len(self.pick(split))} images are measured"]
+            images = len(self.pick(split))
+            return [f"these are not the training data and have no test split: all {images} images are measured"]
         return [f"split {split} is measured, of {', '.join(counts)} images; --split chooses another"]
 
     def pick(self, split: str) -> ImageSet:
@@ -134,8 +135,8 @@ def _check_trusted(spec: object, trained_on: dict[str, Any], weights: str | Path
         raise RequestError(f"{weights} does not say what it was trained on: name the data, e.g. cifar10 or a folder")
     if spec not in BUILT_IN and not is_sealed(str(spec), trained_on.get("seal")):
         raise RequestError(
-            f"{weights} says that it was trained on {str(spec)[:200]!r}, but you did not train it here, so this is "
-            "not read unasked: name the data"
+            f"{weights} says that it was trained on {str(spec)[:200]!r}, but you did not train it here, so "
+            "convmixer does not open these data by itself: name the data"
         )
 
 

@@ -159,7 +159,7 @@ def receive(pipe: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Return the facts and arrays that `send` wrote; `pipe` needs the methods `readline` and `read`.
 
     Raises:
-        ValueError: `send` does not write such data, or they are too large.
+        ValueError: The data are not in the format that `send` writes, or they are too large.
         EOFError: The pipe was closed.
     """
     line = pipe.readline(LINE_BYTES)
@@ -180,5 +180,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe:
-            with contextlib.suppress(OSError):  # of what was not yet written
+            with contextlib.suppress(OSError):  # raised if the buffer still holds unwritten data
                 pipe.close()

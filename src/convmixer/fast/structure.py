@@ -1,4 +1,4 @@
-"""Checks every type and attribute of a model that changes its result, and notices when one is changed.
+"""Checks all types and attributes of a model that affect its output, and notices later changes of them.
 
 The kernels compute a ConvMixer only from its parameters. So every other attribute that changes a module's output must
 have the value that the kernels assume; `unusual` names the first one that does not.
@@ -190,8 +190,8 @@ def frozen_blocks(model: Any) -> int | None:
 def plain_blocks(model: Any) -> int:
     """Return how many blocks run as torch modules: 1 if the stem pools after its norm, else 0.
 
-    The kernels start from the output of a convolution, before activation and norm. After such a stem that is the
-    output of the first block.
+    The kernels start from the output of a convolution, before activation and norm. If the stem ends in pooling, the
+    first such output is that of the first block's convolution.
     """
     return int(type(model.stem[-1]) is nn.AvgPool2d)
 
@@ -266,7 +266,7 @@ class Found:
                 return False
         except Exception:  # a tensor was replaced, and two tensors cannot be compared with ==
             return False
-        # a tensor of one value may have been replaced by an equal one
+        # == does not notice that a one-element tensor was replaced by an equal one
         return all(map(operator.is_, self._held(), self.tensors)) and self._facts() == self.facts
 
     def _held(self) -> list[Tensor]:

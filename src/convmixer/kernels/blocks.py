@@ -45,7 +45,7 @@ def features(
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
-        take: Also return the features after this many blocks, for each number here; ascending.
+        take: For each number n here, ascending: also return the features after n blocks.
 
     Returns:
         The features; the statistics that were used, float64 (norms, 2, C): mean, and variance; the features taken.
@@ -325,13 +325,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 def _differentiate(ctx: Any, grad: Tensor | None, more: list[Tensor | None]) -> tuple[Any, ...]:
     n_parameters, n_running = ctx.counts
-    of_take: Any = None if ctx.take else []  # torch takes an empty list of numbers for one of tensors
+    of_take: Any = None if ctx.take else []  # torch mistakes an empty list of numbers for one of tensors
     rest = [None] * n_running, None, None, None, None, of_take, None
     given = [(after, taken) for after, taken in zip(ctx.take, more, strict=False) if taken is not None]
     v, *tensors = ctx.saved_tensors
     parameters, (*kept, statistics) = tensors[:n_parameters], tensors[n_parameters:]
     blocks, pool = len(kept) // 2, ctx.pool
-    if grad is None:  # the blocks after the last one used get no gradients, not zeros, which an optimizer would use
+    if grad is None:  # later blocks get None, not zeros: an optimizer would still update them
         if not given:
             return None, [None] * n_parameters, *rest
         (blocks, grad), pool = given.pop(), False

@@ -97,10 +97,14 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
     for other in others:
         if other.rank == first.rank and not _same(first.state, other.state):
             raise RequestError(
-                f"{path} holds several models, {shown(first.place) or 'one outside'!r} and {shown(other.place)!r}: "
+                f"{path} holds several models, one {_where(first)} and one {_where(other)}: "
                 "save the one you want in a separate file"
             )
     return first, others
+
+
+def _where(candidate: _Candidate) -> str:
+    return f"under {shown(candidate.place)!r}" if candidate.place else "at the top level"
 
 
 def _same(one: State, other: State) -> bool:

@@ -138,9 +138,12 @@ def resize_kernels(weight: torch.Tensor, kernel_size: int, same_grid: bool = Tru
     Otherwise the kernel is resized by bicubic interpolation and multiplied by (k / new k)², which approximately keeps
     its sum, and so its response to a constant image.
 
-    Measured on models with k=5, top-1 after recalibrating BatchNorm: digits (99.4%) to k=7 99.4% with zeros, 79.7%
-    interpolated; to k=4 84.4% cropped, 79.7% interpolated; to k=3 35.0% and 38.9%. A short CIFAR-10 run (54.4%) to
-    k=7 54.4% and 44.4%, to k=4 41.3% and 42.6%, to k=3 28.3% and 34.5%.
+    Measured on models with k=5, top-1 after recalibrating BatchNorm. With other k, "same" means zeros or cropping:
+
+    | model | k=5 | k=7 same, interpolated | k=4 same, interpolated | k=3 same, interpolated |
+    |---|---|---|---|---|
+    | digits | 99.4% | 99.4%, 79.7% | 84.4%, 79.7% | 35.0%, 38.9% |
+    | CIFAR-10 (short run) | 54.4% | 54.4%, 44.4% | 41.3%, 42.6% | 28.3%, 34.5% |
 
     Args:
         weight: The kernels.

@@ -154,7 +154,7 @@ class Queue:
                 if not (ids and self._storage.get_trial(ids[0]).state.is_finished()):
                     raise
                 print(
-                    f"{taken[0]} is not recorded: without heartbeats for too long, another worker has taken it over"
+                    f"{taken[0]} is not recorded: no heartbeat was sent for too long, so another worker took it over"
                 )
         return taken[0] if taken else None
 

@@ -1,4 +1,4 @@
-"""Keeps a time budget: which share of it is used at each step, and when training must end so that the rest fits.
+"""Keeps a time budget: which share of it is used at each step, and when the last step must end.
 
 The learning rate is a function of the share. Each step's share is on disk before the step is taken, so a killed run
 repeats its steps with the same learning rates. After the last step the run still evaluates, writes weights and draws.
@@ -46,9 +46,9 @@ class Budget:
         self.seconds, self.elapsed, self.path = seconds, elapsed, path
         self.kept = 0.05 * seconds  # reserved for the end
         self.slowdown = 1.0  # how many times longer the gauge takes now than at the start
-        self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the speed of the start
+        self.end_of_epoch, self.evaluation = 0.0, 0.0  # seconds, at the machine's speed when the run began
         self.evaluated = 0.0  # how many times longer the end's evaluation takes than that of the validation split
-        self.writing = 5.0  # seconds for pictures and files at the end, at the speed of the start
+        self.writing = 5.0  # seconds for pictures and files at the end, at the same speed
         self.steps: list[tuple[float, float]] = []
         # (seconds, share): from here the share grows linearly with time, and reaches 1 when the reserved time begins
         self._anchor: tuple[float, float] | None = None
@@ -130,7 +130,7 @@ class Budget:
         return done / steps_per_epoch + max(0.0, self._left()) / max(one, 1e-9)
 
     def keep(self) -> None:
-        """Update the time reserved for the end. From now on the share grows linearly with time until it begins."""
+        """Update the time reserved for the end. From now on the share grows linearly until that time begins."""
         wanted = SLACK * self.slowdown * (self.end_of_epoch + self.evaluation + self.writing)
         self.kept = min(wanted, 0.5 * self.seconds)
         if self.steps:
@@ -176,7 +176,7 @@ class Budget:
         test = self._seconds_of_split(module, job, "test") if job.config.test else 0.0
         self.end_of_epoch, self.evaluation = 0.1 + val, val + test
         self.evaluated = (val + test) / val if val else 0.0
-        self._first = statistics.median(gauge() for _ in range(5))  # a single one may be an exception
+        self._first = statistics.median(gauge() for _ in range(5))  # one may be an outlier
         self._gauge, self._gauged_at = gauge, self.elapsed()
         self.keep()
 
@@ -207,7 +207,7 @@ class Budget:
 
 
 def _score(module: TrainingModule, job: Job, batches: list[Any]) -> None:
-    model = module.evaluated if module.model is job.model else job.model  # else it trains on features
+    model = module.evaluated if module.model is job.model else job.model  # else only the classifier trains
     score(model, batches, len(job.data.classes), job.device, partial(autocast, job.config.precision, job.device))
 
 

@@ -44,7 +44,7 @@ from convmixer.train.setup import Job
 
 BATCH = 64
 CACHE_BYTES = 4 << 30  # all features together; beyond this the least recently used are deleted
-PREFIX = "1."  # with which the names of the classifier's parameters begin in `head_module`
+PREFIX = "1."  # in `head_module`, the names of the classifier's parameters begin with this
 
 Part = tuple[torch.Tensor, ...]  # features (N, ...), labels (N,) and, if the images have weights, weights (N,)
 
