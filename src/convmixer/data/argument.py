@@ -1,6 +1,6 @@
 """Decides what a data argument names: built-in data, a path, a URL, or a data set on the Hugging Face hub.
 
-No data are read here. If a name could mean two things, one is chosen, and a note says which one, and how to name the
+No data are read here. If a name could mean two things, one is chosen. A note says which one, and how to name the
 other.
 """
 
@@ -28,7 +28,7 @@ class Argument:
     """What a data argument names.
 
     Args:
-        spec: The argument, written so that it means the same in every folder.
+        spec: The argument, with any path made absolute.
         path: The file or folder; None for data that must be fetched or come with a package.
         repository: "owner/name" on the hub, or None.
         inside: The folder inside the repository.
@@ -54,7 +54,7 @@ def read_argument(spec: str, recorded: bool = False) -> Argument:
             is a path, and is not looked up on the hub.
 
     Raises:
-        RequestError: It names nothing.
+        RequestError: The argument names no data.
     """
     if spec in BUILT_IN:
         return _built_in(spec)

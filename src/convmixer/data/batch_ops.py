@@ -1,8 +1,8 @@
 """PIL's image operations on whole batches of uint8 images, on any device, each image with its own parameters.
 
 Tables, blends and nearest sampling give exactly PIL's bytes; bilinear, bicubic and resizing differ by at most one
-level, because PIL rounds in fixed point. Nothing here is random and nothing waits for the device. No library
-convolution or TF32 product is used: on a GPU they would round.
+level, because PIL rounds in fixed point. Nothing here is random and nothing waits for the device. Library
+convolutions and TF32 products are not used, because they round differently on a GPU.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def affine(
         matrix: float64 (B, 6), from output to input in pixels, as PIL takes it.
         sampling: (B,), NEAREST, BILINEAR or BICUBIC.
         fill: (C,) uint8.
-        filters: Those that may occur in `sampling`; fewer take less time.
+        filters: The filters that may occur in `sampling`; fewer filters take less time.
     """
     if set(filters) == {NEAREST}:
         return _nearest(images, matrix, fill)
@@ -213,7 +213,7 @@ def resized_crop(images: Tensor, boxes: Tensor, sampling: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """Switch TF32 off: a run in tf32 has its augmentation in fp32."""
+    """Switch TF32 off, because the augmentation of a run in tf32 is still computed in fp32."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:

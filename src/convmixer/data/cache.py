@@ -1,6 +1,6 @@
 """Keeps decoded images, in memory or in a file that all worker processes share.
 
-Every image is checked when it is read: one that is half written, or damaged on disk, is decoded again.
+Every image is checked when it is read. An image that is half written, or damaged on disk, is decoded again.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from convmixer.files import cached_file, temporary_name
 
 Fit = Callable[[Image.Image], Image.Image]
 SUFFIX = ".images"
-_ENTRY = np.dtype([("crc", np.uint32), ("width", np.uint32), ("height", np.uint32)])  # crc 0: nothing is there
+_ENTRY = np.dtype([("crc", np.uint32), ("width", np.uint32), ("height", np.uint32)])  # crc 0: the slot is empty
 
 
 class Slots:
@@ -88,7 +88,7 @@ def _open(file: Path, size: int) -> mmap.mmap:
         finally:
             temporary.unlink(missing_ok=True)
     with file.open("r+b") as opened:
-        os.utime(file)  # the oldest files go first
+        os.utime(file)  # the least recently used files are deleted first
         return mmap.mmap(opened.fileno(), size)
 
 
@@ -109,7 +109,7 @@ class Cached:
         sizes: int (N, 2), (width, height) of each image as it is kept, or (height, width); 0: the image is not kept.
         fit: Function that is applied to each decoded image, whether or not the image is kept; None: no function.
         file: File to keep the images in; None: memory.
-        stored: False: keep no image.
+        stored: Whether to keep images.
 
     Raises:
         OSError: There is no room for the images.

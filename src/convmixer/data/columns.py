@@ -20,7 +20,7 @@ LABELS = (
     "species", "breed",
 )  # fmt: skip
 SPLITS = ("split", "subset", "partition", "set", "phase", "usage")
-FLAGS = {  # column of true and false -> the split of true
+FLAGS = {  # name of a column of true and false -> the split that true means
     "is_valid": "val", "is_val": "val", "is_validation": "val", "valid": "val",
     "is_test": "test", "is_train": "train",
 }  # fmt: skip
@@ -34,14 +34,14 @@ class Columns:
     """The columns of a table that are used.
 
     Args:
-        path, split: Numbers of the columns of paths and of splits; split is None if all rows are train.
+        path, split: Indices of the columns of paths and of splits; split is None if all rows are train.
         location: How the paths are resolved.
         labels: The label of each row.
-        label: Number of the label column; None if there is one column per class.
+        label: Index of the label column; None if there is one column per class.
         split_value: The value of the split column that means val; None: its values are names of splits.
         notes: How the table was read, if the names of the columns do not say it.
-        classes: Numbers of the columns that stand for one class each.
-        weight, group: Numbers of the columns of weights and of groups, or None.
+        classes: Indices of the columns that stand for one class each.
+        weight, group: Indices of the columns of weights and of groups, or None.
     """
 
     path: int
@@ -56,7 +56,7 @@ class Columns:
     group: int | None = None
 
     def used(self) -> set[int]:
-        """Return the numbers of the columns that are used."""
+        """Return the indices of the columns that are used."""
         return {self.path, *self.classes} | {
             n for n in (self.label, self.split, self.weight, self.group) if n is not None
         }
@@ -102,7 +102,7 @@ def may_split(name: str) -> bool:
 
 
 def fold_notes(unused: Mapping[str, str]) -> list[str]:
-    """Return how to use columns of folds or splits that are not used, from the name of each and one of its cells."""
+    """Return notes that say how to use the unused columns of folds or splits: column name -> one of its cells."""
     return [
         f"column {name!r} is not used; to take some rows as val: --split-column {name}={cell}"
         for name, cell in unused.items()
@@ -142,7 +142,7 @@ def _only(rows: Rows, numbers: Sequence[int]) -> int:
 
 
 def _known(rows: Rows, names: Sequence[str], without: set[int | None]) -> list[int]:
-    """Return the numbers of the columns with one of the names, in the names' order."""
+    """Return the indices of the columns that have one of the names, in the names' order."""
     tidy = [normal(name) for name in rows.names]
     return [n for known in names for n, name in enumerate(tidy) if name == known and n not in without]
 
@@ -156,7 +156,7 @@ def _split_column(rows: Rows, options: Options) -> tuple[int | None, str | None]
         for n in _known(rows, (*SPLITS, *FLAGS), set())
         if normal(rows.names[n]) == "split" or holds_splits(rows.column(n), rows.names[n])
     ]
-    if not found:  # one whose every cell names a split
+    if not found:  # a column in which every cell names a split
         free = [
             n
             for n, name in enumerate(rows.names)

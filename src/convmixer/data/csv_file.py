@@ -68,9 +68,9 @@ def read_csv(path: Path, known: Iterable[str], is_data: Callable[[str], bool]) -
 
 
 def _is_repeated(first: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> bool:
-    """Return whether a text of the first row is also below it: then that row is data and not a header.
+    """Return whether a text of the first row occurs below it; if so, the first row is data and not a header.
 
-    Numbers do not count if there are three columns or more: 0 and 1 may be names of columns of 0 and 1.
+    With three columns or more, numbers do not count, because columns of zeros and ones may be named 0 and 1.
     """
     texts = {n: cell for n, cell in enumerate(first) if cell and (len(first) == 2 or not cell.isdigit())}
     return any(cells[n : n + 1] == [cell] for n, cell in texts.items() for _, cells in rows)
@@ -98,7 +98,7 @@ def _split(text: str, path: Path, known: set[str]) -> list[tuple[int, list[str]]
     """Return line numbers and cells of the rows that hold something."""
     start = text.split("\n", 1)[0].strip()
     skipped = 0
-    if start.lower().startswith("sep=") and len(start) == 5:  # Excel's way to name the delimiter
+    if start.lower().startswith("sep=") and len(start) == 5:  # Excel names the delimiter in this way
         text, delimiter, skipped = text.split("\n", 1)[-1] if "\n" in text else "", start[-1], 1
     else:
         delimiter = _delimiter(text, known) if path.suffix.lower() != ".tsv" else "\t"

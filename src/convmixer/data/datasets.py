@@ -2,8 +2,8 @@
 
 Unusable images are found in two steps. First, `load_data` reads the header of every image. Files that are empty, too
 large or not an image, and images with two labels, are named in `bad_files` and left out. Second, damage after the
-header shows when an image is decoded: then training takes the next readable image, evaluation leaves the image out,
-and both list it in `ImageSet.failed`, for all worker processes. Images of both steps count against
+header is found when an image is decoded. Then training takes the next readable image, and evaluation leaves the image
+out. Both list it in `ImageSet.failed`, which all worker processes share. Images of both steps count against
 `max_bad_fraction`.
 """
 
@@ -37,7 +37,7 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import BITS, IMAGENET_MEAN, IMAGENET_STD
 from convmixer.text import terminal
 
-DEFAULT_SIDE = 224  # pixels; if all images are square, of one size and smaller, their own size is used
+DEFAULT_SIDE = 224  # pixels; used unless all images are square, of one size and smaller
 CACHE_BYTES = 1 << 30  # decoded images of one size are kept in memory up to this size, over all splits
 CACHE_SIDE = 128  # largest side of images kept in memory, pixels
 STATISTICS_IMAGES = 2000  # images to compute the mean and standard deviation of grey data on
@@ -67,10 +67,10 @@ class DataSplits:
         checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
-        spec: The data argument, written so that it means the same in every folder.
+        spec: The data argument, with any path made absolute.
         options: What the user said about columns, folders and groups.
         bits: How many bits the values of 16-bit images use.
-        found: The images and labels before they are split.
+        found: The images and labels before missing splits are made.
         checked: Results of the check of all images.
     """
 
@@ -143,7 +143,7 @@ def load_data(
     if checked.bad:
         few = "; ".join(checked.bad[:20])
         notes.append(f"{len(checked.bad)} of {total} images cannot be used and are left out: {few}")
-        for line in checked.bad[20:]:  # too many for a note, which the run's files would repeat
+        for line in checked.bad[20:]:  # too many for a note: the run's files repeat notes
             print(f"unusable image left out: {terminal(line)}", file=sys.stderr)
     in_chans = found.in_chans or (1 if all(mode in GREY_MODES for mode, _ in headers) else 3)
     sizes = {size for _, size in headers}
@@ -220,7 +220,7 @@ def _check(found: Found, options: Options) -> Checked:
         return found.splits[split][0].name(index)
 
     conflicts = find_conflicts(equal, {split: labels for split, (_, labels) in found.splits.items()}, name)
-    if found.name in STATISTICS:  # known benchmarks stay as they were published
+    if found.name in STATISTICS:  # known benchmarks keep their published splits
         conflicts = _without_consequences(conflicts)
     bad = []
     rejected = {split: known.bad() | conflicts.contradicting[split] for split, known in scans.items()}

@@ -26,14 +26,14 @@ from convmixer.progress import track
 from convmixer.text import terminal
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a second, third, ... try
-RENEWED_BY = 1 << 20  # bytes; after a try that brings at least as many, the pauses start again with the shortest
+RENEWED_BY = 1 << 20  # bytes; after a try that fetches this many or more, the shortest pause comes next
 CONNECT_SECONDS = 10.0
-STALL_SECONDS = 30.0  # a try ends if it brings fewer than SLOWEST bytes per second over this time
+STALL_SECONDS = 30.0  # a try ends if it fetches fewer than SLOWEST bytes per second over this time
 SLOWEST = 10_000
 CHUNK = 1 << 20
 AT_ONCE = 8  # files
 SPARE_BYTES = 1 << 30  # bytes of the disk that are left free
-MOST_SHARE = 0.5  # share of the disk for all copies; the disk is what would be free without them
+MOST_SHARE = 0.5  # share of the disk for all copies; "the disk" is the space that would be free without them
 UNUSED_SECONDS = 7 * 86400.0  # copies that were used in this time are kept, because a run may still read them
 LOCAL_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 PASSING = (408, 425, 429)  # 4xx statuses after which another try may succeed
@@ -87,10 +87,10 @@ def fetch(urls: Sequence[str], most_bytes: int | None = None) -> tuple[list[Path
 
 
 def copies_of(urls: Iterable[str]) -> list[Path]:
-    """Return for each URL the local copy that was fetched or used last, without using the network.
+    """Return the most recently fetched or used local copy of each URL, without using the network.
 
     Raises:
-        RequestError: One of them has no copy.
+        RequestError: A URL has no local copy.
     """
     found = []
     for url in urls:
@@ -158,7 +158,7 @@ def _look(url: str, stop: threading.Event) -> tuple[RemoteFile | Path, str | Non
         fetched = time.strftime("%F %R", time.gmtime(copy.stat().st_mtime))
         return copy, f"{error}: the local copy of {fetched} UTC is used"
     if url.startswith("https:") and not str(info.get("url", url)).startswith("https:"):
-        raise RequestError(f"{url} redirects to an unencrypted address, {info['url']}: not followed")
+        raise RequestError(f"{url} redirects to an unencrypted address, {info['url']}, which is not opened")
     size = info.get("size")
     if not isinstance(size, int) or size < 0:
         raise RequestError(f"the server does not say how large {url} is: not fetched")
@@ -218,7 +218,10 @@ def _fetch(file: RemoteFile, stop: threading.Event) -> Path:
 
 
 def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
-    """Fetch the rest of a file of which `part` has the beginning; an error that stops it is raised."""
+    """Fetch the rest of a file whose beginning is in `part`.
+
+    Raises:
+        Exception: Whatever stopped it."""
     with part.open("ab") as copy:
         if _size(part) > file.size:
             copy.truncate(0)
@@ -264,7 +267,7 @@ def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
 
 
 def _copy(stream: Any, copy: Any, left: int, stop: threading.Event) -> None:
-    """Copy at most `left` bytes from one stream to another, and give up if they come too slowly."""
+    """Copy at most `left` bytes from one stream to another, and give up if they arrive too slowly."""
     began, received = time.monotonic(), 0
     while left > 0 and not stop.is_set():
         chunk = stream.read(min(CHUNK, left))
@@ -340,7 +343,7 @@ def _in_words(error: BaseException) -> str:
     status = _status(error)
     if status is not None:
         return f"the server answers {status}"
-    if isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec hides a broken connection behind it
+    if isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec raises it for a broken connection too
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:200] or "no answer in time"
 
@@ -356,7 +359,7 @@ def short(text: str) -> str:
 def _place(url: str, version: str) -> Path:
     """Return the path of the local copy of a version.
 
-    Name and folder stay the same, because they may name the split.
+    The URL's file name and folder name are kept, because either may name the split.
     """
     parts = [re.sub(r"[^\w.-]", "_", part)[-100:] for part in re.split(r"[?#]", url)[0].split("/")[3:]]
     tail = [part for part in parts if part.strip(".")][-2:] or ["file"]
