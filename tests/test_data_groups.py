@@ -110,7 +110,7 @@ def test_groups_of_parquet(tmp_path: Path, group: str) -> None:
     with pytest.raises(RequestError, match=r"--group \(\.\): .*no such column, and its images have no paths"):
         load(tmp_path / "a.parquet", options=Options(group="(.)"))
     loose = load(tmp_path / "a.parquet", options=Options(group="patient"))
-    assert "13 groups, each in one split; 8 images belong to none" in loose.notes
+    assert "13 groups, each in one split; 8 images belong to no group" in loose.notes
 
 
 def test_an_empty_cell_is_no_group_and_the_column_counts_as_used(tmp_path: Path) -> None:
@@ -118,5 +118,5 @@ def test_an_empty_cell_is_no_group_and_the_column_counts_as_used(tmp_path: Path)
     rows = [f"img/{label(i)}/{i:04}.png,{label(i)},{['', 'NaN', f'p{i // 8}'][i % 3]}" for i in range(60)]
     (tmp_path / "t.csv").write_text("\n".join(["path,label,breed", *rows]))
     data = load(tmp_path / "t.csv", options=Options(group="breed"))
-    assert "8 groups, each in one split; 40 images belong to none" in data.notes
+    assert "8 groups, each in one split; 40 images belong to no group" in data.notes
     assert not any("a column of the table" in note for note in data.notes)

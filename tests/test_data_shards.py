@@ -226,7 +226,7 @@ def test_labels_of_shards_in_any_member(tmp_path: Path) -> None:
     )
     shard(tar, lambda i: members(i, json=json.dumps({"kind": label(i), "size": 8})))
     with pytest.raises(
-        RequestError, match=r"which key of the \.json members is the label\? of kind, size: say it with"
+        RequestError, match=r"which key of the \.json members is the label\? of kind, size: choose with"
     ):
         load(tar)
     assert len(load(tar, options=Options(label_column="kind")).classes) == 10
@@ -236,7 +236,7 @@ def test_members_that_could_be_two_things_are_asked_about(tmp_path: Path) -> Non
     tar = tmp_path / "train.tar"
     shard(tar, lambda i: [*members(i, cls=label(i)), (f"{i:04}.jpg", png(59 - i))])
     with pytest.raises(
-        RequestError, match=r"which member is the image\? \.png, \.jpg: say it with --path-column EXT"
+        RequestError, match=r"which member is the image\? \.png, \.jpg: choose with --path-column EXT"
     ):
         load(tar)
     data = load(tar, options=Options(path_column="png"))

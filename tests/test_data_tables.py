@@ -45,7 +45,7 @@ def test_csv(tmp_path: Path) -> None:
             "path,other,split,is_valid\nreal.png,x,train,0\n",
             "which column is the split.*split, is_valid.*--split-column",
         ),
-        ("a,b,label\nreal.png,real.png,x\n", "which column is the image.*a, b: say it with --path-column"),
+        ("a,b,label\nreal.png,real.png,x\n", "which column is the image.*a, b: choose with --path-column"),
         ("image_id,dx,sex\nreal,a,m\nreal,b,m\nreal,a,f\n", r"which column is the label\?.*dx, sex.*--label-column"),
         ("path,number\nreal.png,1\nreal.png,2\nreal.png,3\n", "which column is the label"),  # a name for each row
         ("path,label\nreal.png,caf\u00e9\nreal.png,cafe\u0301\n", "differ only in Unicode normalisation"),

@@ -96,7 +96,7 @@ def choose_precision(name: str = "auto", device: "torch.device | None" = None) -
 
 
 def resident_bytes() -> int:
-    """Return the current memory of this process in bytes; if the system does not report it, the peak."""
+    """Return the memory that this process uses now, in bytes; if the system does not report it, the peak."""
     return _status("VmRSS")
 
 
@@ -151,7 +151,7 @@ def _memory_limits() -> list[tuple[int, int]]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such group, or "max": it has no limit
             continue
-        # the kernel gives files that were not used lately back before it refuses memory
+        # before the kernel refuses memory, it frees the cache of files that were not used lately
         found.append((limit, max(0, limit - used + int(stat.get(cached, 0)))))
     return found
 

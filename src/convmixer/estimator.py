@@ -39,9 +39,9 @@ from convmixer.run_folder import is_run
 
 Images = np.ndarray | Sequence[Image.Image | np.ndarray | Path | str]
 BATCH = 64
-MOST_COPIES = 1000  # of one image, if its weight is a whole number
+MOST_COPIES = 1000  # most copies of one image, if its weight is a whole number
 WEIGHT = "weight"  # the column of weights in the table of images
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # that PNG stores without loss
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes that PNG stores without loss
 RECIPE = "recipe"
 FITTED = ("classes_", "run_", "classifier_")
 SETTINGS = {field.name: RECIPE for field in dataclasses.fields(Config)} | {"val_fraction": 0.0, "test_fraction": 0.0}
@@ -82,7 +82,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
     def fit(
         self, X: Images, y: Sequence[Any] | np.ndarray, sample_weight: Sequence[float] | np.ndarray | None = None
     ) -> "ConvMixerClassifier":
-        """Train on labelled images: on all of them, unless `val_fraction` or `test_fraction` hold some out.
+        """Train on all labelled images, except those that `val_fraction` or `test_fraction` hold out.
 
         The process's random generators are not changed; all randomness comes from `seed`.
 
@@ -99,7 +99,7 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
             ValueError: Images, labels and settings do not fit together. RequestError is a subclass of ValueError.
         """
         for name in FITTED:
-            self.__dict__.pop(name, None)  # a failed fit must not leave what an earlier one found
+            self.__dict__.pop(name, None)  # if this fit fails, the results of an earlier fit must not remain
         images, warned = as_images(X)
         copies, weights = _copies(sample_weight, len(images))
         labels, classes = _labels(y, copies)

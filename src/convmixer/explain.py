@@ -28,9 +28,9 @@ def explain(weights: str, image: Path, out: Path | None = None, topk: int = 5) -
         topk: Classes to show, at least 1.
 
     Returns:
-        "picture", "classes", "probabilities" and "map". The map has rows of numbers, one per patch: how much it adds
-        to the logit of the likeliest class. The mean of the map plus the class's bias is the logit. The map is None
-        if the model has no exact maps.
+        "picture", "classes", "probabilities" and "map". The map has rows of numbers, one per patch: how much the
+        patch adds to the logit of the likeliest class. The mean of the map plus the class's bias is the logit. The
+        map is None if the model has no exact maps.
 
     Raises:
         RequestError: The weights or the image cannot be read.
@@ -63,7 +63,7 @@ def _panels(photo: Image.Image, seen: Image.Image, p: Preprocessing) -> tuple[np
     """Return the photo at screen size, the same cropped as for the network, and the network's input, all 0 to 1."""
     whole = photo.copy()
     whole.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    side = min(SHOWN_SIDE, int(2 * MAX_SIDE * p.crop_pct))  # what Preprocessing allows
+    side = min(SHOWN_SIDE, int(2 * MAX_SIDE * p.crop_pct))  # the largest size that Preprocessing allows
     framed = resize_and_crop(photo, replace(p, img_size=side)) if p.img_size < side else seen
     return np.asarray(whole) / 255, np.asarray(framed) / 255, np.asarray(seen) / 255
 

@@ -91,7 +91,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files below a folder that were written by processes of this machine which no longer run."""
+    """Delete temporary files below a folder whose writers were processes of this machine that no longer run."""
     host = socket.gethostname()
     for path in folder.rglob(f".*{_TEMPORARY}"):
         name, _, number = path.name.removesuffix(_TEMPORARY).rpartition(".")
@@ -104,8 +104,8 @@ def prune(files: Iterable[Path], most_bytes: float, unused_seconds: float = 0.0)
 
     Args:
         files: The files of a cache; whoever uses one sets its time to now.
-        most_bytes: Size of all that stay.
-        unused_seconds: A file used within so many seconds stays in any case.
+        most_bytes: Largest total size of the files that stay.
+        unused_seconds: Files used within this many seconds always stay.
     """
     known = []
     for path in files:

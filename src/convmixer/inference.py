@@ -32,8 +32,8 @@ class Classifier:
         preprocessing: How an image becomes the input.
         describe: Facts about the model: "source", "name", "precision", "device", and the metadata saved with the
             weights.
-        with_maps: A batch -> logits and class-activation maps, see `models.maps.WithMaps`. If the model has no exact
-            maps, this is None, or for an exported file returns None for the maps.
+        with_maps: A batch -> logits and class-activation maps, see `models.maps.WithMaps`. None if the
+            model has no exact maps; for such an exported file, a function that returns None for the maps.
         loaded: The torch model, possibly on the kernels; None for an exported file.
     """
 
@@ -45,7 +45,8 @@ class Classifier:
     loaded: "LoadedModel | None" = None
 
     def mirrored(self) -> "Classifier":
-        """Return a classifier that averages the probabilities of an image and its mirror image, in twice the time.
+        """Return a classifier that averages the probabilities of an image and its mirror image; it takes twice the
+        time.
 
         Its logits are the logarithms of these averages. It has no class-activation maps.
         """

@@ -62,7 +62,7 @@ def missing() -> dict[str, list[str]]:
 
 
 def lacks(requirement: Requirement, extra: str) -> bool:
-    """Return whether a requirement of an extra (or with "" of the package itself) is not installed or too old."""
+    """Return whether a requirement of an extra (with "": of the package itself) is not installed or too old."""
     asked, always = (
         requirement.marker is None or requirement.marker.evaluate({"extra": name}) for name in (extra, "")
     )

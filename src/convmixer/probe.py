@@ -56,7 +56,7 @@ def median_seconds(step: Callable[[], Any], count: int, warm_up: int = 2) -> flo
 def macs(build: Build, img_size: int, in_chans: int, num_classes: int) -> int:
     """Return the multiply-accumulates of one image's forward pass, counted without computing them.
 
-    They are counted on the meta device, because on the CPU the counter misses fused attention.
+    The count is made on the meta device, because on the CPU the counter misses fused attention.
 
     Raises:
         RequestError: The model cannot be built with these arguments, or does not take images of this size.

@@ -34,7 +34,7 @@ def is_alive(holder: Mapping[str, Any]) -> bool:
 
 
 def is_dead(holder: Any) -> bool:
-    """Return whether the process with a signature ran on this machine and has ended. False if it is not known."""
+    """Return whether the process with a signature ran on this machine and has ended; False if that is not known."""
     return isinstance(holder, Mapping) and is_here(holder) and not is_alive(holder)
 
 

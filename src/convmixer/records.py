@@ -138,7 +138,7 @@ def read(path: Path) -> list[RunRecord]:
 def commit() -> str | None:
     """Return the commit of the source tree, with "-dirty" if it has changes; None outside a checkout of convmixer.
 
-    An installed package may be inside the checkout of another project; the commit of that is not returned.
+    An installed package may be inside the checkout of another project; that project's commit is not returned.
     """
     own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

@@ -14,13 +14,13 @@ RECORD = "record.jsonl"
 LOCK = "lock"
 CARD = "README.md"
 LATEST, PREVIOUS, SHARES = "latest.pt", "previous.pt", "shares.bin"
-MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # of a weights folder, timm's hub layout
+MODEL, MODEL_CONFIG = "model.safetensors", "config.json"  # files of a weights folder, in timm's hub layout
 BEST, LAST = "best", "last"
 STUDY, STUDY_RECORDS, STUDY_FAILURES, STUDY_QUEUE = "study.json", "records.jsonl", "failures.json", "queue.db"
 STUDY_TRIALS = "trials.jsonl"
 SEARCH = "tune.json"
 MISTAKES = "mistakes.html"
-RATES, RATES_PICTURE = "lr.json", "lr.png"  # of the learning-rate finder
+RATES, RATES_PICTURE = "lr.json", "lr.png"  # files of the learning-rate finder
 
 _DIGEST = "# sha256: "  # begins the last line of the settings
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -33,8 +33,8 @@ def sealed(text: str) -> str:
 
 
 def intact(text: str) -> bool:
-    """Return whether a settings file is unchanged since it was written; older ones have no digest and count as
-    intact.
+    """Return whether a settings file is unchanged since it was written. Older files have no digest and count as
+    unchanged.
     """
     body, mark, digest = text.rpartition(_DIGEST)
     return not mark or digest.strip() == _digest(body)

@@ -1,4 +1,4 @@
-"""Seals: mark weights that this user trained. A data path in weights is opened only if it has this user's seal.
+"""Marks weights that this user trained with a seal. A data path in weights is opened only if it has this user's seal.
 
 The seal is a keyed hash of the data's path. The key is in this user's state folder, so nobody else can make the seal.
 Standard library only.

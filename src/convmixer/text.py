@@ -9,7 +9,7 @@ import html as _html
 import json
 import re
 
-# Control characters, changes of writing direction, line separators, lone surrogates: they move the cursor, hide what
+# Control characters, changes of writing direction, line separators, lone surrogates: these move the cursor, hide what
 # follows, or make one line look like two.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _FORMULA = re.compile("[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")

@@ -52,7 +52,7 @@ class Slots:
         if not crc or not 0 < size <= self._sizes[index]:
             return None
         start = self._starts[index]
-        pixels: np.ndarray = self._bytes[start : start + size].copy()  # checked and used from one copy
+        pixels: np.ndarray = self._bytes[start : start + size].copy()  # check and use one copy
         if _digest(pixels, width, height) != crc:
             return None
         return pixels.reshape((height, width) if channels == 1 else (height, width, channels))
@@ -191,7 +191,7 @@ def cache_file(parts: Sequence[object]) -> Path:
 
 
 def make_room(file: Path, size: int, share: float) -> bool:
-    """Return whether a file fits into a share of the free disk; older files of the same kind are deleted for it."""
+    """Return whether a file fits into a share of the free disk, after deleting older files of the same kind."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and file.stat().st_size == size:
         return True

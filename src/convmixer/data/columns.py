@@ -241,7 +241,7 @@ def _is_one(cell: str) -> bool:
 def _ask(rows: Rows, numbers: Sequence[int], option: str) -> str:
     names = [rows.names[n] for n in numbers]
     could = f"it could be {', '.join(names[:8])}" if names else f"none of {', '.join(rows.names[:8])} fits"
-    return f"{could}: say it with {flag(option)} NAME"
+    return f"{could}: choose with {flag(option)} NAME"
 
 
 def holds_path(cell: str) -> bool:

@@ -1,6 +1,6 @@
 """Fetches files from HTTP, S3 and Google Cloud Storage into the cache folder, through fsspec.
 
-A file appears there complete or not at all, and an interrupted download continues where it stopped. Time and size are
+A file appears there only when it is complete. An interrupted download continues where it stopped. Time and size are
 limited. If a server fails or stalls, the download is tried again a limited number of times, after growing pauses. No
 more bytes are read than the server announced. A download that does not fit on the disk is not started.
 """
@@ -238,7 +238,7 @@ def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
 
 
 def _open(file: RemoteFile, start: int) -> tuple[Any, int]:
-    """Return a stream of a file from a position on, and that position: 0 if the server cannot skip."""
+    """Return a stream of a file from a position on, and that position; it is 0 if the server cannot skip."""
     system = file_system(file.url)
     if not file.url.startswith("http"):
         stream = system.open(file.url, "rb", block_size=4 * CHUNK)

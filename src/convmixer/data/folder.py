@@ -64,7 +64,7 @@ def find_folder(walked: Walk, name: str) -> Found:
 
 
 def _below_classes(layout: Layout, folders: Iterable[Folder]) -> list[str]:
-    """Return a note if class folders hold folders, which could be meant as classes of their own."""
+    """Return a note if class folders hold folders, because the user may mean these as classes."""
     places = [place[1] for folder in folders if not isinstance(place := layout.place(folder), str)]
     depth = 2 if layout.inside else 1
     deeper = [inside for inside in places if len(inside) > depth and inside[depth] not in GENERIC]

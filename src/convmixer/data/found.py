@@ -1,4 +1,4 @@
-"""`Found`: the images and labels of a data set of any kind, before they are checked and missing splits are made."""
+"""`Found`: the images and labels of a data set of any kind. Checking and making missing splits come later."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ class Found:
         in_chans: Channels, if they are known without opening an image.
         notes: Notes for the user.
         unused: Files and other parts that are not used, by reason.
-        spec: The data argument, written so that it means the same in every folder.
+        spec: The data argument, with any path made absolute.
         groups: Split -> name of each image's group; images of one group stay in one split. Empty: no groups.
         weights: Split -> float32 (N,), weight of each image in the loss; empty: all equal.
     """

@@ -10,7 +10,7 @@ from PIL import Image
 from convmixer.preprocess import load_image
 
 Batch = np.ndarray | Sequence[Any]
-CHANNELS = (1, 3, 4)  # grey, colour, colour and transparency
+CHANNELS = (1, 3, 4)  # grey; colour; colour and transparency
 EXPECTED = "expected (N, H, W) grey or (N, H, W, 3) colour"
 CHANNELS_FIRST = "the images have their channels first: (N, C, H, W) is converted to (N, H, W, C)"
 FLOATS = "floats from 0 to 1 are rounded to 8-bit values"

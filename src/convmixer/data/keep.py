@@ -1,8 +1,8 @@
 """Decides whether the photos of a run are kept decoded, and where: `--cache`.
 
-Validation images are kept as the model gets them, so results of validation are the same, bit for bit. Training images
-are shrunk before they are kept, but only so far that the smallest random crop still has the input resolution. Larger
-images are therefore resized twice, and a note says so.
+Validation images are kept as the model gets them, so validation results are the same, bit for bit. Training images
+are shrunk before they are kept, but the smallest random crop still has the input resolution. The crop resizes shrunk
+images a second time, and a note says so.
 """
 
 import functools
@@ -48,14 +48,14 @@ class Kept:
 def keep_decoded(config: Config, data: DataSplits, p: Preprocessing) -> Kept:
     """Return the images of a run, kept as the setting `cache` says.
 
-    If the setting names a place that has no room, images are shrunk in the same way but not kept, and a note says so.
+    If the chosen place has no room, images are shrunk in the same way but not kept, and a note says so.
     """
     train, how = data.train, config.cache
     if how == "off" or train is None or not isinstance(train.source, Encoded):
         return Kept("off", {}, [])  # small images of one size are kept in any case
     once = config.epochs == 1 or (
         config.freeze == "all" and not config.unfreeze_epochs
-    )  # 0: as many as fit in a time
+    )  # 0: as many as a fixed time allows
     if how == "auto" and (once or not _dominates(config, train, p)):
         return Kept("off", {}, [])
     plans = _plans(config, data, p)
@@ -121,7 +121,7 @@ def _amount(size: int) -> str:
 
 
 def _listed(source: Files) -> str:
-    """Return a hash of the names, sizes and times of a source's files; files of a table are not below its path."""
+    """Return a hash of the names, sizes and times of a source's files; a table's files are not below its path."""
     return status_hash(source.root, [source.name(index) for index in range(len(source))])
 
 
@@ -162,11 +162,11 @@ class _Plan:
         return used
 
     def size(self) -> int:
-        """Return the size in bytes of the images that this run uses."""
+        """Return the total size of the images that this run uses, in bytes."""
         return int(self.used().prod(axis=1).sum()) * self.data.in_chans
 
     def file_bytes(self) -> int:
-        """Return the size of the file in bytes. It has room for all images of the split: another seed uses others."""
+        """Return the size of the file in bytes. It has room for all images: another seed chooses other images."""
         return slots_bytes(self.sizes(), self.data.in_chans)
 
     def file(self) -> Path:

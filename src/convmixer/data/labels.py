@@ -21,13 +21,13 @@ FILLERS = {
     "split", "folder", "seg", "files", "public", "private", "labels", "label", "small", "full",
 }  # fmt: skip
 _NUMBER = re.compile(r"[+-]?\d{1,300}(\.\d*)?", re.ASCII)
-_JOINER = "\u200d"  # invisible, but makes one emoji of several
+_JOINER = "\u200d"  # invisible; joins several emoji into one
 UNSURE = {"none", "unknown", "?", "-", "na", "missing", "undefined", "unlabelled", "unlabeled"}  # maybe no label
 NO_LABEL = {"", "nan", "<na>", "null", "n/a", "#n/a"}
 
 
 def split_of(name: str) -> tuple[str, bool]:
-    """Return the split that a word of a name means, or "", and whether the name is sure to mean it.
+    """Return the split that a word of a name means, or "", and whether the name can mean nothing else.
 
     `training_set`, `seg_train`, `TestSet` and `val2017` are sure; `test tube` and `freight_train` are not.
     """
@@ -40,7 +40,8 @@ def split_of(name: str) -> tuple[str, bool]:
 
 
 def by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
-    """Return files by the split that a word of their path names (train-0.parquet, x_val.tar), else all as train.
+    """Return split -> files, by a word of each path (train-0.parquet, x_val.tar); all are train if none has such a
+    word.
 
     Raises:
         RequestError: Some names hold a split, others do not.

@@ -1,7 +1,7 @@
 """Decides which folders of an image folder are splits and which are classes, by their names and structure.
 
-A folder is a split if all words of its name fit one (`training_set`), or if one word does and it shares class folders
-with a split. If two readings of the structure are as likely, an error names the folders.
+A folder is a split if all words of its name name the same split (`training_set`). It is also a split if only one word
+does, and it shares class folders with a split. If two readings are equally likely, an error names the folders.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from convmixer.errors import RequestError
 
 Folder = tuple[str, ...]  # the parts of a path relative to the data's root
 
-GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # a folder that names no class
+GENERIC = ("images", "image", "img", "imgs", "data", "pictures", "photos")  # names of folders that are no classes
 NAMELESS = {
     "images",
     "image",

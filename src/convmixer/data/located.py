@@ -1,4 +1,4 @@
-"""Finds the images that a text column names: paths, names or ids, with or without folder and extension.
+"""Finds the images that a text column names by paths, file names or ids, with or without folder and extension.
 
 The folder is found by looking for the files on the disk. If two folders have them, an error asks for --image-root.
 """
@@ -14,7 +14,7 @@ from convmixer.data.labels import split_of
 from convmixer.data.walk import Walk, is_image, walk
 from convmixer.errors import RequestError, shown
 
-PROBED = 50  # values of a column that are looked up to find its images
+PROBED = 50  # how many values of a column are looked up to find its images
 
 
 @dataclass(frozen=True)

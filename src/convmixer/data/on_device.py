@@ -74,7 +74,7 @@ class DeviceLoader:
         as_graph: Makes a CUDA graph of the work on small batches; None: none.
 
     Attributes:
-        waited_seconds: Time spent making batches since the counter was last set to 0; the device works meanwhile.
+        waited_seconds: Time spent making batches since this was last set to 0; the device computes during this time.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from convmixer.errors import RequestError
 
 @dataclass(frozen=True)
 class Options:
-    """What the user said about the data; None: found automatically, or an error if that would be a guess.
+    """What the user said about the data. None: found automatically; if that would be a guess, an error is raised.
 
     Args:
         path_column: In a table or parquet file, the column that holds the images or their paths. In WebDataset

@@ -1,7 +1,7 @@
 """Chooses where batches are made: in worker processes of low or normal priority, or in the training process.
 
-Places are tried while training goes on, because the right one depends on the images, the model and the other programs
-on the machine. Batches are the same wherever they are made.
+Each such choice is called a place. Places are tried while training goes on, because the best one depends on the
+images, the model and the other programs on the machine. Batches are the same wherever they are made.
 """
 
 import os
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TRIAL_SECONDS = 3.0  # a place is judged after this time and a few batches
-LONGEST_TRIAL_SECONDS = 10.0  # or after this time, with however few batches
-WATCH_SECONDS = 20.0  # how long a speed is measured to see whether it has changed since
+LONGEST_TRIAL_SECONDS = 10.0  # or after this time, even with fewer batches
+WATCH_SECONDS = 20.0  # over how long the speed is measured to notice that it has changed
 STARVED = 0.5  # a trial ends early if its speed is below this share of the best speed
 WAITING = {"fixed": 0.2, "auto": 0.1}  # share of the time that training may wait before another place is tried
 GAIN = 1.05  # more workers are tried only if the last increase made loading faster by this factor
-CHANGED = 1.67  # the place is chosen again if the speed is higher or lower by this factor than when it was chosen
+CHANGED = 1.67  # the place is chosen again if the speed has changed by this factor, up or down
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class Pace:
         return (many and self._seconds >= TRIAL_SECONDS) or self._seconds >= LONGEST_TRIAL_SECONDS
 
     def patience(self) -> float:
-        """Return after how many seconds without a batch a place that is being tried has starved; 0: never."""
+        """Return after how many seconds without a batch a trial ends; 0: never."""
         best = max(self._rates.values(), default=0.0)
         return max(LONGEST_TRIAL_SECONDS, 4 / best) if best and not self._settled else 0.0
 
     def note_nothing(self, seconds: float) -> None:
-        """Count that no batch came in this time, which ends a trial."""
+        """Note that no batch came in this time, which ends a trial."""
         if not self._settled:
             self._judge(max(self._batches, 0) / (self._seconds + seconds), 1.0)
         self._begin()

@@ -25,7 +25,7 @@ from convmixer.data.table import A_COLUMN
 from convmixer.errors import RequestError, shown
 from convmixer.files import cache_folder
 
-IN_MEMORY_BYTES = 4 << 30  # larger parquet is mapped from an Arrow copy on disk
+IN_MEMORY_BYTES = 4 << 30  # larger files are mapped from an Arrow copy on disk
 
 
 def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options, own_disk: bool = True) -> Found:
@@ -36,8 +36,8 @@ def find_parquet(path: Path, files: Sequence[Path], name: str, options: Options,
         files: All of the data's parquet files.
         name: Name of the data.
         options: What the user said about columns.
-        own_disk: The files belong to this user, so image paths in them are opened. In files from elsewhere they are
-            not.
+        own_disk: The files belong to this user, so image paths in them are opened. In other files, paths are not
+            opened.
 
     Raises:
         RequestError: The files cannot be read, or columns cannot be found without guessing.

@@ -26,10 +26,10 @@ class Columns:
     """The names of the columns that are used.
 
     Args:
-        image, label: Those of the images and labels.
-        split: That of the splits, or None: the names of the files say them, or all rows are train.
-        split_value: The value of the split column that means val; None: its words are the splits.
-        group, weight: Those of groups and weights, or None.
+        image, label: The columns of images and labels.
+        split: The column of splits. None: the files' names give the splits, or all rows are train.
+        split_value: The value of the split column that means val; None: its values name the splits.
+        group, weight: The columns of groups and weights, or None.
     """
 
     image: str
@@ -146,7 +146,7 @@ def _split_column(
     free = [name for name in schema.names if name not in (*taken, *options.given().values())]
     own = next(iter(files.values()))
     found = [name for name in free if normal(name) == "split"]
-    if not found and len(files) == 1:  # the files' own names do not say the splits
+    if not found and len(files) == 1:  # the file names do not give the splits
         able = [name for name in free if normal(name) in (*SPLITS, *FLAGS)]
         found = [name for name in able if holds_splits(_distinct(own, name), name)]
         found = found or [
@@ -155,7 +155,7 @@ def _split_column(
             if is_text(schema.field(n).type) and divides(probe(first, n)) and divides(_distinct(own, n))
         ]
     if len(found) > 1:
-        raise RequestError(f"{first}: which column is the split? {', '.join(found)}: say it with --split-column NAME")
+        raise RequestError(f"{first}: which column is the split? {', '.join(found)}: choose with --split-column NAME")
     return (found[0] if found else None), None
 
 
@@ -177,6 +177,6 @@ def _only(kind: str, option: str, found: Sequence[str], file: Path, schema: pa.S
         which = f"several could be ({', '.join(found)})" if found else "none is"
         raise RequestError(
             f"{file}: which column is the {kind}? of {', '.join(schema.names)}, {which}: "
-            f"say it with {flag(option)} NAME"
+            f"choose with {flag(option)} NAME"
         )
     return found[0]

@@ -38,7 +38,7 @@ _OF_VALUES = {
 }
 _OF_IMAGES = {"AutoContrast": batch_ops.autocontrast_tables, "Equalize": batch_ops.equalize_tables}
 NUMBERS = {name: number for number, name in enumerate(("Identity", *_GEOMETRY, *BLENDS, *_OF_VALUES, *_OF_IMAGES))}
-LAYER_COLUMNS = 9  # of a layer: operation, value, sampling, matrix
+LAYER_COLUMNS = 9  # a layer's operation, value, sampling and matrix
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -278,7 +278,7 @@ def _timm_values(name: str, level: np.ndarray, sign: np.ndarray, side: int) -> n
         return 4 - np.trunc(level * 4)
     if name == "Solarize":
         return 256 - np.minimum(256, np.trunc(level * 256))
-    return np.minimum(128, np.trunc(level * 110))  # SolarizeAdd; the others take no value
+    return np.minimum(128, np.trunc(level * 110))  # SolarizeAdd, or an operation without a value
 
 
 JITTER = (Kind(("Brightness", "Color", "Contrast")),) * 3  # of the layers of `jitter_layers`

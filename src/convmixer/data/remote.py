@@ -81,7 +81,7 @@ def read_list(path: Path, base: str) -> list[str]:
 
 
 def _beside(base: str, name: str) -> str:
-    """Return the URL that a line of a list names. Another server is refused, because the user did not choose it."""
+    """Return the URL that a line of a list names. Other servers are refused: the user did not choose them."""
     origin = urlsplit(base)
     # urljoin works only with http
     joined = name if "://" in name else urljoin(base.replace(origin.scheme, "http", 1), name)

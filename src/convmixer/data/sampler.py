@@ -1,6 +1,7 @@
 """Chooses the images and random numbers of each step, with pure functions of seed, epoch and position.
 
-So a resumed run continues exactly, for any number of workers and processes, and no generator state is saved.
+Therefore a resumed run continues exactly, for any number of workers and processes, and needs no saved generator
+state.
 """
 
 import hashlib

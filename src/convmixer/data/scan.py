@@ -1,7 +1,7 @@
 """Reads the header of every image before training, and a digest that identifies copies, but no pixels.
 
-If there are many files, headers and digests are kept in the cache folder. Then a second start asks only for the size
-and time of each file or shard, and reads the files that have changed.
+If there are many files, headers and digests are kept in the cache folder. A second start then asks only for the size
+and time of each file or shard, and reads only files that have changed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from convmixer.preprocess import ImageError
 from convmixer.progress import track
 
 Header = tuple[str, tuple[int, int]]  # mode, (width, height)
-CACHED_FROM = 1000  # headers of fewer files are not kept, because they are read in no time
+CACHED_FROM = 1000  # headers of fewer files are not kept, because reading them is fast
 CACHE_BYTES = 1 << 30  # all scans together; beyond this the least recently used are deleted
 PART = 256
 
@@ -98,7 +98,7 @@ class _Kept:
     def load(cls, source: OnDisk) -> "_Kept":
         """Return the cached headers and digests; none if the cache is damaged or belongs to other files."""
         try:
-            os.utime(path := cls._file(source))  # marks it used
+            os.utime(path := cls._file(source))  # marks it as used
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 table = {name: file[name].astype(kind) for name, kind in _COLUMNS} | {"modes": file["modes"]}
         except Exception:  # missing, truncated, or of another version
@@ -172,7 +172,7 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
     _, inverse, counts = np.unique(joined, return_inverse=True, return_counts=True)
     several = (counts[inverse] > 1) & (joined != 0)
     for source, part, first in zip(sources, scans, start[:-1], strict=True):
-        if not isinstance(source, (Arrays, Column, Shards)):  # their digests are of the whole contents
+        if not isinstance(source, (Arrays, Column, Shards)):  # their digests cover the whole contents
             for index in np.flatnonzero(several[first : first + len(part.digests)]):
                 joined[first + index] = _digest_whole(source, part.kept, int(index))
             if part.kept:
@@ -186,5 +186,5 @@ def copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]
 def _digest_whole(source: Source, kept: _Kept | None, index: int) -> int:
     try:
         return kept.digest_whole(index) if kept else source.digest(index, whole=True)
-    except OSError:  # deleted meanwhile; reading the image will report it
+    except OSError:  # the file was deleted; reading the image will report it
         return 0

@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which the members of one image share a name, such as NAME.jpg and NAME.cls.
 
-The label is in NAME.cls, else in a key of NAME.json, else in NAME.txt if these texts are classes and not captions.
+The label is in NAME.cls, else in a key of NAME.json, else in NAME.txt if the texts are classes, not captions.
 """
 
 import json
@@ -120,7 +120,7 @@ def _choose(path: Path, samples: Sequence[tuple[Path, Sample]], options: Options
     several = next((s for _, s in with_image if sum(is_image(f".{end}") for end in s) > 1), None)
     if several and not image:
         which = ", ".join(f".{end}" for end in several if is_image(f".{end}"))
-        raise RequestError(f"{path}: which member is the image? {which}: say it with --path-column EXTENSION")
+        raise RequestError(f"{path}: which member is the image? {which}: choose with --path-column EXTENSION")
     ends = Counter(end for _, sample in with_image for end in sample)
     wanted = (options.label_column or "").lstrip(".")
     if wanted and wanted.lower() in ends:
@@ -164,7 +164,7 @@ def _key(path: Path, samples: Sequence[tuple[Path, Sample]]) -> str | None:
     if not known and (wrong := next((key for key in KEYS if key in found), None)):
         return wrong  # holds a list or the like: `_text` says so
     raise RequestError(
-        f"{path}: which key of the .json members is the label? of {', '.join(map(str, found))}: say it with "
+        f"{path}: which key of the .json members is the label? of {', '.join(map(str, found))}: choose with "
         "--label-column KEY"
     )
 

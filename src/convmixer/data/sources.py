@@ -176,7 +176,7 @@ class Column(OnDisk):
         label: Start of the images' names, e.g. "train".
         images: Binary values, or structs with a field "bytes".
         files: The parquet files that the rows are from; empty: not known.
-        chosen: Which column and which rows of the files they are, in any words that tell them from others.
+        chosen: A text that identifies the column and the rows of the files.
     """
 
     label: str
@@ -199,9 +199,7 @@ class Column(OnDisk):
         return bool(self.files)
 
     def sizes_and_times(self) -> np.ndarray:
-        """Return the same pair for every row: a digest of all files' sizes and times in place of the size, and the
-        newest time.
-        """
+        """Return one pair for all rows: as size, a digest of all files' sizes and times; as time, the newest."""
         status = file_status(Path(), [os.path.abspath(file) for file in self.files])
         return np.tile([digest(status.tobytes()) >> 1, status[:, 1].max()], (len(self), 1))
 

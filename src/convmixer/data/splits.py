@@ -14,7 +14,7 @@ from convmixer.data.labels import is_label
 from convmixer.data.options import Options
 from convmixer.errors import RequestError, shown
 
-TEST_FRACTION = 0.2  # of train, if the data have no test split
+TEST_FRACTION = 0.2  # share of train, if the data have no test split
 TEST_SEED = 0  # every run has the same test images, so that runs with different seeds can be compared
 KEPT_IN = ("test", "val", "train")  # copies stay in the first of these splits that has one, and leave the others
 
@@ -151,11 +151,11 @@ def check_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
             f"--group puts all images into one group, {shown(next(iter(seen)))!r}: give one that differs"
         )
     note = f"{len(seen)} groups, each in one split"
-    return [note + (f"; {single} images belong to none" if single else "")]
+    return [note + (f"; {single} images belong to no group" if single else "")]
 
 
 def joined(copies: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
-    """Return a number per image, the same for images that copies or groups connect, also through other images."""
+    """Return a number per image, equal for images that copies or groups connect, even through other images."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

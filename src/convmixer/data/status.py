@@ -1,6 +1,6 @@
-"""Size and time of many files, by one `stat` each, several at once because a network file system is slow.
+"""Reads the size and time of many files with one `stat` each, several at once because a network file system is slow.
 
-If both are as before, a file counts as unchanged.
+A file whose size and time are as before counts as unchanged.
 """
 
 import os
@@ -38,7 +38,7 @@ def file_status(root: Path, names: Sequence[str]) -> np.ndarray:
 
 
 def settled(times: np.ndarray) -> np.ndarray:
-    """Return which of the times are so old that a change of the file from now on would change them, bool (N,)."""
+    """Return which times are old enough that any later change of the file gives another time, bool (N,)."""
     return np.asarray(times < time.time_ns() - SETTLED)
 
 

@@ -1,7 +1,7 @@
 """Index of a tar file: the position of each member, and the texts of short members, which may be labels.
 
-Making it reads the header of every member, all over the file. So the index is kept in the cache folder, and is valid
-as long as the file keeps its size and time.
+Making the index reads the header of every member, all over the file. Therefore it is kept in the cache folder, and is
+valid as long as the file keeps its size and time.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from convmixer.data.walk import is_image
 from convmixer.errors import RequestError
 from convmixer.files import atomic_file, cached_file, prune
 
-CACHED_FROM = 1 << 20  # bytes; the index of a smaller file is not kept, because it is made in no time
+CACHED_FROM = 1 << 20  # bytes; the index of a smaller file is not kept, because making it is fast
 CACHE_BYTES = 1 << 30  # all indexes together; beyond this the least recently used are deleted
 TEXT_BYTES = 256
 VERSION = 1
@@ -61,9 +61,9 @@ def _members(path: Path) -> list[Member]:
     if status[0, 0] < CACHED_FROM:
         return list(_read(path))
     cache = cached_file("tars", os.fsencode(path.absolute()), ".npz")
-    with contextlib.suppress(Exception):  # not there, cut short, or of another version
+    with contextlib.suppress(Exception):  # missing, truncated, or of another version
         found = _load(cache, status)
-        os.utime(cache)  # marks it used
+        os.utime(cache)  # marks it as used
         return found
     members = list(_read(path))
     if settled(status[:, 1]).all():
@@ -91,7 +91,7 @@ def _read(path: Path) -> Iterator[Member]:
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
     opened = tar.extractfile(member) if member.size <= TEXT_BYTES and not is_image(member.name) else None
     text = opened.read().decode("utf-8", "replace").strip() if opened else None
-    return None if text is None or "\0" in text else text  # zero bytes part the texts of the cache
+    return None if text is None or "\0" in text else text  # zero bytes separate the texts in the cache
 
 
 def _save(cache: Path, status: np.ndarray, members: list[Member]) -> None:

@@ -59,7 +59,7 @@ def _evaluate(image: Image.Image, p: Preprocessing) -> Tensor:
 
 
 def prepared_transform(p: Preprocessing) -> Transform:
-    """Return the rest of the evaluation transform, for images that are resized and cropped already."""
+    """Return the rest of the evaluation transform, for images that are already resized and cropped."""
     return functools.partial(_normalise, p=p)
 
 
@@ -263,8 +263,8 @@ def erase(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
 def erasing_boxes(
     probability: float, shape: tuple[int, ...], draw: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which images of a shape (B, C, H, W) are erased, int64 (n,), and their boxes, int64 (n, 4): top, left,
-    height and width.
+    """Return which images of a batch (B, C, H, W) are erased, int64 (n,), and their boxes (top, left, height, width),
+    int64 (n, 4).
 
     Source: timm's RandomErasing: 2% to a third of the area, an aspect ratio of 0.3 to 1 / 0.3, ten tries.
     """

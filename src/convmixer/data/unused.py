@@ -1,4 +1,4 @@
-"""The parts of a data set that are not used: counted by reason, so that nothing is left out silently."""
+"""Counts the parts of a data set that are not used, by reason, so that nothing is left out silently."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Finds the files below a folder, the same ones for every command.
+"""Finds the files below a folder, in the same way for every command.
 
 Links are followed, each real folder is read once, and hidden files and convmixer's own output are skipped.
 It does not import torch, because `predict` uses it without torch.
@@ -15,7 +15,7 @@ from convmixer.errors import RequestError
 from convmixer.preprocess import SUFFIXES
 from convmixer.run_folder import is_own_output
 
-MAX_DEPTH = 32  # folders; deeper ones are counted, not read
+MAX_DEPTH = 32  # deeper folders are counted, not read
 SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 HIDDEN = "hidden"
 OWN_OUTPUT = "written by convmixer"
@@ -31,7 +31,7 @@ class Walk:
 
     Args:
         root: The folder.
-        files: Paths relative to it, with "/" between the parts. In each folder the files come first, sorted by
+        files: Paths relative to the root, with "/" between the parts. In each folder the files come first, sorted by
             name, then the folders.
         empty: The folders without usable files, relative to the root.
         unused: What was skipped, and why.

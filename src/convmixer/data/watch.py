@@ -1,6 +1,6 @@
 """Notices that a data set changes while a run trains on it.
 
-Names, sizes and times of the files are compared first; only if one differs is the checksum computed again.
+Names, sizes and times of the files are compared first. The checksum is computed again only if one of them differs.
 """
 
 import hashlib

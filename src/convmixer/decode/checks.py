@@ -1,4 +1,4 @@
-"""Estimates from a file's structure how long decoding it may take, before PIL reads it.
+"""Estimates from a file's structure how long its decoding may take, before PIL reads it.
 
 PIL and its libraries limit the number of pixels, but not the work per pixel. A progressive JPEG may repeat a scan
 thousands of times, all EXIF tags may point to the same megabyte, and all strips of a TIFF may be the same large one.
@@ -16,9 +16,9 @@ from convmixer.decode.errors import Apart, ImageError
 MAX_SCANS = 200  # scans of a JPEG; encoders write 1 to 20
 MAX_SCAN_PIXELS = 4_000_000_000  # scans times pixels of a JPEG; an empty scan takes 0.5 ns per pixel
 SCAN_BYTES = 10  # length of the shortest scan
-METADATA_BYTES = 65_536  # EXIF of a JPEG, or all that is before the pixels of a PNG; PIL copies EXIF once per tag
+METADATA_BYTES = 65_536  # EXIF of a JPEG, or all data before the pixels of a PNG; PIL copies EXIF once per tag
 GIF_BYTES = 1 << 20
-UNWATCHED_PIXELS = 4_000_000  # of formats that are decoded in one call, during which the clock cannot be checked
+UNWATCHED_PIXELS = 4_000_000  # limit for formats decoded in one call, during which the clock cannot be checked
 JPEG = ("JPEG", "MPO")
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -30,7 +30,7 @@ _TIFF_TAGS |= {285, 296, 305, 306, 315, 316, 317, 320, 338, 339, 33432, 33550, 3
 _TIFF_TAGS |= {42112, 42113}
 _TIFF_CODECS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, PackBits
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, restart or fill byte
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # 0xFF and a marker, but no stuffed, restart or fill byte
 
 
 def needs_clock(data: bytes) -> bool:

@@ -12,6 +12,6 @@ class Apart(Exception):
 
 
 def named(source: Path | bytes, problem: object) -> ImageError:
-    """Return the error to raise for a source: the file's name, if there is one, and the reason."""
+    """Return an error that holds the name of the source, if it is a file, and the reason."""
     reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
     return ImageError(str(reason) if isinstance(source, bytes) else f"{source}: {reason}")

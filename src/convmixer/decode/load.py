@@ -30,9 +30,9 @@ def load_image(source: Path | bytes, in_chans: int = 3, bits: int = 16, apart: b
 
     Raises:
         Apart: Decoding may take long, and `apart` is False.
-        ImageError: The file is not an image, damaged, truncated, larger than MAX_PIXELS or too slow to decode. Or
-            its values do not fit: floats mostly above 1; 32-bit integers all below 256 although `bits` is 16; more
-            than 1% of the values above the largest that `bits` can hold.
+        ImageError: The file is no image, damaged, truncated, larger than MAX_PIXELS or too slow to decode; or its
+            values do not fit: floats mostly above 1; 32-bit integers all below 256 although `bits` is 16; more than
+            1% of the values above the largest that `bits` can hold.
     """
     return _here_or_apart(source, decode, image_apart if apart else None, in_chans, bits)
 

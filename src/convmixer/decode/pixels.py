@@ -1,7 +1,7 @@
 """Decodes an image file to upright 8-bit pixels, in this process.
 
-A clock is checked each time PIL reads a block of the file. `checks` finds the files for which that is not enough, and
-`worker` decodes these in another process.
+The CPU time is checked each time PIL reads a block of the file. `checks` finds the files for which this is not
+enough; `worker` decodes those in another process.
 """
 
 import functools
@@ -18,7 +18,7 @@ from convmixer.decode.errors import Apart, ImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own limit, a quarter of a GiB as RGB; larger images are refused
 SECONDS = 10.0  # CPU time allowed to decode one image
-HERE_SECONDS = 2.0  # CPU time in this process, after which the image is decoded from the start in another process
+HERE_SECONDS = 2.0  # after this CPU time, the image is decoded again from the start in another process
 # The formats that PIL may try, without those that run other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -170,7 +170,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image  # PIL would look for the tags, then copy the image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the metadata are damaged but the pixels are not: shown as stored, as browsers do
+    except Exception:  # the metadata are damaged, the pixels are not: do not rotate, as browsers do
         return image
 
 

@@ -1,4 +1,5 @@
-"""Decodes images in a process that can be killed. It is started when it is first needed, and kept for the next image.
+"""Decodes images in a process that can be killed. The process starts when it is first needed, and serves further
+images.
 
 The parent sends one line of JSON, followed by the file's bytes if it has no path; the child answers with one line of
 JSON and the pixels. The kernel ends the child if it exceeds its CPU time or memory; the parent ends it after
@@ -105,7 +106,7 @@ class Worker:
 
 _idle: list[Worker] = []
 _busy: list[Worker] = []
-_forked: list[list[Worker]] = []  # after a fork: the parent's workers, which this process must neither use nor end
+_forked: list[list[Worker]] = []  # after a fork: the parent's workers; this process must neither use nor end them
 
 
 def _after_fork() -> None:

@@ -23,7 +23,7 @@ from convmixer.preprocess import Preprocessing
 from convmixer.progress import track
 from convmixer.text import terminal
 
-BN_IMAGES, BN_BATCH = 256, 64  # enough images to see bad statistics, and few enough to take little time
+BN_IMAGES, BN_BATCH = 256, 64  # enough images to notice bad statistics, and few enough to be fast
 
 
 def batchnorm_disagreement(model: nn.Module, batches: Batches) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def check_batchnorm(
     """
     order = np.random.default_rng(0).permutation(len(images))[:BN_IMAGES]
     loader = eval_loader(images.subset(order), eval_transform(loaded.preprocessing), BN_BATCH)
-    whole = ((x, index[y]) for x, y in loader if len(y) >= BN_BATCH // 2)  # fewer make poor statistics
+    whole = ((x, index[y]) for x, y in loader if len(y) >= BN_BATCH // 2)  # smaller batches give poor statistics
     found = batchnorm_disagreement(loaded.model, whole)
     return found, [_warning(found, weights)] if found.get("bad") else []
 

@@ -30,7 +30,7 @@ class EvaluationData:
     """Data to measure a model on.
 
     Args:
-        splits: The splits. If `own`, they are those of the training run, else those that the data come with.
+        splits: The splits: those of the training run if `own`, else those that the data come with.
         own: Whether the model was trained on these data.
         changed: Whether these are the training data, but have changed since.
         fraction: The share of the train split that the model was trained on.
@@ -50,7 +50,7 @@ class EvaluationData:
         """Return the split to measure on.
 
         Args:
-            split: The split that the user chose; None: test, or for data other than the training data, the first of
+            split: The split that the user chose. None: test; or if these are not the training data, the first of
                 test, val and train that exists.
         """
         return split or (SPLITS if self.own else self.there)[0]
@@ -104,8 +104,8 @@ def find_data(
         options: What the user said about the columns, folders and groups of `data`.
 
     Raises:
-        RequestError: The data cannot be loaded; training read them with other `options`; or the user named no data,
-            and those that the weights name may not be opened.
+        RequestError: The data cannot be loaded; training read them with other `options`; or the user named no data
+            and those named in the weights must not be opened.
     """
     options = (options or Options()).absolute()
     trained_on = metadata.get("data")
@@ -125,7 +125,7 @@ def find_data(
         splits = _load(data, trained_on, _agreed(trained_on, options))
         return EvaluationData(splits, True, checksum not in (None, splits.checksum), fraction)
     splits = _load(data, trained_on, options, hold_out=False)
-    if splits.checksum == checksum:  # the training data in a different place
+    if splits.checksum == checksum:  # the training data at another path
         return EvaluationData(_load(data, trained_on, _agreed(trained_on, options)), True, fraction=fraction)
     return EvaluationData(splits, False)
 

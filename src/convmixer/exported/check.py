@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # The largest allowed logit difference, as a share of the largest logit, and the smallest allowed share of images with
 # the same top-1 class. For int8 the printed accuracy is what matters; the limit here only catches broken exports.
 TOLERANCE = {"fp32": (1e-3, 0.995), "fp16": (5e-2, 0.98), "int8": (float("inf"), 0.8)}
-CALIBRATION = 512  # training images for int8; an eighth of them if the input is larger than SMALL_SIDE
-SMALL_SIDE = 64  # pixels; 1000 images are checked if the input is no larger, else 64, so that it takes under a minute
+CALIBRATION = 512  # training images for int8; an eighth of this if the input is larger than SMALL_SIDE
+SMALL_SIDE = 64  # pixels; up to this size 1000 images are checked, else 64, so that it takes under a minute
 
 
 class ExportError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Writes an export of any format. Before it is kept, the format's own reader checks it, and it is compared with the
+"""Writes an export of any format. It is kept only if the format's own reader accepts it, and if it agrees with the
 model on real images.
 
 The batch size is dynamic, the image size fixed. The file contains class names and preprocessing, but no paths of this
@@ -96,8 +96,8 @@ def export_model(
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the input.
         images: Real images to check on, and to calibrate int8 with.
-        path: The file or folder to write. A file there is replaced by a file, and an older export by a web folder;
-            anything else there is an error.
+        path: The file or folder to write. A file replaces a file; a web folder replaces an older web export or an
+            empty folder. Anything else at the path is an error.
         format: A name in `formats.FORMATS`.
         precision: One of the format's precisions.
         about: Further facts to store in the file, e.g. the architecture.

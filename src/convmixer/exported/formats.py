@@ -1,7 +1,7 @@
 """The table of export formats. It imports nothing heavy, because `--help` and running ONNX files need no torch.
 
-To add a format, add a row here and a module in this folder with `write`, `check` and `read`; if it needs a package,
-add an extra to pyproject.toml.
+To add a format, add a row here and a module in this folder with `write`, `check` and `read`. The table "Where to add
+what" in docs/architecture.md names the other places.
 """
 
 import importlib
@@ -21,10 +21,10 @@ class Format:
         module: The module in this folder that writes and reads it.
         suffix: The end of the name of the file or folder.
         precisions: The values of `--precision` that it supports.
-        extra: The extra of convmixer that installs the packages it needs; "" if torch is enough.
+        extra: The extra of convmixer that installs the packages that the format needs; "" if torch is enough.
         summary: A description in a few words.
         more_suffixes: Suffixes of further files that belong to an export.
-        folder: If the export is a folder, a file by which it is recognised.
+        folder: If the export is a folder: the name of a file by which it is recognised.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Loads exported files. They are not trusted: a process with limits reads, checks and runs them (`process.py`).
+"""Loads exported files. They are not trusted: a process with limits (`process.py`) reads, checks and runs them.
 
 An exported file contains its class names and preprocessing, so it is used like weights. ONNX files and web folders
 run without torch. Telemetry of ONNX Runtime and OpenVINO is switched off before they are imported.
@@ -51,13 +51,13 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
     """Return the model in an exported file, which runs in a separate process.
 
     Args:
-        path: A .onnx, .xml (OpenVINO) or .pt2 (torch.export) file, or a web folder.
+        path: A file or folder in one of the formats of `formats.py`.
         threads: Processor threads for the runtime; 0: the runtime's choice.
         limits: `memory_bytes` and `load_seconds` of `process.Confined`.
 
     Raises:
-        RequestError: There is no such file, it cannot be read, `convmixer export` does not write such files, it takes
-            too long or too much memory, or its runtime is not installed.
+        RequestError: The file does not exist, cannot be read, is of no kind that `convmixer export` writes, takes too
+            long or too much memory, or its runtime is not installed.
     """
     path = _regular(Path(path))
     confined = Confined(path, threads, **limits)
@@ -71,7 +71,7 @@ def load_exported(path: str | Path, threads: int = 0, **limits: Any) -> Exported
 def open_exported(path: str | Path, threads: int = 0) -> Exported:
     """Return the same as `load_exported`, but run the model in this process.
 
-    It is for the limited process itself, and for files that were just written.
+    Use it only in the limited process itself, and for files that were just written.
 
     Raises:
         RequestError: As for `load_exported`.

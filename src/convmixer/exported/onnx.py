@@ -102,7 +102,7 @@ def _from_torch(source: "Source") -> Any:
 
 
 def _without_notes(model: Any) -> Any:
-    """Return the model without the exporter's notes (local paths, source lines): half of the size of a small file."""
+    """Return the model without the exporter's notes (local paths, source lines), which are half of a small file."""
     graph = model.graph
     parts = (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph)
     for part in parts:

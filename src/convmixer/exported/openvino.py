@@ -99,7 +99,8 @@ def _to_int8(model: Any, source: "Source") -> Any:
 def _not_pointwise(model: Any) -> list[str]:
     """Return the names of an OpenVINO model's convolutions and matrix products that are not pointwise convolutions.
 
-    They are not quantised, see `onnx._pointwise`. The list is empty if the model has no depthwise convolution.
+    These operations are not quantised, see `onnx._pointwise`. The list is empty if the model has no depthwise
+    convolution.
     """
     names, depthwise = [], False
     for op in model.get_ops():
@@ -112,7 +113,7 @@ def _not_pointwise(model: Any) -> list[str]:
 
 
 def _name_by_place(model: Any) -> None:
-    """Name the layers by kind and position, because OpenVINO's names depend on all layers the process has made."""
+    """Name the layers by kind and position: OpenVINO's own names depend on all layers that the process has made."""
     seen: Counter[str] = Counter()
     for op in model.get_ordered_ops():
         kind = op.get_type_name()

@@ -1,8 +1,8 @@
-"""Runs an exported file in a separate process, which is ended if it takes too long or too much memory.
+"""Runs an exported file in a separate process, which is killed if it takes too long or too much memory.
 
 An untrusted graph can use endless time or memory in more ways than a check can foresee: when it is parsed, when its
-constants are folded, or only at one batch size. The limits on the process stop all of them. `worker.py` is the code
-that runs in it. The two processes exchange one line of JSON and then raw float32 values, never pickled objects.
+constants are folded, or only at one batch size. The limits on the process stop all of them. The process runs
+`worker.py`. The two processes exchange one line of JSON and then raw float32 values, never pickled objects.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Confined:
             RuntimeError: The runtime fails, or takes too long or too much memory.
         """
         with self._lock:
-            if self._process.poll() is not None:  # ended by an earlier batch, or from outside
+            if self._process.poll() is not None:  # an earlier batch or another program ended it
                 self._start()
             try:
                 send(self._input, {}, [batch])

@@ -23,12 +23,12 @@ _MEMBERS += r"|data/sample_inputs/model\.pt|models/model\.json|extra/convmixer\.
 _MEMBERS += r"|archive_format|archive_version|byteorder|\.data/\w+)"
 _CALLS = r"torch\.ops\.aten\.(?!from_file|save|load)\w+(\.\w+)?|torch\.sym_\w+"
 _CALLS += r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|getitem|eq|ne|lt|le|gt|ge)"
-_TYPES = r"builtins\.(tuple|list|dict)|cpu"  # of nested inputs and outputs; of devices
+_TYPES = r"builtins\.(tuple|list|dict)|cpu"  # the types of nested inputs and outputs; a device
 _SIZES = r"(Symbol\('\w+'(, \w+=True)*\)|(Integer|Rational|Add|Mul|Pow|FloorDiv|Mod|Max|Min)\(|-?\d+|[,) ])*"
 
 
 def write(path: Path, source: "Source") -> None:
-    """Write a model as a torch.export program, without the notes that hold paths of this machine."""
+    """Write a model as a torch.export program, without the exporter's notes, which hold paths of this machine."""
     import torch
 
     with torch.no_grad():

@@ -11,11 +11,11 @@ from convmixer.preprocess import SUFFIXES, load_image
 from convmixer.run_folder import RunFolder, is_run
 
 MOST, SIDE = 8, 640
-LOSSLESS_SIDE = 64  # pixels; images that are no larger are PNG, others JPEG
+LOSSLESS_SIDE = 64  # pixels; images up to this size become PNG, others JPEG
 
 
 def choose_samples(choice: str | None, default: Sequence[Path] = ()) -> tuple[list[bytes], str]:
-    """Return PNG and JPEG files for a page to offer, and a line that says which they are.
+    """Return PNG and JPEG files for a page to offer, and a line for the user that says where they come from.
 
     The files are encoded again, at most 640 pixels wide and high, without a photo's metadata (place and time).
 

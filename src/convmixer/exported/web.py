@@ -24,7 +24,7 @@ MAX_BYTES = 2**31  # an ONNX file has less than 2 GiB
 
 _PAGE = Path(convmixer.__file__).parent / "serve"
 _SCRIPTS = ("ort.js", "runtime.js", "model.js", "imaging.js", "local.js")
-# the browser itself enforces that nothing is uploaded: no connection is allowed
+# the browser enforces that nothing is uploaded, because no connection is allowed
 _POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' "
     "'wasm-unsafe-eval'; style-src 'self'; img-src 'self' data: blob:; connect-src 'none'; base-uri 'none'; "

@@ -1,4 +1,4 @@
-"""Runs models on the kernels: `accelerate` for training, `optimize_for_inference` for trained models."""
+"""Runs models on the kernels: `accelerate` for training, `optimize_for_inference` for inference."""
 
 from convmixer.fast.inference import optimize_for_inference
 from convmixer.fast.support import has_kernels

@@ -33,11 +33,11 @@ def optimize_for_inference(
     """Return a module that computes a trained model's logits, on the kernels if they can be used.
 
     fp32 and bf16 are exact up to rounding. int8 rounds the weights per output and the inputs of the matrix
-    multiplications per channel, which reduces accuracy: measure it with `convmixer val --precision int8`.
+    multiplications per channel. This reduces accuracy: measure it with `convmixer val --precision int8`.
 
-    The weights are copied, so train first and optimise then. If the kernels cannot be used, or the model is not a
-    plain ConvMixer, the model itself runs, in eval mode and in the given precision; for a ConvMixer the reason is
-    printed once. On a GPU there is one CUDA graph per batch shape.
+    The weights are copied, so train first, then optimise. If the kernels cannot be used, or the model is not a plain
+    ConvMixer, the model itself runs, in eval mode and in the given precision; for a ConvMixer the reason is printed
+    once. On a GPU there is one CUDA graph per batch shape.
 
     Args:
         model: The model. It is put into eval mode, and not changed otherwise.
@@ -76,7 +76,7 @@ def optimize_for_inference(
 
 
 def _say_if_slower(int8: nn.Module, fp32: nn.Module, images: Tensor) -> None:
-    """Print a line if int8 is no faster than fp32 on this machine, measured with three passes of one image each."""
+    """Print a line if int8 is not faster than fp32 on this machine, measured on three passes of one image each."""
     one = images[:1]
     seconds = [min(_seconds(run, one) for _ in range(3)) for run in (int8, fp32)]
     if seconds[0] >= seconds[1]:
@@ -136,7 +136,7 @@ class FastInference(nn.Module):
                 logits = torch.where(x.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
             return logits
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
+    def __setstate__(self, state: dict[str, Any]) -> None:  # called for a copy, or in the process that unpickles it
         super().__setstate__(state)
         if reason := kernels.why_not():
             raise RequestError(f"a model optimised for inference needs the CPU kernels: {reason}")
@@ -192,9 +192,7 @@ def _optimized(model: Any, precision: str, calibration: Tensor | Iterable[Tensor
         bias = rounded_off @ mean[:, :, None] + (point * scales[:, :, None]) @ (low * steps)[:, :, None]
         spatial_vectors[:, VECTORS.index("steps")], spatial_vectors[:, VECTORS.index("zero")] = steps, -low * steps
         point_vectors[:, VECTORS.index("multiply")] = scales
-        point_vectors[:, VECTORS.index("bias")] += bias[
-            :, :, 0
-        ]  # undoes the shift of the mean by rounding the weights
+        point_vectors[:, VECTORS.index("bias")] += bias[:, :, 0]  # undoes how rounding the weights shifts the mean
     spatial = torch.stack([block[0].fn[0].weight[:, 0] for block in blocks])
     stem = (model.stem[0].weight, _vectors(model.stem[0], model.stem[2]))
     packed = pack(*stem, spatial, spatial_vectors, point, point_vectors, precision)

@@ -1,4 +1,4 @@
-"""What the kernels compute a model from: its norms, blocks and tensors, listed once until something changes."""
+"""Lists what the kernels need of a model: its norms, blocks and tensors. The list is kept until something changes."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class Parts:
     Args:
         norms: All norms, in order.
         act: The activation.
-        blocks: The blocks; may be none.
+        blocks: The blocks; may be empty.
     """
 
     def __init__(self, norms: list[Any], act: type[nn.Module], blocks: list[Any]) -> None:

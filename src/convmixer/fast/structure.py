@@ -17,7 +17,7 @@ from convmixer.models.convmixer import ConvMixer
 from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
-ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # as the kernels number them
+ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # the kernels' numbers
 QUIETLY = "another tool needs the plain model"  # nothing for the user to change
 _OVERRIDES = ("forward", "forward_features", "forward_head", "_run", "_intermediates")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,7 +33,7 @@ _KINDS: tuple[Any, ...] = (
 )
 _FACTS = operator.attrgetter("dtype", "device", "shape", "layout")
 _METHODS = ("forward", "_call_impl", "_conv_forward")
-_USUAL = [  # some tools replace them for all modules at once
+_USUAL = [  # some tools replace these for all modules at once
     (kind, name, getattr(kind, name)) for kind in _KINDS for name in (*_METHODS, "__call__") if hasattr(kind, name)
 ] + [(nn.functional, name, getattr(nn.functional, name)) for name in ("conv2d", "batch_norm", "gelu", "relu")]
 
@@ -255,7 +255,7 @@ class Found:
         state = self.marks.state()  # before comparing, so that a change during it is noticed
         same = self._equals_copies()
         if same:
-            self.marks.remember(state)  # only now, so that no other thread trusts it before
+            self.marks.remember(state)  # only now, so that no other thread relies on it earlier
         return same
 
     def _equals_copies(self) -> bool:

@@ -69,7 +69,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
     """
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
         return QUIETLY  # fx passes proxies, and other tools pass tensor subclasses
-    if torch.compiler.is_compiling():  # torch.compile guards on each value read here
+    if torch.compiler.is_compiling():  # torch.compile would guard on each value read here
         usual = all_depthwise(model.blocks) and not forwards_replaced() and frozen_blocks(model) is None
         known = unusual(model) or (None if usual else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x, model.stem[0].in_channels)
@@ -102,7 +102,7 @@ def _settings(model: Any, weight: Tensor, x: Tensor, in_chans: int) -> str | Non
 
 
 def check_images(images: Any, in_chans: int) -> None:
-    """Check what an optimised model is called with; fx's proxies are accepted.
+    """Check the argument with which an optimised model is called; fx's proxies are accepted.
 
     Raises:
         TypeError: It is not a tensor.

@@ -70,7 +70,7 @@ class _OnKernels(ConvMixer):
         """(B, in_chans, H, W) -> (B, num_classes)."""
         if reason := unfit(self, x):
             return self._plain(reason).forward(x)
-        own_features = type(self).forward_features is not _OnKernels.forward_features  # of a subclass
+        own_features = type(self).forward_features is not _OnKernels.forward_features  # a subclass has its own
         if self.global_pool != "avg" or own_features:  # the kernels' pool is the mean
             return self.forward_head(self.forward_features(x))
         pooled, _ = self._fast(x, pool=True)
@@ -79,7 +79,7 @@ class _OnKernels(ConvMixer):
     def _intermediates(self, x: Tensor, take: list[int], depth: int) -> tuple[Tensor, list[Tensor]]:
         reason = unfit(self, x)
         if not reason and frozen_blocks(self) is not None:
-            reason = "they return no features of single blocks of a model whose first blocks are frozen"
+            reason = "they cannot return features of single blocks if the first blocks are frozen"
         if reason:
             return self._plain(reason)._intermediates(x, take, depth)
         first = plain_blocks(self)  # runs as modules, and the kernels begin with its last norm
@@ -94,7 +94,7 @@ class _OnKernels(ConvMixer):
         plain.__dict__ = self.__dict__.copy()
         return plain
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or in the process that unpickles it
+    def __setstate__(self, state: dict[str, Any]) -> None:  # called for a copy, or in the process that unpickles it
         super().__setstate__(state)
         if reason := _why_not_at_all(self):
             say_once(reason)
@@ -137,7 +137,7 @@ def _features(v: Tensor, parts: Parts, pool: bool, take: Sequence[int] = ()) -> 
         v: Output of a convolution, (N, H, W, C); with depthwise mixers it may be (N, H, W, blocks.wide(C)).
         parts: Norms, activation and blocks.
         pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
-        take: Also return the features after this many blocks, for each number here; ascending.
+        take: For each number n here, ascending: also return the features after n blocks.
     """
     from convmixer.kernels import blocks, mixed
 

@@ -72,8 +72,8 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
     """
     v, parameters, running = _widened(v, parameters, running)
     for i in range((len(parameters) - 2) // PER_BLOCK):
-        block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # with the norm before it
-        # one block at a time, so that the tensors of all blocks are not kept; the unused pool costs little
+        block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # and the norm before the block
+        # one block at a time, so that the tensors of only one block are kept; the unused pool costs little
         _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, [], True)
     return v
 
@@ -82,9 +82,9 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
 def frozen_norm(
     v: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], eps: float, act: int
 ) -> tuple[Tensor, Tensor]:
-    """Return another weight and bias for a frozen norm, with which the batch's statistics give the same output.
+    """Return a weight and bias for a frozen norm that give, with the batch's statistics, the frozen norm's output.
 
-    A frozen norm uses its running statistics, but the kernels normalise a training block with the batch's.
+    A frozen norm uses its running statistics, but the kernels normalise a training block with those of the batch.
 
     Args:
         v: Output of the convolution before the activation and the norm, (N, H, W, C) or wider.
@@ -240,7 +240,7 @@ def _backward(
     given = dict(zip(take, taken_grads, strict=True))
 
     def with_taken(grad: Tensor, sums: Tensor, after: int) -> Tensor:
-        """Add the gradient of the features taken after some blocks to `grad`; return the sums of both."""
+        """Add the gradient of the features taken after some blocks to `grad`; return the result and its sums."""
         if after not in given:
             return sums
         taken = given[after].to(grad.dtype).contiguous()

@@ -1,7 +1,7 @@
 """Blocks whose spatial mixer is any torch module; the kernels compute the rest of the block.
 
 If models differ only in the mixer, only the mixer should affect their time and memory. The names are those of
-`blocks`: u is the mixer's output, v the pointwise convolution's, and norm(act(v)) is the input x of the next block.
+`blocks`: u is the output of the mixer, v that of the pointwise convolution; norm(act(v)) is the next block's input x.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def features(
         eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
-        take: Also return the features after this many blocks, for each number here; ascending.
+        take: For each number n here, ascending: also return the features after n blocks.
 
     Returns:
         The features, (N, H, W, C); the statistics that were used, float64 (norms, 2, C): mean, and variance; the

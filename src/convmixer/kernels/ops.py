@@ -50,7 +50,7 @@ for _schema in SCHEMAS:
 
 
 def differentiable_once(ctx: Any, *gradients: Any) -> Any:
-    """Raise an error for the gradient of a gradient; without this, torch would return zero."""
+    """Raise an error if a gradient is differentiated again; without this, torch would return zero."""
     raise RuntimeError("the kernels have no second derivatives: CONVMIXER_KERNELS=0 runs plain PyTorch")
 
 

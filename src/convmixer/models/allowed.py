@@ -1,8 +1,8 @@
 """Which models and arguments a weights file may name; each argument is checked for type and range.
 
 Weights are untrusted. The functions that build models also take arguments that fetch a URL, write a folder or read
-another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). So a weights file may name
-only known models, and only the arguments listed below; all others are refused.
+another file (timm's `pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, ...). Therefore a weights file
+may name only known models, and only the arguments listed below.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from convmixer.preprocess import MAX_SIDE
 
 MAX_CLASSES = 1_000_000
 MAX_WIDTH = 65_536
-_MANY = 16  # most numbers in a list, which has one per stage
+_MANY = 16  # most numbers in a list with one per stage
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ _RATIO = _Rule(
     ),
 )
 
-# grouped by meaning; a name has the same meaning in every model
+# grouped by meaning; an argument means the same in every model
 _RULES: dict[str, _Rule] = (
     dict.fromkeys(("depth", "depths", "layers", "num_blocks"), _COUNT)
     | dict.fromkeys(

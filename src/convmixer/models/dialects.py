@@ -1,7 +1,7 @@
 """Reads checkpoints of other programs ("dialects"): renames their keys to timm's, and finds sizes from the tensors.
 
-These are the authors' files (numeric `nn.Sequential` keys), timm's and mmpretrain's, as plain weights or inside a
-training checkpoint, with any prefix before the keys. weights.py reads our own format.
+It reads the files of the authors (numeric `nn.Sequential` keys), of timm and of mmpretrain: plain weights or training
+checkpoints, with any prefix before the keys. weights.py reads our own format.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from convmixer.models.reading import State, check_count, check_tensors, fit, rea
 from convmixer.preprocess import FILTERS
 
 AVERAGES = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)", re.IGNORECASE)
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # added anywhere in a key
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # texts added anywhere in a key
 MAX_DEPTH, MAX_CONTAINERS = 8, 10_000  # limits on how deep dicts are nested, and on their number
 _OWN = ("stem", "blocks", "head")
 
@@ -35,7 +35,7 @@ class Checkpoint:
         state: Tensors with timm's keys, fp32.
         args: Arguments of `ConvMixer`, found from the tensors.
         said: Fields of `Preprocessing` that the file contains.
-        found: A text that says what was found and what was left out.
+        found: A text for the user: what was found, what was left out.
     """
 
     state: State
@@ -89,7 +89,7 @@ def _choose(candidates: list[_Candidate], content: Any, path: Path) -> tuple[_Ca
     """Return the candidate to use, and the others.
 
     Raises:
-        RequestError: There is none, or several that are equally likely.
+        RequestError: There is no candidate, or several are equally likely.
     """
     if not candidates:
         raise _nothing(content, path)

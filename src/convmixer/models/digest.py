@@ -1,6 +1,6 @@
 """Digests in weights files, which detect a single wrong bit.
 
-Files of other programs have none and are not checked.
+Files of other programs have no digest and are not checked.
 """
 
 import hashlib

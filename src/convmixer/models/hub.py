@@ -1,6 +1,6 @@
 """Registers our ConvMixer with timm, so that `timm.create_model("local-dir:FOLDER")` and `hf-hub:` load our weights.
 
-timm itself has three of the ImageNet sizes; for all other sizes, import this module first.
+timm itself knows three of the ImageNet sizes. To load any other size, import this module first.
 """
 
 from typing import Any

@@ -16,7 +16,7 @@ def activation(name: str) -> nn.Module:
     """Return a new activation layer, "gelu" (exact, erf) or "relu".
 
     Raises:
-        RequestError: The name is neither.
+        RequestError: The name is neither "gelu" nor "relu".
     """
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
@@ -37,7 +37,7 @@ def activation_name(layer: str | type[nn.Module]) -> str:
 
 
 def norm_maker(layer: str | Callable[..., nn.Module] | None) -> tuple[str, Callable[..., nn.Module]]:
-    """Return the name of a norm that is given as in timm, and a function that makes it for a number of channels.
+    """Return the name of a norm that is given as in timm, and a function: number of channels -> the norm.
 
     Args:
         layer: A class or function, or one of timm's names, e.g. "layernorm2d"; None: `nn.BatchNorm2d`.

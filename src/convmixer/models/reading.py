@@ -30,7 +30,7 @@ MAX_PICKLE_STEPS = 2_000_000
 SPARE_BYTES = 256 * 2**20  # tensors may share memory in the file (tied weights), and buffers need not be in it
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-# PyTorch allows more, also objects that allocate as much memory as the file asks for
+# PyTorch allows more types, even ones that allocate as much memory as the file asks for
 _GLOBALS = (
     r"collections\.(OrderedDict|Counter)|argparse\.Namespace|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
     r"|torch\.(\w+Storage|storage\.\w+Storage|Size|device|serialization\._get_layout)"
@@ -42,8 +42,8 @@ _GLOBALS = (
 def read_file(path: Path) -> Any:
     """Return the contents of a .safetensors file, or of a pickle written by torch, without running any code in it.
 
-    Only tensors, plain types and `argparse.Namespace` are allowed. timm's training checkpoints, and so the authors',
-    contain a Namespace, which has only attributes.
+    Only tensors, plain types and `argparse.Namespace` are allowed. A Namespace holds only attributes. timm's training
+    checkpoints contain one, and so do the authors', which were made with timm.
 
     Raises:
         RequestError: The file is missing, truncated or not a checkpoint, contains other objects, or needs more memory
@@ -54,7 +54,7 @@ def read_file(path: Path) -> Any:
     try:
         _check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what torch finds odd in damaged bytes
+            warnings.simplefilter("ignore")  # torch's warnings about damaged bytes
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RequestError, MemoryError):
         raise
@@ -97,7 +97,7 @@ def read_state(path: Path) -> State:
     """Return the tensors of a file that holds a state dict and nothing else.
 
     Raises:
-        RequestError: It cannot be read or holds something else, see `read_file` and `check_tensors`.
+        RequestError: The file cannot be read or holds something else, see `read_file` and `check_tensors`.
     """
     content = read_file(path)
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -124,7 +124,7 @@ def parse_json(text: str, path: Path) -> Any:
     """Return the value of a JSON text from a file.
 
     Raises:
-        RequestError: It is not JSON, or nested too deep.
+        RequestError: The text is not JSON, or nested too deep.
     """
     try:
         return json.loads(text)
@@ -146,7 +146,8 @@ def check_tensors(state: Mapping[str, Any], path: Path) -> State:
     """Return plain tensors, after checking that they are dense and fit into the memory that the file's size allows.
 
     Raises:
-        RequestError: A tensor is sparse, quantised or without data, or they need more memory than the file has bytes.
+        RequestError: A tensor is sparse, quantised or has no data, or the tensors need more memory than the file has
+            bytes.
     """
     check_count(len(state), path)
     plain = {key: torch.Tensor.detach(value) for key, value in state.items()}  # without attributes from the file
@@ -280,5 +281,5 @@ def _check_global(name: str, path: Path) -> None:
     if not re.fullmatch(_GLOBALS, name):
         raise RequestError(
             f"{path} holds the Python object {shown(name)}, which could run code, so it is not read: "
-            "save only its state_dict, best as .safetensors"
+            "save only its state_dict, preferably as .safetensors"
         )

@@ -45,7 +45,7 @@ def convert(
         "weights" (the folder), "found" (a description of the source), "changes" (one line each), "parameters".
 
     Raises:
-        RequestError: The source cannot be loaded or changed this way, or `out` is a run.
+        RequestError: The source cannot be loaded or changed in this way, or `out` is a run.
     """
     if is_run(out):
         raise RequestError(f"{out} is a run, which has its own weights: choose another --out")
@@ -190,7 +190,7 @@ def _names(old: Sequence[str], num_classes: int | None, classes: Sequence[str] |
 
 def _preprocessing(old: Preprocessing, in_chans: int, img_size: int | None) -> Preprocessing:
     mean, std = old.mean, old.std
-    if in_chans != old.in_chans:  # one channel: the colours' mean; three: the grey value three times
+    if in_chans != old.in_chans:  # to one channel: the mean of the colours; to three: the grey value repeated
         mean = (sum(mean) / len(mean),) * in_chans
         std = (sum(std) / len(std),) * in_chans
     side = old.img_size if img_size is None else img_size

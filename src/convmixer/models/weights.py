@@ -1,4 +1,5 @@
-"""Saves weights in our format, and loads weights: ours, checkpoints of other programs, shipped ones, and the hub's.
+"""Saves weights in our format. Loads our weights, checkpoints of other programs, shipped weights, and those of the
+hub.
 
 Our format is timm's hub layout: a folder with tensors and a config. The config's key "convmixer" holds what timm does
 not need: the model's full arguments, the recipe, the data. The same JSON is stored inside the .safetensors file, so
@@ -59,8 +60,8 @@ class LoadedModel:
         model: The model in eval mode, on the CPU, fp32.
         classes: Class names in the order of the outputs.
         preprocessing: How an image becomes the model's input.
-        metadata: The metadata saved with the model: "name" and "model_args"; if `save_model` wrote it, also
-            "version" and what it was given.
+        metadata: The metadata saved with the model: "name" and "model_args"; if `save_model` wrote the file, also
+            "version" and its further arguments.
         source: The folder or file that the weights came from.
         found: A text that says what the file contains.
     """
@@ -308,7 +309,7 @@ def _class_names_of(names: Any, num_classes: int) -> tuple[str, ...]:
     if names is None or (not names and isinstance(names, list)):
         return class_names(num_classes)
     if isinstance(names, dict) and names.keys() == {str(i) for i in range(len(names))}:
-        names = [names[str(i)] for i in range(len(names))]  # as timm and transformers may write it
+        names = [names[str(i)] for i in range(len(names))]  # timm and transformers may write it as a dict
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RequestError("label_names must be a list of names")
     if num_classes and len(names) != num_classes:

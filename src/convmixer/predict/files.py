@@ -63,7 +63,7 @@ def predict_files(
         topk: Classes per image, at least 1.
         batch_size: Images at once, at least 1.
         precision: See `load_classifier`.
-        out: A .csv or .jsonl file for the predictions, or None.
+        out: A .csv or .jsonl file for the predictions; None: no file.
         expected: See `load_classifier`.
         draw: A folder for pictures with their labels drawn in, or, for one video, a video file; or None.
         network: Whether URLs among `images` may be fetched.
@@ -72,7 +72,7 @@ def predict_files(
 
     Returns:
         "predictions": a list of {"file", "classes", "probabilities"}, for a video also "second"; for a file that
-        cannot be read {"file", "error"}. "drawn": the pictures and videos that were written. "tta": as the argument.
+        cannot be read {"file", "error"}. "drawn": the pictures and videos that were written. "tta": the argument.
 
     Raises:
         RequestError: An argument is wrong, or there is nothing to classify.

@@ -49,8 +49,8 @@ class Video:
 def sources_of(arguments: Sequence[str | Path], network: bool = False) -> tuple[list[Still | Video], Unused]:
     """Return the images and videos to classify, in the order of the arguments, and the files that were skipped.
 
-    If a file or folder of the name exists, the name means that, even if it looks like something else. Otherwise it
-    may be a pattern such as `photos/*.jpg` (`**` matches any folders), `camera:0`, or a URL.
+    If a file or folder with the argument's name exists, it is used, even if the name looks like something else.
+    Otherwise the argument may be a pattern such as `photos/*.jpg` (`**` matches any folders), `camera:0`, or a URL.
 
     Args:
         arguments: What the user named.

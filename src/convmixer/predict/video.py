@@ -1,7 +1,7 @@
 """Frames of videos and cameras, and videos with labels, through PyAV (the extra `video`).
 
 Videos are untrusted. Only the containers listed here are opened, because a playlist could lead to other files or to
-the network, and the size and number of frames are limited. FFmpeg decodes videos in this process.
+the network. The size and the number of frames are limited. FFmpeg decodes videos in this process.
 """
 
 import sys
@@ -52,7 +52,7 @@ def frames(video: Video, most_seconds: float | None = None) -> Iterator[Frame]:
 
     Args:
         video: The video or camera.
-        most_seconds: Seconds of the video after which to stop; None: read it to its end.
+        most_seconds: Stop after this many seconds of the video; None: read it to its end.
 
     Raises:
         RequestError: PyAV is missing, or there is no such camera.

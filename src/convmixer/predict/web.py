@@ -1,8 +1,8 @@
 """Fetches one image from a URL that the user typed, within limits of time and size, and from no unintended address.
 
 Redirects are followed only to http or https, and never from https to http. Some addresses are not public: this
-machine, the local network, a cloud's metadata. They are used only if the URL that the user typed names them, as
-localhost or as an IP address, so a host name or a redirect of others cannot lead there. The connection goes to
+machine, the local network, a cloud's metadata. They are used only if the user's own URL contains localhost or the IP
+address itself, so neither a host name nor a redirect can lead there. The connection goes to
 exactly the address that was checked. Proxies and cookies are not used. Standard library only.
 """
 
@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from convmixer.errors import shown
 
 MOST_BYTES = 64 << 20
-SECONDS = 30.0  # for the whole fetch
+SECONDS = 30.0  # limit for the whole fetch
 REDIRECTS = 4
 CHUNK = 1 << 16
 AGENT = "convmixer-predict"

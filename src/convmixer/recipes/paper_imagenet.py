@@ -7,7 +7,8 @@ Expected: 81.37% top-1 of the ImageNet validation set is what the authors' READM
 folder per class. `--grad-accum` saves memory at the same batch of 640. ConvMixer-768/32 took 300 epochs: recipe
 paper-imagenet-300. Other sizes: `--model convmixer_1024_20`.
 
-What that command leaves out has the defaults of the timm fork it ran in: weight decay 2e-5 with none on biases and
+Settings that the command leaves out have the defaults of the timm fork it ran in: weight decay 2e-5 with none on
+    biases and
 1-D parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42.
 """
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFont
 
-SIDE = 72  # of a small image, pixels
+SIDE = 72  # side of a small image, pixels
 GAP = 6
-SIZE = 9.5  # of the letters, points at 100 dots per inch
+SIZE = 9.5  # size of the letters, points at 100 dots per inch
 LETTERS = 30  # most characters of a name; the middle of longer ones is left out
 
 

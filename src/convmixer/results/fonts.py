@@ -13,7 +13,7 @@ from matplotlib import font_manager, ft2font
 from convmixer.text import shortened
 
 OWN = "DejaVu Sans"  # ships with matplotlib
-MOST_FILES = 2000  # font files to search: some machines have tens of thousands
+MOST_FILES = 2000  # most font files to search: some machines have tens of thousands
 _said: set[str] = set()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, and none is opened
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +49,7 @@ NUMBERED, NAMED, PAIRS = (
     15,
     60,
     20,
-)  # most classes with numbers in the cells, with all names; pairs listed at the side
+)  # most classes with numbers in the cells; most with all names; pairs listed at the side
 CHOSEN = 40  # classes shown if there are more than NAMED
 
 
@@ -110,7 +110,7 @@ def learning_rates(
         low, first = float(smoothed.min()), float(smoothed[0])
         span = max(first - low, 0.1 * abs(first))
         axes.set(title="Loss by learning rate", xlabel="learning rate", ylabel="training loss")
-        axes.set_ylim(low - 0.2 * span, first + 0.6 * span)  # not the heights to which it diverges
+        axes.set_ylim(low - 0.2 * span, first + 0.6 * span)  # leaves out the part where the loss diverges
         axes.legend(loc="lower left")
         save(figure, path)
 
@@ -314,7 +314,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
         classes: Names.
         path: The PNG to write.
     """
-    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of each true class
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # percent of each true class
     pairs = confused_pairs(counts)
     shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
     if len(shown) > NUMBERED:

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, and none is opened
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +25,7 @@ from convmixer.results.fonts import drawing
 from convmixer.results.plots import depthwise_kernels, patch_filters
 from convmixer.results.study import StudyResults
 
-INK, GRID = "#0a0b0c", "#d0d1d2"  # stand for the page's own colours, see `_themed`
+INK, GRID = "#0a0b0c", "#d0d1d2"  # replaced by the page's own colours, see `_themed`
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 MARKERS, LINES = "osD^vPX*<>", ("-", "--", "-.", ":")
 _STYLE: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""Batches concurrent requests with a queue and one worker, which never waits for a batch to fill."""
+"""Batches concurrent requests with a queue and one worker. The worker never waits for a batch to fill."""
 
 import asyncio
 from collections.abc import Callable

@@ -38,8 +38,8 @@ def reason(code: str, message: str) -> dict[str, Any]:
 
 
 async def drain(request: Request) -> None:
-    """Read and drop the rest of a body for a moment; if the connection closed at once, the client might lose the
-    answer.
+    """Read and drop the rest of a body for a moment, because the client might lose the answer if the connection
+    closed at once.
     """
     with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
         async with asyncio.timeout(DRAIN_SECONDS):

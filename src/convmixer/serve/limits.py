@@ -13,7 +13,7 @@ class Limits:
         body_bytes: Size of a body in bytes.
         pixels: Pixels of one image, width times height, as its header says.
         images: Images in one request.
-        queue: Images that wait to be computed, and also requests that are read or decoded at once.
+        queue: Images that may wait to be computed; also the number of requests that are read or decoded at once.
         batch: Images computed at once.
         send_seconds: Time for a request's head to arrive, and the same again for its body.
         answer_seconds: Time from the end of a request to its answer.

@@ -95,7 +95,7 @@ def serve(
     samples: str | None = None,
     expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Serve weights until SIGTERM or SIGINT; requests that were accepted are then finished.
+    """Serve weights until SIGTERM or SIGINT, then finish the requests that were accepted.
 
     Args:
         weights: See `load_classifier`.

@@ -66,8 +66,8 @@ class Service:
         Args:
             request: Its body is one image, or a form with images. A form may also have the fields topk and explain,
                 which are used if the arguments of the same name are None.
-            topk: Classes per image. If neither this nor the form says, 5.
-            explain: Whether to add the evidence. If neither this nor the form says, no.
+            topk: Classes per image. None: the form's field, else 5.
+            explain: Whether to add the evidence. None: the form's field, else no.
 
         Raises:
             Refusal: The request is not served; the refusal says why.

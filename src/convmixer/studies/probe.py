@@ -1,6 +1,6 @@
 """Measures what an arm costs on this machine, with a few real steps.
 
-They run in a fresh process, so that the memory is only that of the arm.
+The steps run in a fresh process, so that only the arm's memory is counted.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The queue of a study's runs, from which workers on one or several machines take runs. Optuna manages it.
+"""The queue of a study's runs. Workers on one or several machines take runs from it. Optuna manages it.
 
 Every run is enqueued before the first one starts; Optuna's samplers are not used. Each worker sends heartbeats. If
 they stop, Optuna enqueues the worker's run again, and another worker continues it.
@@ -46,7 +46,7 @@ class Queue:
         self._beat(self._attributes().get("heartbeat_seconds", heartbeat_seconds))
 
     def _beat(self, seconds: int) -> None:
-        # other workers judge by their own grace period whether this one is alive, so all must have the same
+        # other workers apply their own grace period to this worker, so all must have the same one
         self.heartbeat_seconds = self._storage.heartbeat_interval = seconds
         self._storage.grace_period = GRACE_BEATS * seconds
 
@@ -138,7 +138,7 @@ class Queue:
         def objective(trial: optuna.Trial) -> float:
             taking.close()
             run = _run_of(self._storage.get_trial(trial._trial_id))
-            if run is None:  # another worker has just taken the last one
+            if run is None:  # another worker has just taken the last run
                 raise optuna.TrialPruned
             ids.append(trial._trial_id)
             taken.append(trial.suggest_categorical("run", self._study().user_attrs["runs"]))

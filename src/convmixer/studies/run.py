@@ -103,7 +103,7 @@ def compare(
 def _check_local(data: str) -> None:
     """Check that the data that a study file names are on this machine.
 
-    A study file may be from a stranger, so it must not make the command use the network.
+    A stranger may have written the study file, so it must not make the command use the network.
     """
     argument = read_argument(data)
     if argument.url or argument.repository:

@@ -39,7 +39,7 @@ class Runner:
     ) -> None:
         self.reuse = reuse
         self.chosen: dict[str, dict[str, Any]] = {}  # arm -> settings chosen by its trials
-        self.failures: dict[str, str] = {}  # of trials
+        self.failures: dict[str, str] = {}  # errors of trials
         self.study, self.spec, self.queue, self.out, self.deadline = study, spec, queue, out, deadline
         self.folder = StudyFolder(out)
         self.machine = _machine(records.environment())
@@ -146,8 +146,8 @@ class Runner:
         arm, seed = self.of_run[run]
         own, theirs = self.plan, read_plan(self.reuse)
         if theirs.get("tune"):
-            return None  # its arms have different, tuned settings
-        recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older ones lack newer settings
+            return None  # the other study's arms have different, tuned settings
+        recipes = [override(Config(), plan["recipe"]) for plan in (theirs, own)]  # older plans lack newer settings
         if recipes[0] != recipes[1] or theirs["data"]["checksum"] != own["data"]["checksum"]:
             return None
         finished = {record.name: record for record in records.read(StudyFolder(self.reuse).records)}

@@ -20,7 +20,7 @@ from convmixer.studies.tune import Tune, parse_tune
 
 RELATIONS = ("better", "at-least", "same")
 MATCH_BY = ("parameters", "macs", "seconds")
-# larger is better; a claim may be about any of them
+# measures that a claim may be about; for each, larger is better
 MEASURES = ("test_top1", STRUCTURE, *SPEEDS)
 # settings of `train` that a study's recipe must not hold, and what to do instead
 ELSEWHERE = {
@@ -168,7 +168,7 @@ def _read(path: Path) -> Any:
 def _extended(raw: Any) -> Any:
     """Return a study, completed with the keys of the shipped study that its key `extends` names.
 
-    Keys in the file replace the same keys of the shipped study; under `recipe`, single settings are replaced.
+    Keys in the file replace the same keys of the shipped study. Settings under `recipe` are replaced one by one.
     """
     if not isinstance(raw, dict) or "extends" not in raw:
         return raw

@@ -26,7 +26,7 @@ class Trials(Runner):
     def config(self, run: str) -> Config:
         """Return the settings of a trial.
 
-        It is scored on images held out of train, and does not read the test set.
+        The trial is scored on images held out of train, and does not read the test set.
         """
         arm, trial = self.of_run[run]
         own = {"test": False, "draw": False, "val_fraction": self.tune["val_fraction"]}

@@ -34,10 +34,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the newest intact state, or None if none was ever written. A damaged checkpoint is named in a line.
+    """Return the newest intact state, or None if no checkpoint was ever written. Print a line for a damaged
+    checkpoint.
 
     Raises:
-        RequestError: There are checkpoints but none is intact.
+        RequestError: There are checkpoints, but none of them is intact.
     """
     broken = []
     for path in (folder / LATEST, folder / PREVIOUS):
@@ -79,7 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
 class _Hashing:
     """A writable file that hashes what is written. If the disk is full, `check` raises the error.
 
-    Raised earlier, the error would be replaced by torch's own, "unexpected pos".
+    If `write` raised the error, torch would replace it by its own error, "unexpected pos".
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -1,7 +1,6 @@
 """What several processes need beyond Lightning's DDP: one process group, equal weights, BatchNorm over all images.
 
-`torchrun` starts the processes. If there is a single process, the functions here communicate with nobody and change
-nothing.
+`torchrun` starts the processes. With a single process, the functions here neither communicate nor change anything.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from convmixer.train.meeting import Meeting, under_torchrun
 T = TypeVar("T")
 _OF_A_CONNECTION = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refused)|[Tt]imed? ?out")
 _SOURCE = re.compile(r"^\[\S+:\d+\] ")  # the line of torch's source that an error begins with
-_meeting: Meeting | None = None  # of the open process group
+_meeting: Meeting | None = None  # the processes of the open process group
 
 
 def world_size() -> int:
@@ -143,7 +142,7 @@ def from_first(value: T) -> T:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Do something in the first process and return its value in all; if it raises RequestError, all raise it."""
+    """Call a function in the first process and return its value in all; if it raises RequestError, all raise it."""
     value: Any = None
     if rank() == 0:
         try:
@@ -181,8 +180,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the images of all processes, on any device; torch's SyncBatchNorm refuses the CPU.
 
     (B, C, H, W) -> (B, C, H, W). The values are summed over processes to get the mean, and then the squares of the
-    centred values to get the variance. One sum of values and squares would be faster, but would lose digits by
-    cancellation.
+    centred values to get the variance. Summing values and squares at once would be faster, but would lose digits
+    by cancellation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

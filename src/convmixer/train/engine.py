@@ -29,7 +29,7 @@ OnStep = Callable[[], bool]  # called after each step; True ends the run
 class _AfterStep(pl.Callback):
     """Calls a function after each step, and keeps our handler of SIGTERM.
 
-    Lightning would replace our handler by one that exits with status 0 and broadcasts from inside the handler.
+    Lightning would install its own handler, which exits with status 0 and communicates from inside the handler.
     """
 
     def __init__(self, on_step: OnStep) -> None:
@@ -106,7 +106,7 @@ def fit(
         module.train()
         trainer.fit(module, _Stream(loader, module.place))
     module.forget_graph()
-    module.model.to(module.place)  # Lightning moves it off the GPU when it ends
+    module.model.to(module.place)  # when Lightning ends, it moves the model off the GPU
 
 
 def measure_speed(

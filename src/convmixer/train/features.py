@@ -1,6 +1,5 @@
-"""The frozen layers' features of the images: computed once and kept, so that a classifier trains in seconds.
-
-The name of a file of features covers everything that they depend on: images, frozen weights, preprocessing and
+"""Computes the frozen layers' features of the images once and keeps them, so that a classifier trains in seconds. The
+name of a file of features is a digest of everything that they depend on: images, frozen weights, preprocessing and
 augmentation.
 """
 
@@ -258,7 +257,7 @@ def _loader(job: Job, images: ImageSet, view: int | None) -> Loader:
 
 @torch.no_grad()
 def _same(job: Job, found: tuple[str, nn.Module], images: torch.Tensor) -> int:
-    """Return the number of features per image, or 0 if applying the classifier to them does not give the model's
+    """Return the number of features per image, or 0 if the classifier, applied to them, does not give the model's
     output.
     """
     whole = PlainInference(job.model, "fp32")(images)

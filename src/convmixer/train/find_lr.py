@@ -1,6 +1,7 @@
 """Finds a learning rate: takes steps with rates that grow from tiny to huge, and draws the loss against the rate.
 
-The model is trained from its starting weights with the run's settings, except for the rate, and is not kept.
+The model starts from the run's starting weights and is trained with the run's settings, except for the rate. The
+trained model is not kept.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ def _ramp(job: Job, console: Console) -> tuple[np.ndarray, np.ndarray]:
     plan = Plan(job.config.freeze, 0, 1.0, STEPS, job.config.lr)
     stage = Stage(job, plan, features.compute(job) if on_features else None)
     module, rates = stage.module, np.geomspace(LOWEST, HIGHEST, STEPS)
-    factor = module.config.lr / job.config.lr  # 1, except for a classifier that AdamW trains instead of Muon
+    factor = module.config.lr / job.config.lr  # not 1 only if AdamW trains a classifier instead of Muon
     ramp = [
         dataclasses.replace(module.config, lr=float(rate) * factor, schedule="constant", patience=0) for rate in rates
     ]
@@ -118,7 +119,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float | None:
-    """Return the rate, to two digits, before the loss's minimum at which the loss falls most steeply over log(rate).
+    """Return, to two digits, the rate at which the loss falls most steeply over log(rate) before its minimum.
 
     Args:
         rates: Learning rates in increasing order, (N,).

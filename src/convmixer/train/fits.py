@@ -8,7 +8,7 @@ from convmixer.probe import macs
 from convmixer.train.setup import Job, automatic_model
 from convmixer.train.start import weights_at_hand
 
-FEWEST_EPOCHS = 5.0  # in fewer, little is learned
+FEWEST_EPOCHS = 5.0  # fewer epochs teach little
 SMALLER = ((256, 8), (256, 4), (128, 8), (128, 4), (64, 8), (64, 4), (32, 4))  # width and depth
 
 

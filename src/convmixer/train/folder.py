@@ -114,7 +114,7 @@ class RunFiles(RunFolder):
             raise RequestError(f"{self.path} {otherwise}: cannot read {path.name} ({error.strerror})") from error
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write all metrics again, one row per epoch. The file is small, and this way no row is in it twice."""
+        """Write all metrics again, one row per epoch. Rewriting the small file ensures that no row is in it twice."""
         write_atomic(self.metrics, _table(COLUMNS, rows))
 
     def write_steps(self, rows: Sequence[Mapping[str, Any]]) -> None:

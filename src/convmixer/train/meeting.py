@@ -1,8 +1,7 @@
-"""How the processes of a run find each other, and how each notices that another one is gone.
-
-The processes communicate through torchrun's store. If torchrun restarts them, that is a new attempt, but the store
-still holds what the processes of earlier attempts wrote. So the first process gives each attempt a unique name, and
-training starts with exactly the processes that confirmed this name.
+"""Lets the processes of a run find each other, and notice if another one is gone. The processes communicate through
+torchrun's store. If torchrun restarts them, a new attempt begins, but the store still holds what earlier attempts
+wrote. Therefore the first process gives each attempt a unique name, and training starts with exactly the processes
+that confirmed this name.
 """
 
 import contextlib

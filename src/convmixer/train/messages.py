@@ -68,7 +68,7 @@ def epoch_line(row: Mapping[str, Any], length: str, better: bool) -> str:
 
     Args:
         row: The epoch's row of metrics.
-        length: How far the run is, to print after the number of the epoch.
+        length: How far the run is; printed after the number of the epoch.
         better: Whether the epoch is the best so far.
     """
     text = f"epoch {row['epoch']:g}{length}  lr {row['lr']:.2g}  train loss {row['train_loss']:.4f}"

@@ -41,7 +41,7 @@ class TrainingModule(pl.LightningModule):
         config: Settings; `precision` resolved to fp32, tf32, bf16 or fp16.
         num_classes: Classes of the data.
         steps_per_epoch: Optimizer steps per epoch.
-        epochs: Length that the schedule is fitted to, in epochs; may be a fraction.
+        epochs: Length of the schedule in epochs; may be a fraction.
         first_step: Number of steps of the run before this module's first step.
         progress: Step number -> how far the schedule is at the end of the step, 0 to 1. None: in proportion to the
             number of the step.

@@ -77,7 +77,7 @@ def check_optimizer(config: Config) -> None:
     """
     from timm.optim import get_optimizer_info, list_optimizers
 
-    # these need another package, which timm only wraps, and a GPU
+    # timm only wraps these: they need another package and a GPU
     names = [str(name) for name in list_optimizers(exclude_filters=["bnb*", "fused*"])]
     if config.optimizer not in names:
         raise unknown("optimizer", config.optimizer, names)
@@ -88,8 +88,8 @@ def check_optimizer(config: Config) -> None:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return the optimizer over `parameter_groups`; its learning rate is set before every step.
 
-    AdamW is torch's fused one, which updates all parameters in one pass. fp16 needs the plain one, because gradients
-    are unscaled and clipped before it runs. All other optimizers are timm's.
+    AdamW is torch's fused version, which updates all parameters in one pass. fp16 needs the plain version, because
+    gradients are unscaled and clipped before it runs. All other optimizers are timm's.
 
     Raises:
         RequestError: The optimizer is not known.

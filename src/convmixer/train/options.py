@@ -23,7 +23,7 @@ from convmixer.train.fits import FEWEST_EPOCHS, smaller_model, smaller_size
 from convmixer.train.freeze import ALL
 from convmixer.train.setup import Job, prepare
 
-SURE = 0.9  # share of the time to plan for: a speed that was measured in seconds drifts over hours
+SURE = 0.9  # share of the time that options may take, because a speed measured in seconds drifts over hours
 MOST = 3
 
 
@@ -80,7 +80,7 @@ def _wanted(config: Config, job: Job, seconds_total: float, budget: float) -> li
     share = min(0.5, SURE * budget / max(seconds_total, 1e-9))
     found: list[tuple[str, dict[str, Any]]] = []
     for what, smaller in (("a smaller model", smaller_model), ("smaller images", smaller_size)):
-        # if none is cheap enough for all epochs, take a smaller one for fewer epochs
+        # if no model is cheap enough for all epochs, take a smaller one for fewer epochs
         flag = next(itertools.chain(smaller(job, share), smaller(job, 0.5)), None)
         if flag:
             name, value = flag.removeprefix("--").split(" ")

@@ -1,7 +1,7 @@
 """Estimates what a run would cost. Parameters and MACs are counted, memory and time are measured with a few steps.
 
-Memory on the CPU is measured in a fresh process that takes three steps: its peak resident size minus its size before
-the first step, when libraries, data and model are loaded. On a GPU it is the peak that CUDA reports.
+Memory on the CPU is measured in a fresh process that takes three steps. It is the peak resident size minus the size
+before the first step, when libraries, data and model are already loaded. On a GPU it is the peak that CUDA reports.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def plan(data: str, config: Config) -> dict[str, Any]:
     job = prepare(data, config)
     cost = _measure(job)
     per_epoch, budget = cost["seconds_per_epoch"], config.max_time or EVENING
-    epochs = config.epochs or int(parse_seconds(str(config.max_time)) / per_epoch)  # as many as fit
+    epochs = config.epochs or int(parse_seconds(str(config.max_time)) / per_epoch)  # as many epochs as fit
     once = cost["seconds_of_features"] + cost["seconds_at_end"] + config.unfreeze_epochs * cost["seconds_unfrozen"]
     memory, others = options.measure(data, config, job, per_epoch * epochs + once, parse_seconds(budget))
     first = options.fewer_epochs(per_epoch, once, epochs, parse_seconds(budget), budget)

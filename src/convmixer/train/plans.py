@@ -6,7 +6,7 @@ from typing import Any
 
 from convmixer.config import Config
 
-FROZEN_SHARE = 0.5  # of a time budget, for the stage with frozen layers if another one follows
+FROZEN_SHARE = 0.5  # share of a time budget for the stage with frozen layers, if another stage follows
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def train(
     started: float | None = None,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Train a model and return the result; everything about it is in the run folder.
+    """Train a model and return the result; the run folder holds everything about it.
 
     Args:
         data: The data argument.
@@ -69,7 +69,7 @@ def train(
             return _continue(RunFiles(out), data, None, on_epoch, callbacks, started)
         on_first(lambda: check_loggers(config.logger))
         if out is not None:
-            on_first(lambda: check_empty(out))  # before the data are read; again below, under the lock
+            on_first(lambda: check_empty(out))  # before the data are read; checked again below, under the lock
         job = everywhere(lambda: prepare(data, config, build))
         _check_equal(job)
         seconds = on_first(lambda: _budget(config, started))

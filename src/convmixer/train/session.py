@@ -43,7 +43,7 @@ from convmixer.train.stages import Stage
 from convmixer.train.steps import StepRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
-WEIGHTS_SECONDS = 10.0  # least time between two saves of all weights while a classifier is trained on features
+WEIGHTS_SECONDS = 10.0  # least time between two saves of all weights while only the classifier is trained
 FINISH_SECONDS = 0.7  # time for the files that a run writes at its end, without pictures
 DRAWN_AT_END = 3.0  # time for the pictures at the end, as a multiple of the time for those at the start
 MOST_DRAWN_SHARE = 0.15  # of a time budget: if the pictures may take more, they are not drawn to measure the time
@@ -51,7 +51,7 @@ KNOWN_AFTER = 10  # steps after which the speed is known well enough to say how 
 ENDLESS = 10**9  # steps of a stage without a fixed number: only the time ends it
 ASK_EVERY = 16  # with several processes, steps between checks whether all should save and stop
 SLOW_LOADING = 0.3  # share of an epoch spent waiting for images
-SIGNAL_SECONDS = 2.0  # a worker may get a signal before this process: how long to wait for ours after one was killed
+SIGNAL_SECONDS = 2.0  # how long to wait for our own signal after a worker was killed by one
 
 
 class Run:
@@ -85,8 +85,8 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.steps = StepRows(job.batch_size, job.device)
         self.best: dict[str, Any] = {}
-        self.seconds_before = 0.0  # of earlier sessions
-        self._validation_seconds = 0.0  # of the last evaluation of the whole model
+        self.seconds_before = 0.0  # seconds of earlier sessions
+        self._validation_seconds = 0.0  # seconds of the last evaluation of the whole model
         self.training_seconds, self.trained_images = 0.0, 0
         self.signals = StopSignals()
         seconds = self.schedule.get("seconds")  # runs of older versions have none
@@ -342,8 +342,8 @@ class Run:
             self._saved_at = time.monotonic()
 
     def _check_finite(self, loss: float) -> None:
-        """Raise if the loss or a weight is not finite. Weights are checked because the last step changed them after
-        the loss was computed.
+        """Raise if the loss or a weight is not finite. Weights are checked too, because the last step changed them
+        after its loss was computed.
         """
         if not math.isfinite(loss):
             what = f"the training loss is {loss} at step {self.module.steps_done}"

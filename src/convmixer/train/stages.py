@@ -1,5 +1,5 @@
-"""The stages of a run. With `freeze` the first stage trains without the frozen layers, and a second one may follow
-that trains all layers; without `freeze` there is one stage.
+"""The stages of a run. Without `freeze` there is one stage. With `freeze` the first stage does not train the frozen
+layers; a second stage may follow and train all layers.
 """
 
 import copy

@@ -6,7 +6,7 @@ from convmixer.config import Config
 from convmixer.models.registry import shipped
 from convmixer.run_folder import MODEL
 
-SMALL_SIDE = 64  # up to this, weights of CIFAR-10's 32 pixels fit better than ImageNet's of 224
+SMALL_SIDE = 64  # up to this size, weights for CIFAR-10's 32 pixels fit better than those for ImageNet's 224
 FROM_HUB = "convmixer_768_32"  # the authors' ImageNet weights
 
 

@@ -1,7 +1,7 @@
 """Hyperparameter search: trials train on the data and are scored only on the validation split.
 
-Optuna proposes the values, stops trials that are worse than others, and stores the search in a database. So a search
-can be stopped, continued and shared by several workers. The test split is never read.
+Optuna proposes the values, stops trials that are worse than others, and stores the search in a database. Therefore a
+search can be stopped, continued and shared by several workers. The test split is never read.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from convmixer.train.run import resume, train
 from convmixer.tuning.space import load_space
 
 RECIPE, TABLE = "recipe.yaml", "trials.csv"
-VAL_FRACTION = 0.1  # share of train that is held out if neither the recipe nor the data have a validation split
+VAL_FRACTION = 0.1  # share of train held out if neither the recipe nor the data give a validation split
 STARTUP_TRIALS = 5  # trials with random values, from which the sampler then learns
 
 
@@ -208,7 +208,7 @@ class Search:
         except optuna.TrialPruned:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             raise
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # the weights stay; the best trial may be trained again
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # only checkpoints are deleted, not the weights
         trial.set_user_attr("seconds", time.monotonic() - began)
         if result["val_top1"] is None:
             raise RequestError(f"{self.data} has no validation split to choose on")
@@ -248,7 +248,7 @@ class Search:
             self.out / "importance.png",
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of experimental interfaces and of few trials
+            warnings.simplefilter("ignore")  # warnings about experimental interfaces and too few trials
             save(_figure(draw.plot_optimization_history(self.study, target_name="val top-1 (%)")), history)
             if len(found) > 1 and len(self.space) > 1:
                 save(_figure(draw.plot_param_importances(self.study, target_name="val top-1")), importance)

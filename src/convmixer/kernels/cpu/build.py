@@ -24,18 +24,18 @@ from convmixer.processes import one_at_a_time
 
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
-MARCH = "CONVMIXER_KERNELS_MARCH"  # the processor to build for instead of this one, or one of the variants
+MARCH = "CONVMIXER_KERNELS_MARCH"  # another processor to build for, or one of the variants
 VARIANTS = {  # each runs on any processor, so the code for other processors can be tested or timed on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
-    "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 multiplied in pairs
-    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # and AVX-512's length
-    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers with as few rows at once as narrow ones
+    "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 values multiplied in pairs
+    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # also AVX-512's length
+    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # in inference, wide layers take as few rows at once as narrow ones
     "vectors": ["-DCONVMIXER_TILES=0"],  # inference without AMX
     "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],  # AMX's code in plain C++
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
 }
 BUILD_SECONDS = 300
-LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # and the one file it is built from; None: all other files
+LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # library -> its one source file; None: all others
 _ALONE = set(LIBRARIES.values())
 _OFF_VALUES = ("0", "off", "false", "no")
 
@@ -151,7 +151,7 @@ def _key(compiler: str, version: str) -> str:
 
 
 def _build(compiler: list[str], version: str, built: Path) -> None:
-    start, says = time.monotonic(), built.stem == "kernels"  # the other takes a second
+    start, says = time.monotonic(), built.stem == "kernels"  # the other library takes a second
     if says:
         print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:

@@ -1,8 +1,8 @@
 """Finds out in a few microseconds whether thousands of dicts, types and tensors have changed.
 
 CPython records changes of dicts. Up to 3.11 each dict has a version tag; from 3.12 on, a dict watcher calls a
-function at each change of a watched dict, and this function counts. Versions, counts and types of objects are words
-in memory. Compiled code compares these words, and the dtype, device and shape of tensors. `usable` first tests
+function at each change of a watched dict, and this function counts. Each version, count and type is one word in
+memory. Compiled code compares these words, and the dtype, device and shape of tensors. `usable` first tests
 whether this works in the running Python.
 """
 
@@ -30,7 +30,7 @@ class Unchanged:
     Args:
         dicts: A change is a key that is set, added or removed.
         objects: A change is another `__class__`.
-        tensors: A change is another dtype, device, layout, shape or other strides; other values are not a change.
+        tensors: A change is a different dtype, device, layout, shape or stride; different values are not a change.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Unchanged:
 
     def remember(self, state: Any) -> None:
         """Store a state, with which `holds` compares."""
-        self._compared = state, self._args_with(*state)  # in one step, so that no thread sees half of it
+        self._compared = state, self._args_with(*state)  # in one step, so that no thread sees one without the other
 
     def holds(self) -> bool:
         """Return whether nothing has changed. From Python 3.12 on, changes of any watched dict count."""

@@ -118,7 +118,7 @@ def backward(
         dv, h, x, bias_parts = rows.operands(grad, after, back, u, norm_u, before, norm_before, act)
         matrix_grad = product.weight_gradient(dv, h).view_as(block.matrix)
         matrix_bias = sums.total(bias_parts)[:, 0]
-        dh = h  # reuses its memory: the weight gradient is already computed
+        dh = h  # reuses the memory of h: the weight gradient is already computed
         parts = product.input_gradient(dv, block.matrix.flatten(1).to(v.dtype), u, dh, act)
         back, *norm_1 = norm(2 * i + 1, block.weight_1, parts)
         du = dv

@@ -1,8 +1,7 @@
 """The pointwise convolution as a multiplication of (rows, C) by (C, C), fused with the steps before and after it.
 
-16-bit multiplications use the tensor cores with fp32 sums. fp32 multiplications are done by cuBLAS, with torch's
-setting for TF32, and the steps before and after are separate kernels: without tensor cores, a fused kernel would not
-be faster.
+16-bit multiplications use the tensor cores with fp32 sums. fp32 products use cuBLAS, with torch's
+TF32 setting, and the steps before and after are separate kernels: without tensor cores, a fused kernel is not faster.
 """
 
 from typing import Any
@@ -48,9 +47,7 @@ def forward_norm(h: Tensor, weight: Tensor, bias: Tensor, norm_v: Tensor, act: i
 
 
 def input_gradient(dv: Tensor, weight: Tensor, u: Tensor, out: Tensor, act: int) -> Tensor:
-    """Write the gradient of h, dv weight, to `out`; return the parts of the sums of it and of it times act(u), (P, 2,
-    C).
-    """
+    """Write the gradient dh = dv weight to `out`; return the parts of the sums of dh and dh * act(u), (P, 2, C)."""
     if dv.dtype is torch.float32:
         torch.mm(_matrix(dv), weight, out=_matrix(out))
         return rows.products(out, u, act)

@@ -56,8 +56,8 @@ def operands(
     norm_before: Tensor,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tensors for the gradients of the pointwise convolution: the gradient of v, h, x, and the parts of
-    the sum of v's gradient, (P, 1, C).
+    """Return the tensors for the gradients of the pointwise convolution: v's gradient; h; x; and the parts of the
+    sum of v's gradient, (P, 1, C).
     """
     dv, h, x = (torch.empty_like(v) for _ in range(3))
     parts = _with_parts(_operands, 1, v, grad, v, back, u, norm_u, before, norm_before, dv, h, x, act)
@@ -74,7 +74,7 @@ def pool(v: Tensor, scale_shift: Tensor, act: int) -> Tensor:
 
 
 def pool_backward(grad: Tensor, v: Tensor, act: int) -> tuple[Tensor, Tensor]:
-    """Return the gradient of each pixel, and the parts of the sums of it and of it times act(v), (N, 2, C)."""
+    """Return each pixel's gradient, and the parts of the sums of the gradient and of gradient * act(v), (N, 2, C)."""
     N, H, W, C = v.shape
     dy, parts = torch.empty_like(v), torch.empty((N, 2, C), dtype=torch.float32, device=v.device)
     _pool_backward[_image_grid(v)](grad, v, dy, parts, H * W, C, **_common(act, v), **_image_tile(v))

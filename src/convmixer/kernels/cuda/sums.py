@@ -1,7 +1,7 @@
 """Sums over the batch without atomics: each program writes a part, and kernels here add the parts in a fixed order.
 
-So results are the same every time, bit for bit. A single launch adds the parts of a norm and computes the scale and
-shift for the next kernel. As separate PyTorch operations this would take a dozen launches.
+This makes results the same every time, bit for bit. A single launch adds the parts of a norm and computes the scale
+and shift for the next kernel. With separate PyTorch operations, this would take a dozen launches.
 """
 
 from typing import NamedTuple
