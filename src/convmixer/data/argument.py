@@ -28,7 +28,7 @@ class Argument:
     """What a data argument names.
 
     Args:
-        spec: The argument, with any path made absolute.
+        spec: The argument, made unambiguous: a path is absolute, a hub name begins with "hf-hub:".
         path: The file or folder; None for data that must be fetched or come with a package.
         repository: "owner/name" on the hub, or None.
         inside: The folder inside the repository.

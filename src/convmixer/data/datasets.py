@@ -67,7 +67,7 @@ class DataSplits:
         checksum: "sha256:..." of the contents, or "listing-sha256:..." of names and sizes.
         notes: What the user should know, e.g. how splits were made.
         bad_files: "name: reason" of images left out because their header cannot be read.
-        spec: The data argument, with any path made absolute.
+        spec: The data argument, made unambiguous, see `argument.Argument`.
         options: What the user said about columns, folders and groups.
         bits: How many bits the values of 16-bit images use.
         found: The images and labels before missing splits are made.

@@ -221,7 +221,8 @@ def _receive(file: RemoteFile, part: Path, stop: threading.Event) -> None:
     """Fetch the rest of a file whose beginning is in `part`.
 
     Raises:
-        Exception: Whatever stopped it."""
+        Exception: Whatever stopped it.
+    """
     with part.open("ab") as copy:
         if _size(part) > file.size:
             copy.truncate(0)

@@ -27,7 +27,7 @@ class Found:
         in_chans: Channels, if they are known without opening an image.
         notes: Notes for the user.
         unused: Files and other parts that are not used, by reason.
-        spec: The data argument, with any path made absolute.
+        spec: The data argument, made unambiguous, see `argument.Argument`.
         groups: Split -> name of each image's group; images of one group stay in one split. Empty: no groups.
         weights: Split -> float32 (N,), weight of each image in the loss; empty: all equal.
     """

@@ -2,8 +2,8 @@
 
 Redirects are followed only to http or https, and never from https to http. Some addresses are not public: this
 machine, the local network, a cloud's metadata. They are used only if the user's own URL contains localhost or the IP
-address itself, so neither a host name nor a redirect can lead there. The connection goes to
-exactly the address that was checked. Proxies and cookies are not used. Standard library only.
+address itself, so neither a host name nor a redirect can lead there. The connection goes to exactly the address that
+was checked. Proxies and cookies are not used. Standard library only.
 """
 
 import http.client

@@ -3,16 +3,15 @@
     convmixer train cifar10 --recipe authors-cifar10
 
 Expected: about 92.4% test top-1. With seed 0 we measured 92.36% (results/authors-cifar10-seed0), and 77.01% with
-`--epochs 3` (results/authors-cifar10-3-epochs-seed0). The authors' README logs 92.60% after 25 epochs
-(one run, 42.6 s per epoch on an NVIDIA 2080 Ti), and 70.7% after epoch 3 of those 25. Nothing is selected on the
-test set: all 50,000 images are trained on, the last epoch is taken, the test set is read once.
+`--epochs 3` (results/authors-cifar10-3-epochs-seed0). The authors' README logs 92.60% after 25 epochs (one run, 42.6
+s per epoch on an NVIDIA 2080 Ti), and 70.7% after epoch 3 of those 25. Nothing is selected on the test set: all
+50,000 images are trained on, the last epoch is taken, the test set is read once.
 
 Their command is `train.py --lr-max=0.05 --ra-n=2 --ra-m=12 --wd=0.005 --scale=1.0 --jitter=0 --reprob=0`. The rest of
 their script is kept too: torch's AdamW decays every parameter and has eps 1e-8, and gradients are not clipped,
-    because
-`--clip-norm` is not given. One thing differs here: their last batch of an epoch has 336 images, ours is always full.
-So 336 images are left out of each epoch, different ones each time. Mixed precision is bf16 instead of fp16, if the
-processor or our kernels compute it.
+because `--clip-norm` is not given. One thing differs here: their last batch of an epoch has 336 images, ours is
+always full. So 336 images are left out of each epoch, different ones each time. Mixed precision is bf16 instead of
+fp16, if the processor or our kernels compute it.
 """
 
 from convmixer.config import Config

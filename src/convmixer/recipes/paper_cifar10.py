@@ -3,14 +3,13 @@
     convmixer train cifar10 --recipe paper-cifar10
 
 Expected: 96.03% test top-1, which github.com/locuslab/convmixer issue #15 cites from the paper for this model. The
-    author of that issue got 95.89% with the command given there; this recipe follows that command. All 50,000 images
-    are trained
-on, the last epoch is taken, the test set is read once. Days on a CPU: see `convmixer plan cifar10 --recipe
+author of that issue got 95.89% with the command given there; this recipe follows that command. All 50,000 images are
+trained on, the last epoch is taken, the test set is read once. Days on a CPU: see `convmixer plan cifar10 --recipe
 paper-cifar10`.
 
 Settings that the command leaves out have the defaults of the timm fork it ran in: smoothing 0.1, flip 0.5, aspect
-    ratio 3/4
-to 4/3, random interpolation, no decay of biases and 1-D parameters. That fork's "onecycle" is the piecewise schedule.
+ratio 3/4 to 4/3, random interpolation, no decay of biases and 1-D parameters. That fork's "onecycle" is the piecewise
+schedule.
 """
 
 from convmixer.config import Config

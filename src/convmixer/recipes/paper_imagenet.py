@@ -8,8 +8,8 @@ folder per class. `--grad-accum` saves memory at the same batch of 640. ConvMixe
 paper-imagenet-300. Other sizes: `--model convmixer_1024_20`.
 
 Settings that the command leaves out have the defaults of the timm fork it ran in: weight decay 2e-5 with none on
-    biases and
-1-D parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed 42.
+biases and 1-D parameters, smoothing 0.1, crop scale 0.08 to 1, aspect ratio 3/4 to 4/3, random interpolation, seed
+42.
 """
 
 from convmixer.config import Config

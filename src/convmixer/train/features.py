@@ -1,6 +1,7 @@
-"""Computes the frozen layers' features of the images once and keeps them, so that a classifier trains in seconds. The
-name of a file of features is a digest of everything that they depend on: images, frozen weights, preprocessing and
-augmentation.
+"""Computes the frozen layers' features of the images once and keeps them, so that a classifier trains in seconds.
+
+The name of a file of features is a digest of everything that they depend on: images, frozen weights, preprocessing
+and augmentation.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
-"""Lets the processes of a run find each other, and notice if another one is gone. The processes communicate through
-torchrun's store. If torchrun restarts them, a new attempt begins, but the store still holds what earlier attempts
-wrote. Therefore the first process gives each attempt a unique name, and training starts with exactly the processes
-that confirmed this name.
+"""Lets the processes of a run find each other, and notice if another one is gone.
+
+The processes communicate through torchrun's store. If torchrun restarts them, a new attempt begins, but the store
+still holds what earlier attempts wrote. Therefore the first process gives each attempt a unique name, and training
+starts with exactly the processes that confirmed this name.
 """
 
 import contextlib

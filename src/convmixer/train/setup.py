@@ -52,7 +52,7 @@ class Job:
     """A run with every "auto" resolved.
 
     Args:
-        spec: The data argument, written so that it means the same in every folder.
+        spec: The data argument, made unambiguous, see `argument.Argument`.
         config: The settings.
         data: The splits.
         preprocessing: How images are prepared; training adds the random augmentations.

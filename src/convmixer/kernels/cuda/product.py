@@ -1,7 +1,7 @@
 """The pointwise convolution as a multiplication of (rows, C) by (C, C), fused with the steps before and after it.
 
-16-bit multiplications use the tensor cores with fp32 sums. fp32 products use cuBLAS, with torch's
-TF32 setting, and the steps before and after are separate kernels: without tensor cores, a fused kernel is not faster.
+16-bit multiplications use the tensor cores with fp32 sums. fp32 products use cuBLAS, with torch's TF32 setting, and
+the steps before and after are separate kernels: without tensor cores, a fused kernel is not faster.
 """
 
 from typing import Any
