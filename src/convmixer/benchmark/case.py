@@ -98,7 +98,7 @@ def case_of(
 
 
 def build(case: Case) -> ConvMixer:
-    """Return the network with weights from a fixed seed; its BatchNorm statistics are computed, so that activations
+    """Return the network with weights from a fixed seed. Its BatchNorm statistics are computed, so that activations
     have a normal size.
     """
     torch.manual_seed(0)

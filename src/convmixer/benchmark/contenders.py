@@ -1,6 +1,6 @@
 """The contenders: ours and the peers (other runtimes). Each has a function that prepares a case and returns its step.
 
-If the package of a peer is missing, this function raises `ImportError`, and the caller reports the peer as missing.
+If the package of a peer is missing, its function raises `ImportError`, and the caller reports the peer as missing.
 """
 
 from collections.abc import Callable
@@ -162,7 +162,7 @@ def _openvino(case: Case) -> Step:
     openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(_openvino_int8(case, core) if case.precision == "int8" else _onnx(case))
-    # its default is bf16 if the processor has it; with int8, that is fastest for the rest of the network
+    # OpenVINO's default is bf16 if the processor has it; with int8, bf16 is fastest for the rest of the network
     config = {
         "INFERENCE_PRECISION_HINT": "f32" if case.precision == "fp32" else "bf16",
         "INFERENCE_NUM_THREADS": case.threads,

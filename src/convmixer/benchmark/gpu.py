@@ -1,4 +1,4 @@
-"""Ours against PyTorch on a GPU: steps timed alternately by CUDA events, step memory, and the GPU's own bound."""
+"""Measures ours and PyTorch on a GPU: steps timed in turn by CUDA events, step memory, and the GPU's own bound."""
 
 import subprocess
 import time
@@ -82,7 +82,7 @@ def benchmark_gpu(
         raise RequestError(f"no such peers: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     wanted = [name for name in makers if name == "ours" or selected is None or name in selected]
     if not rounds:
-        wanted.reverse()  # what others compile at the same time is then there for ours
+        wanted.reverse()  # ours then finds what the others have compiled meanwhile
         return {"missing": _all_prepared({name: makers[name] for name in wanted}, device, compile_limit)[1]}
     with _free_choice(device):
         prepared, missing = _all_prepared({name: makers[name] for name in wanted}, device, compile_limit)
@@ -151,7 +151,7 @@ def _train_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, pr
 def _all_prepared(
     makers: dict[str, Callable[[torch.device], Step]], device: torch.device, compile_limit: int
 ) -> tuple[dict[str, "_Prepared"], dict[str, str]]:
-    """Return the contenders that are ready, and why the others are not: one that fails must not lose the figures."""
+    """Return the contenders that are ready, and why others are not. One that fails must not end the benchmark."""
     prepared, missing = {}, {}
     for name, make in makers.items():
         if name.startswith("compile-") and not compile_limit:
@@ -172,7 +172,7 @@ def _all_prepared(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A warmed-up step, its memory in bytes without what was held before it, and with; None if not counted."""
+    """A warmed-up step, and its memory in bytes: without and with what was held before it; None if not counted."""
 
     step: Step
     memory: int | None = None

@@ -57,7 +57,7 @@ def summary(case: Case, seconds: list[float]) -> dict[str, float]:
 
 
 def gemm_steps(case: Case) -> dict[str, Step]:
-    """Return steps that do only the matrix multiplications of all pointwise layers, one for each library that can.
+    """Return steps that do only the matrix multiplications of all pointwise layers, one step for each library.
 
     For inference this is the forward pass (rows x dim x dim); for training also the gradients of the input and of the
     weight. The fastest of the steps is the bound that benchmarks report.
@@ -106,7 +106,7 @@ def _conv(case: Case) -> Step:
 
 
 def _int_mm(case: Case) -> Step:
-    rows = max(case.rows, 17)  # the smallest number it accepts
+    rows = max(case.rows, 17)  # the smallest number of rows that it accepts
     x = torch.randint(-127, 127, (rows, case.dim), dtype=torch.int8)
     weights = [torch.randint(-127, 127, (case.dim, case.dim), dtype=torch.int8) for _ in range(case.depth)]
 

@@ -55,7 +55,7 @@ def benchmark(
     for contender in (c for c in contenders if c.name not in left_out):
         try:
             steps[contender.name] = _prepared(contender, case, compile_limit)
-        except Exception as error:  # a failing peer must not lose the figures of the others
+        except Exception as error:  # a failing peer must not end the benchmark
             missing[contender.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     times = measure.interleave(steps, rounds, sample_seconds)
     rates = {name: measure.summary(case, seconds) for name, seconds in times.items()}
@@ -113,7 +113,7 @@ def _result(case: Case, rates: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _memory(case: Case, contenders: list[Contender]) -> dict[str, Any]:
-    """Return the peak bytes of ours and of eager PyTorch in the same precision, and ours divided by PyTorch's."""
+    """Return the peak bytes of ours and of eager PyTorch in the same precision, and their ratio."""
     names = [c.name for c in contenders if c.name.startswith(f"eager-{case.precision}")]
     peak = {name: measure.peak_memory(case, name) for name in ("ours", *names)}
     stock = min((peak[name] for name in names), default=None)
