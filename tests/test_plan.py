@@ -17,7 +17,6 @@ def _plan(**settings: Any) -> dict[str, Any]:
     return plan("digits", Config(**{"workers": 0, "precision": "fp32", **settings}))
 
 
-@pytest.mark.usefixtures("measured_here")
 def test_counts_by_hand_and_measurements_that_make_sense(capsys: pytest.CaptureFixture[str]) -> None:
     small = _plan(model="convmixer_32_2_p1_k3", batch_size=64, epochs=3)
     # positions x (stem + depth x (depthwise + pointwise)) + classifier
