@@ -30,7 +30,7 @@ def test_the_ops_of_another_processor() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("march", ["pairs", "library", "wide-pairs", "x86-64-v3", "scalar"])
+@pytest.mark.parametrize("march", ["pairs", "library", "wide-pairs", "tiles", "x86-64-v3", "scalar"])
 def test_other_processors(march: str) -> None:
     _check_parity(*PARITY, CONVMIXER_KERNELS_MARCH=march)
 

@@ -30,9 +30,10 @@ VARIANTS = {  # each runs on any processor, so the code for other processors can
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 values multiplied in pairs
     "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # also AVX-512's length
     "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # in inference, wide layers take as few rows at once as narrow ones
-    "vectors": ["-DCONVMIXER_TILES=0"],  # inference without AMX
-    "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],  # AMX's code in plain C++
-    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on processors with matrix units
+    "vectors": ["-DCONVMIXER_TILES=0", "-DCONVMIXER_LIBRARY=1"],  # without AMX
+    # AMX's code in plain C++
+    "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],
+    "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on Arm with bf16
 }
 BUILD_SECONDS = 300
 LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # library -> its one source file; None: all others

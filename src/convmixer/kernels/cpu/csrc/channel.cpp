@@ -4,6 +4,15 @@
 
 namespace {
 
+// Calls f with the kind of words that a product of T reads.
+template <class T, class F> void with_operand(const F& f) {
+#if CONVMIXER_TILES && CONVMIXER_PAIRS
+  if constexpr (PAIRS<T>)
+    if (tiles::usable()) return f(TilePairs{});
+#endif
+  f(Operand<T>{});
+}
+
 void check_pointwise(const Tensor& weight, const Tensor& x) {
   check(weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == 2 &&
             weight.size(0) == x.size(3) && weight.size(1) == x.size(3),
@@ -26,9 +35,13 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
     if constexpr (LIBRARY_PRODUCTS<T>) {
       channel_forward_by_library(residual, weight, biases, v, rows, s.C, gathered);
     } else {
-      Tensor panels = pooled({whole_panels(s.C), words_of<Operand<T>>(s.C)}, ScalarType::Float);
-      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
-      channel_forward_all(residual, panels.const_data_ptr<float>(), biases, mutable_data<T>(v), rows, s.C, gathered);
+      with_operand<T>([&](auto k) {
+        using K = decltype(k);
+        Tensor panels = pooled({whole_panels(s.C), depth_of<K>(s.C)}, ScalarType::Float);
+        pack_panels<K>(data<T>(weight), s.C, s.C, 1, s.C, panels.mutable_data_ptr<float>());
+        channel_forward_all<K>(residual, panels.const_data_ptr<float>(), biases, mutable_data<T>(v), rows, s.C,
+                               gathered);
+      });
     }
   });
   return {v, sums.total()};
@@ -52,11 +65,14 @@ std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Te
       channel_backward_by_library(grad, v, norms_v, residual, weight, weight_grad, rows, s.C, sums, bias_sums);
     } else {
       const int64_t groups = std::min<int64_t>(SLOTS, torch::stable::get_num_threads()), columns = whole_panels(s.C);
-      Tensor panels = pooled({columns, words_of<Operand<T>>(s.C)}, ScalarType::Float);
-      Tensor partial = pooled({groups, s.C, columns}, ScalarType::Float);
-      pack_panels<Operand<T>>(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
-      channel_backward_all(mutable_data<T>(grad), data<T>(v), norms_v, residual, panels.const_data_ptr<float>(),
-                           partial.mutable_data_ptr<float>(), groups, rows, s.C, sums, bias_sums);
+      Tensor partial = pooled({groups, columns, columns}, ScalarType::Float);
+      with_operand<T>([&](auto k) {
+        using K = decltype(k);
+        Tensor panels = pooled({columns, depth_of<K>(s.C)}, ScalarType::Float);
+        pack_panels<K>(data<T>(weight), s.C, s.C, s.C, 1, panels.mutable_data_ptr<float>());
+        channel_backward_all<K>(mutable_data<T>(grad), data<T>(v), norms_v, residual, panels.const_data_ptr<float>(),
+                                partial.mutable_data_ptr<float>(), groups, rows, s.C, sums, bias_sums);
+      });
       add_weight_groups(partial.const_data_ptr<float>(), groups, s.C, columns,
                         weight_grad.mutable_data_ptr<float>());
     }

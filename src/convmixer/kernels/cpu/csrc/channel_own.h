@@ -2,21 +2,23 @@
 #pragma once
 #include "channels.h"
 #include "pointwise.h"
+#include "pointwise_tiles.h"
 
 namespace {
 
 // The first row of a slot. Slots hold whole tiles, because a single row takes as long as a tile.
-inline int64_t first_row(int64_t slot, int64_t rows) {
-  return std::min(rows, (rows + TALL - 1) / TALL * slot / SLOTS * TALL);
+template <class K> int64_t first_row(int64_t slot, int64_t rows) {
+  return std::min(rows, (rows + K::TALL - 1) / K::TALL * slot / SLOTS * K::TALL);
 }
 
 // Calls body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
-template <class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
+template <class K, class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
   for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
-    const int64_t begin = first_row(slot, rows), last = first_row(slot + 1, rows);
-    const int64_t blocks = (last - begin + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t begin = first_row<K>(slot, rows), last = first_row<K>(slot + 1, rows);
+    const int64_t blocks = (last - begin + K::BLOCK_ROWS - 1) / K::BLOCK_ROWS;
     for (int64_t first = begin, left = blocks; left > 0; left--) {  // whole tiles, of nearly equal size
-      const int64_t count = std::min(((last - first + left - 1) / left + TALL - 1) / TALL * TALL, last - first);
+      const int64_t share = (last - first + left - 1) / left;
+      const int64_t count = std::min((share + K::TALL - 1) / K::TALL * K::TALL, last - first);
       body(slot, first, count);
       first += count;
     }
@@ -30,23 +32,60 @@ template <class Element> INLINE void down(int64_t rows, const float* panel, cons
   for (; r < rows; r++) element(r, one, read<1>(panel + r * PANEL, PANEL, L));
 }
 
+// The unit that multiplies, for one thread.
+template <class K> struct Unit {
+  // out = rows of h times one panel of weights
+  static void multiply(int64_t rows, const float* h, int64_t step, const float* panel, int64_t depth, float* out) {
+    product<K, false, false>(rows, h, step, panel, PANEL, depth, out, PANEL);
+  }
+  // sum += dv^T h, for some rows of the sum and one panel; both factors are [words][step]
+  static void add(int64_t rows, const float* dv, const float* h, int64_t step, int64_t words, float* sum,
+                  int64_t next) {
+    product<K, true, true>(rows, dv, step, h, step, words, sum, next);
+  }
+  static const float* held_row(const float* dv, int64_t r) { return dv + r; }
+};
+#if CONVMIXER_TILES && CONVMIXER_PAIRS
+template <> struct Unit<TilePairs> {
+  static constexpr int64_t HELD = TilePairs::HELD_ROWS / TilePairs::GROUP;
+  Unit() { tiles::configure(tiles::shapes(tiles::ROWS, tiles::ROWS)); }
+  ~Unit() { tiles::release(); }
+  static void multiply(int64_t rows, const float* h, int64_t step, const float* panel, int64_t depth, float* out) {
+    tile_products<false>(rows, {h, tiles::ROWS * step, tiles::ROWS, step}, panel, PANEL, depth, out, PANEL);
+  }
+  // dv is [tiles of channels][tiles of words], transposed
+  static void add(int64_t rows, const float* dv, const float* h, int64_t step, int64_t words, float* sum,
+                  int64_t next) {
+    tile_products<true>(rows, {dv, tiles::ROWS * HELD, tiles::ROWS * tiles::ROWS, tiles::ROWS}, h, step, words, sum,
+                        next);
+  }
+  static const float* held_row(const float* dv, int64_t r) { return dv + r * HELD; }
+  static void hold(const float* down_dv, int64_t step, int64_t words, int64_t C, float* dv, int64_t held) {
+    for (int64_t word = 0; word < words; word += tiles::ROWS)
+      for (int64_t c = 0; c < C; c += tiles::ROWS)
+        transpose_tile(down_dv + word * step + c, step, dv + c * HELD + (held + word) * tiles::ROWS);
+  }
+};
+#endif
+
 // Computes v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
-template <class T, int ACT>
+template <class K, class T, int ACT>
 void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, const Coefficients& bias, T* v,
                          int64_t rows, int64_t C, Sums* sums) {
-  using K = Operand<T>;
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
-    const int64_t depth = words_of<K>(C), step = row_step(depth);
-    float *h = scratch(BLOCK_ROWS * (step + PANEL)), *out = h + BLOCK_ROWS * step;
+    const int64_t depth = depth_of<K>(C), step = row_step(depth);
+    float *h = scratch(K::BLOCK_ROWS * (step + PANEL)), *out = h + K::BLOCK_ROWS * step;
+    if (K::DEPTH > 1) std::memset(h, 0, K::BLOCK_ROWS * step * sizeof(float));  // the words after a row's last
+    const Unit<K> unit;
     for (int64_t slot = begin; slot < end; slot++)
-      over_blocks(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
+      over_blocks<K>(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
         const Residual here = residual.from(first * C);  // a copy: otherwise it would be read again after every store
         for (int64_t r = 0; r < count; r++)
           along(C, [=](auto n, int64_t c, int lanes) INLINED {
             write(values_at<K>(h + r * step, c), L, here(n, r * C + c, c, lanes), L);
           });
         for (int64_t panel = 0; panel < C; panel += PANEL) {
-          product<K, false, false>(count, h, step, panels + panel * depth, PANEL, depth, out, PANEL);
+          unit.multiply(count, h, step, panels + panel * depth, depth, out);
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
             const int lanes = std::min<int64_t>(L, C - c);
             const vf b = bias.at(0, c);
@@ -69,33 +108,39 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
 
 // Overwrites the gradient of y with the gradient of h. Gathers the gradient of the weights in one (C, whole panels)
 // matrix for each group.
-template <class T, int ACT>
+template <class K, class T, int ACT>
 void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const Residual<T, ACT>& residual,
                           const float* panels, float* weight_sums, int64_t groups, int64_t rows, int64_t C, Sums& sums,
                           Sums& bias_sums) {
-  using K = Operand<T>;
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     // The gradient of h reads dv along its rows. The gradient of the weights reads dv and h down their columns; there
     // a word holds values of neighbouring rows.
-    const int64_t depth = words_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
-    const int64_t held_words = words_of<K>(BLOCK_ROWS) * step, own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0;
-    float *all_h = scratch(2 * held_words + own_words + BLOCK_ROWS * PANEL + columns), *all_dv = all_h + held_words;
-    float *own_dv = all_dv + held_words, *out = own_dv + own_words, *bias_rows = out + BLOCK_ROWS * PANEL;
+    constexpr int64_t BLOCK_ROWS = K::BLOCK_ROWS, MOST = (K::HELD_ROWS + K::GROUP - 1) / K::GROUP;
+    const int64_t depth = depth_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
+    const int64_t own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0, out_words = BLOCK_ROWS * PANEL;
+    const int64_t held_words = MOST * step, across_words = K::TILES ? depth_of<K>(BLOCK_ROWS) * step : 0;
+    float* all_h = scratch(2 * held_words + own_words + across_words + out_words + columns);
+    float *all_dv = all_h + held_words, *own_dv = all_dv + held_words, *across = own_dv + own_words;
+    float *out = across + across_words, *bias_rows = out + out_words;
+    if (K::DEPTH > 1) std::memset(own_dv, 0, own_words * sizeof(float));  // the words after a row's last
+    const Unit<K> unit;
     for (int64_t group = begin; group < end; group++) {
-      float* weight_sum = weight_sums + group * C * columns;
-      std::memset(weight_sum, 0, C * columns * sizeof(float));
+      float* weight_sum = weight_sums + group * columns * columns;
+      std::memset(weight_sum, 0, columns * columns * sizeof(float));
       int64_t held = 0;  // words of rows not yet added to the weights' gradient; many are added at once
       const auto add_to_weights = [&] {
-        for (int64_t r = 0; r < C; r += SUM_ROWS)
+        for (int64_t r = 0; r < C; r += K::SUM_ROWS)
           for (int64_t c = 0; c < C; c += PANEL)
-            product<K, true, true>(std::min(SUM_ROWS, C - r), all_dv + r, step, all_h + c, step, held,
-                                   weight_sum + r * columns + c, columns);
+            unit.add(std::min(K::SUM_ROWS, C - r), unit.held_row(all_dv, r), all_h + c, step, held,
+                     weight_sum + r * columns + c, columns);
         held = 0;
       };
-      over_blocks(rows, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
-        if (held + words_of<K>(count) > words_of<K>(BLOCK_ROWS)) add_to_weights();
-        float *h = all_h + held * step, *down_dv = all_dv + held * step, *dv = K::GROUP > 1 ? own_dv : down_dv;
-        held += words_of<K>(count);
+      over_blocks<K>(rows, group, groups, [&](int64_t slot, int64_t first, int64_t count) {
+        const int64_t words = words_of<K>(count), whole = depth_of<K>(count);
+        if (held + whole > MOST) add_to_weights();
+        float *h = all_h + held * step, *down_dv = K::TILES ? across : all_dv + held * step;
+        float* dv = K::GROUP > 1 ? own_dv : down_dv;
+        for (float* to : {h, down_dv}) std::memset(to + words * step, 0, (whole - words) * step * sizeof(float));
         std::memset(bias_rows, 0, columns * sizeof(float));
         const auto in_words = [&](float* to, const auto& row_values) INLINED {
           for (int64_t r = 0; r < count; r += K::GROUP)
@@ -117,10 +162,12 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
           return gradient;
         });
         for (int64_t c = 0; c < C; c += L) bias_sums.add(slot, 0, c, aligned(bias_rows + c));
+        if constexpr (K::TILES) unit.hold(down_dv, step, whole, C, all_dv, held);
+        held += whole;
         const Residual here = residual.from(first * C);
         in_words(h, [=](auto n, int64_t r, int64_t c, int lanes) INLINED { return here(n, r * C + c, c, lanes); });
         for (int64_t panel = 0; panel < C; panel += PANEL) {
-          product<K, false, false>(count, dv, row, panels + panel * depth, PANEL, depth, out, PANEL);
+          unit.multiply(count, dv, row, panels + panel * depth, depth, out);
           for (int64_t c = panel; c < std::min(panel + PANEL, C); c += L) {
             const int lanes = std::min<int64_t>(L, C - c);
             vf sum{}, products{};
@@ -141,13 +188,13 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
   });
 }
 
-// The groups' weight gradients, (groups, C, columns), added in order.
+// The groups' weight gradients, (groups, columns, columns), added in order.
 inline void add_weight_groups(const float* partial, int64_t groups, int64_t C, int64_t columns, float* out) {
   torch::stable::parallel_for(0, C, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
       for (int64_t c = 0; c < C; c++) {
         float sum = 0;
-        for (int64_t g = 0; g < groups; g++) sum += partial[(g * C + row) * columns + c];
+        for (int64_t g = 0; g < groups; g++) sum += partial[(g * columns + row) * columns + c];
         out[row * C + c] = sum;
       }
   });

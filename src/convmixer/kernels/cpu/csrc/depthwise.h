@@ -71,7 +71,7 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
         float value = c < C ? w[c * taps + (flip ? taps - 1 - tap : tap)] : 0.0f;
         out[(c0 * taps) + tap * L + lane] = rounded(splat(value), (const T*)nullptr)[0];
       }
-  if constexpr (!PAIRS<T>) return;
+  if constexpr (!DEPTHWISE_PAIRS<T>) return;
   for (int64_t c0 = 0; c0 < C; c0 += L) {
     float* plane = out + c0 * taps;
     for (int ky = 0; ky + 1 < K; ky += 2)  // a pair is stored in place of its first row; rows 1, 3, ... stay unused

@@ -2,7 +2,8 @@
 // layers) by a packed matrix, and sum in float.
 //
 // A product's input was just computed and its output is used at once, so no row goes to memory in between. If the
-// processor multiplies bf16 matrices in hardware, the library's products are faster (channel_library.h).
+// processor multiplies bf16 matrices in hardware, the same is done on that unit (pointwise_tiles.h), or by the
+// library if we have no code for that unit (channel_library.h).
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -11,7 +12,7 @@
 #include "vec.h"
 
 #ifndef CONVMIXER_LIBRARY
-#if defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__ARM_FEATURE_BF16) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define CONVMIXER_LIBRARY 1
 #else
 #define CONVMIXER_LIBRARY 0
@@ -19,8 +20,25 @@
 #endif
 template <class T> constexpr bool LIBRARY_PRODUCTS = CONVMIXER_LIBRARY && std::is_same_v<T, bf16>;
 
+// How the product in vectors divides its work.
+struct InVectors {
+  static constexpr bool TILES = false;
+  static constexpr int64_t DEPTH = 1;                // words of a sum are rounded up to this
+  static constexpr int64_t TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as fit into registers
+
+  // The most rows that go through all steps together. Each block reads all weights, so wide layers want many rows,
+  // even if these fill more than the second-level cache. 128, rounded up to whole tiles: with batches of a power of
+  // two, a share is then about one block.
+  static constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
+  static constexpr int64_t HELD_ROWS = BLOCK_ROWS;  // added to the weights' gradient together
+
+  // Rows of the weights' gradient updated at once: few enough that the values they need stay in the first-level
+  // cache.
+  static constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
+};
+
 // A product reads words of 32 bits. Each is one float, or two bf16 that are neighbours in the sum.
-struct Floats {
+struct Floats : InVectors {
   using Value = float;
   static constexpr int GROUP = 1;
   INLINE static float word(const float (&value)[1]) { return value[0]; }
@@ -28,7 +46,7 @@ struct Floats {
   template <int N> INLINE static vg<N> words(const vg<N> (&row)[1]) { return row[0]; }
   INLINE static vf dot(vf sum, const float* a, vf b) { return sum + *a * b; }
 };
-struct Pairs {
+struct Pairs : InVectors {
   using Value = bf16;
   static constexpr int GROUP = 2;
   INLINE static float word(const bf16 (&value)[2]) {
@@ -49,6 +67,9 @@ template <class T> using Operand = std::conditional_t<PAIRS<T>, Pairs, Floats>;
 
 // Returns the number of words that hold so many values of a sum.
 template <class K> int64_t words_of(int64_t values) { return (values + K::GROUP - 1) / K::GROUP; }
+template <class K> int64_t depth_of(int64_t values) {
+  return (words_of<K>(values) + K::DEPTH - 1) / K::DEPTH * K::DEPTH;
+}
 template <class K> typename K::Value* values_at(float* words, int64_t i) { return (typename K::Value*)words + i; }
 
 constexpr int PANEL = 2 * L;  // columns computed at once
@@ -57,24 +78,14 @@ inline int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PA
 // The distance between rows in the cache. With a large power of two, the rows of a panel would share few cache sets.
 inline int64_t row_step(int64_t columns) { return whole_panels(columns) + 16; }
 
-constexpr int TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as fit into registers
-
-// The most rows that go through all steps together. Each block reads all weights and adds to all their gradients, so
-// wide layers want many rows, even if these fill more than the second-level cache. 128, rounded up to whole tiles:
-// with batches of a power of two, a share is then about one block.
-constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
-
-// Rows of the weights' gradient updated at once: few enough that the values they need stay in the first-level cache.
-constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
-
-// Packs (rows, columns), with any strides, as [columns / PANEL][words of rows][PANEL], zero-padded at the end of
-// each.
+// Packs (rows, columns), with any strides, as [columns / PANEL][depth of rows][PANEL], zero-padded at the end of each.
 template <class K, class T>
 void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* out) {
   torch::stable::parallel_for(0, whole_panels(columns) / PANEL, 1, [=](int64_t begin, int64_t end) {
-    float* to = out + begin * PANEL * words_of<K>(rows);
+    const int64_t depth = depth_of<K>(rows);
+    float* to = out + begin * PANEL * depth;
     for (int64_t c = begin * PANEL; c < end * PANEL; c += PANEL)
-      for (int64_t r = 0; r < rows; r += K::GROUP)
+      for (int64_t r = 0; r < depth * K::GROUP; r += K::GROUP)
         for (int64_t i = 0; i < PANEL; i++) {
           T values[K::GROUP];
           for (int64_t j = 0; j < K::GROUP; j++)
@@ -125,7 +136,7 @@ void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_
     for (; r + N <= rows; r += N)
       product_tile<K, N, Transposed, Add>(a + r * step, a_row, b, b_row, depth, out + r * out_row, out_row);
   };
-  some(Size<TALL>{});
+  some(Size<K::TALL>{});
   some(Size<4>{});
   some(one);
 }

@@ -6,12 +6,13 @@ namespace {
 template <class T, int ACT>
 void spatial_forward_all(const Image& s, int K, const T* before, const Coefficients& norm, const float* weights,
                          const Coefficients& bias, T* u, Sums* sums) {
+  constexpr bool PAIRED = DEPTHWISE_PAIRS<T>;
   const Tile t{s.H, s.W, K, (K - 1) / 2, (K - 1) / 2};
   for_planes(s, t.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* tile) {
     const int64_t base = n * s.pixels() * s.C + c;
     const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
     const auto x = norm_of<T, ACT>(norm, c);
-    fill<PAIRS<T>>(t, tile, [&](int64_t row, int64_t column, auto count) {
+    fill<PAIRED>(t, tile, [&](int64_t row, int64_t column, auto count) {
       return x(read<count.value>(before + at(row, column), s.C, lanes));
     });
     const vf b = bias.at(0, c);
@@ -21,7 +22,7 @@ void spatial_forward_all(const Image& s, int K, const T* before, const Coefficie
       sums->add(group, 1, c, squares);
       sum = squares = vf{};
     };
-    convolve<PAIRS<T>>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) INLINED {
+    convolve<PAIRED>(t, tile, weights + c * K * K, [&](int64_t row, int64_t column, auto, auto values) INLINED {
       if (sums && column == 0 && row % 2 == 0) end_row();
       const auto stored = write_rounded(u + at(row, column), s.C, values + b, lanes);
       if (!sums) return;
@@ -37,18 +38,19 @@ template <class T, int ACT>
 void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coefficients& norm, const T* before,
                           const Coefficients& norm_before, const float* flipped, float* weight_sums,
                           int64_t group_floats, Sums& sums, Sums& bias_sums) {
+  constexpr bool PAIRED = DEPTHWISE_PAIRS<T>;
   const Tile of_x{s.H, s.W, K, (K - 1) / 2, (K - 1) / 2}, of_grad{s.H, s.W, K, K / 2, K / 2};
   for_planes(s, 2 * of_x.floats(), [&](int64_t group, int64_t n, int64_t c, int lanes, float* x_tile) {
     const int64_t base = n * s.pixels() * s.C + c;
     const auto at = [&](int64_t row, int64_t column) { return base + (row * s.W + column) * s.C; };
     float* grad_tile = x_tile + of_x.floats();
     const auto x = norm_of<T, ACT>(norm_before, c);
-    fill<PAIRS<T>>(of_x, x_tile, [&](int64_t row, int64_t column, auto count) {
+    fill<PAIRED>(of_x, x_tile, [&](int64_t row, int64_t column, auto count) {
       return x(read<count.value>(before + at(row, column), s.C, lanes));
     });
     const NormBackward<T, ACT, vf> back{norm.at(0, c), norm.at(1, c), norm.at(2, c)};
     vf bias_sum{};
-    fill<PAIRS<T>>(of_grad, grad_tile, [&](int64_t row, int64_t column, auto count) {
+    fill<PAIRED>(of_grad, grad_tile, [&](int64_t row, int64_t column, auto count) {
       constexpr int N = count.value;
       const int64_t i = at(row, column);
       const auto gradient = back(read<N>(grad + i, s.C, lanes), read<N>(u + i, s.C, lanes));
@@ -56,7 +58,7 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
       return gradient;
     });
     bias_sums.add(group, 0, c, bias_sum);
-    correlate<PAIRS<T>>(of_x, x_tile, grad_tile + of_grad.top * of_grad.row_floats() + of_grad.left * L,
+    correlate<PAIRED>(of_x, x_tile, grad_tile + of_grad.top * of_grad.row_floats() + of_grad.left * L,
                         weight_sums + group * group_floats + c * K * K);
     vf sum{}, products{};
     const auto add_dx = [&](int64_t row, int64_t column, auto count, auto dx) INLINED {
@@ -66,7 +68,7 @@ void spatial_backward_all(const Image& s, int K, T* grad, const T* u, const Coef
       sum += total(gradient);
       products += total(gradient * activate<T, ACT>(read<N>(before + i, s.C, lanes)));
     };
-    convolve<PAIRS<T>>(of_grad, grad_tile, flipped + c * K * K, add_dx);
+    convolve<PAIRED>(of_grad, grad_tile, flipped + c * K * K, add_dx);
     sums.add(group, 0, c, sum);
     sums.add(group, 1, c, products);
   });

@@ -97,6 +97,14 @@ static_assert(!CONVMIXER_PAIRS || L % 2 == 0);  // rows are padded: an odd chann
 // Whether values stored as T are multiplied in pairs.
 template <class T> constexpr bool PAIRS = CONVMIXER_PAIRS && std::is_same_v<T, bf16>;
 
+// The same for a depthwise convolution, where the pairs must be made for each row. Intel's processors with AMX start
+// one dot product of pairs in two cycles, but two multiply-adds of floats in one.
+#if defined(__AMX_BF16__)
+template <class T> constexpr bool DEPTHWISE_PAIRS = false;
+#else
+template <class T> constexpr bool DEPTHWISE_PAIRS = PAIRS<T>;
+#endif
+
 INLINE float value_of(float x) { return x; }
 INLINE float value_of(bf16 x) {
   const uint32_t bits = (uint32_t)x << 16;
