@@ -50,6 +50,7 @@ NUMBERED, NAMED, PAIRS = (
     60,
     20,
 )  # most classes with numbers in the cells; most with all names; pairs listed at the side
+KERNEL_PIXELS = 10  # of a picture, for each weight of a kernel
 CHOSEN = 40  # classes shown if there are more than NAMED
 
 
@@ -125,18 +126,42 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
         title: The heading.
         columns: Images per row.
     """
-    rows = math.ceil(len(images) / columns)
+    height, width = images.shape[1:3]
+    gap = max(1, round(0.06 * width))
+    above = max(1, round(0.22 * height))  # for the title
+    canvas, corners = _mosaic(images, columns, (above, gap))
     with drawing(_STYLE, map(as_drawn, titles)):
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(columns * 1.25, rows * 1.45 + 0.5), layout="constrained", squeeze=False
-        )
-        for axes in grid.flat:
-            axes.axis("off")
-        for axes, image, text in zip(grid.flat, images, titles, strict=False):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(as_drawn(text), fontsize=8, pad=3)
+        size = (columns * 1.25, len(corners) / columns * 1.45 + 0.5)
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        axes.imshow(canvas, interpolation="nearest")
+        axes.axis("off")
+        for (top, left), text in zip(corners, titles, strict=False):
+            where = left + (width - 1) / 2, top - 0.5 - 0.04 * height
+            axes.text(*where, as_drawn(text), fontsize=8, ha="center", va="bottom")
         figure.suptitle(title, fontsize=11)
         save(figure, path)
+
+
+def _mosaic(images: np.ndarray, columns: int, gap: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return images as one, since drawing each on axes of its own takes seconds.
+
+    Args:
+        images: (N, H, W) grey or (N, H, W, 3) colour, 0 to 1.
+        columns: Images per row.
+        gap: Transparent pixels above and left of each image.
+
+    Returns:
+        The picture, (rows, columns, 4), and for each place, also those left empty, its top and left.
+    """
+    height, width = images.shape[1:3]
+    places = [divmod(i, columns) for i in range(math.ceil(len(images) / columns) * columns)]
+    corners = [(y * (height + gap[0]) + gap[0], x * (width + gap[1]) + gap[1]) for y, x in places]
+    canvas = np.zeros((corners[-1][0] + height, corners[-1][1] + width, 4), np.float32)
+    for image, (top, left) in zip(images, corners, strict=False):
+        part = canvas[top : top + height, left : left + width]
+        part[..., :3] = image if image.ndim == 3 else image[..., None]
+        part[..., 3] = 1
+    return canvas, corners
 
 
 def patch_filters(weight: np.ndarray, path: Path, limit: int = 64) -> None:
@@ -172,22 +197,19 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
     names = list(layers)
     shown = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))]
     with plt.rc_context(_BARE):
-        figure, grid = plt.subplots(
-            len(shown),
-            per_layer,
-            figsize=(per_layer * 0.72 + 1, len(shown) * 0.76 + 0.6),
-            layout="constrained",
-            squeeze=False,
-        )
-        for row, name in zip(grid, shown, strict=True):
-            kernels = layers[name]
-            channels = np.linspace(0, len(kernels) - 1, per_layer).astype(int)
-            for axes, channel in zip(row, channels, strict=True):
-                bound = np.abs(kernels[channel]).max() or 1.0
-                axes.imshow(kernels[channel], cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
-                axes.set(xticks=[], yticks=[])
-                axes.grid(False)
-            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        size = (per_layer * 0.72 + 1, len(shown) * 0.76 + 0.6)
+        figure, grid = plt.subplots(len(shown), figsize=size, layout="constrained", squeeze=False)
+        for axes, name in zip(grid.flat, shown, strict=True):
+            kernels = layers[name][np.linspace(0, len(layers[name]) - 1, per_layer).astype(int)]
+            bound = np.abs(kernels).max((1, 2), keepdims=True)
+            colours = plt.get_cmap("RdBu_r")(0.5 + kernels / np.where(bound, bound, 1) / 2)[..., :3]  # (n, k, k, 3)
+            fine = colours.repeat(KERNEL_PIXELS, 1).repeat(
+                KERNEL_PIXELS, 2
+            )  # so that a gap can be less than a weight
+            gap = round(0.1 * fine.shape[1])
+            axes.imshow(_mosaic(fine, per_layer, (0, gap))[0], interpolation="nearest")
+            axes.axis("off")
+            axes.text(0, fine.shape[1] / 2, name, ha="right", va="center", fontsize=8)
         figure.suptitle("Depthwise kernels by layer (red positive, blue negative)", fontsize=11)
         save(figure, path)
 
@@ -397,13 +419,13 @@ def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
 def _tiles(images: np.ndarray, title: str, path: Path) -> None:
     columns = min(16, len(images))
     rows = math.ceil(len(images) / columns)
+    fine = images.repeat(KERNEL_PIXELS, 1).repeat(KERNEL_PIXELS, 2)
+    gap = round(0.1 * fine.shape[1])
     with plt.rc_context(_BARE):
         size = (max(5.5, columns * 0.6), rows * 0.6 + 0.5)
-        figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-        for axes in grid.flat:
-            axes.axis("off")
-        for axes, image in zip(grid.flat, images, strict=False):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        axes.imshow(_mosaic(fine, columns, (gap, gap))[0], interpolation="nearest")
+        axes.axis("off")
         figure.suptitle(title, fontsize=11)
         save(figure, path)
 
