@@ -157,7 +157,8 @@ def test_the_spatial_half_is_as_exact_as_torch(name: str, k: int, dtype: torch.d
 @pytest.mark.parametrize("act", [0, 1])
 @pytest.mark.parametrize("name", ["channel_forward", "channel_backward"])
 def test_the_pointwise_half_is_as_exact_as_torch(name: str, act: int, dtype: torch.dtype) -> None:
-    for shape in (*SHAPES, (1, 1, 1, 3), (2, 9, 31, 132)):  # one row; more rows than a block, and odd
+    # one row; more rows than a block, and odd; more than are added to the weights' gradient at once; a wide layer
+    for shape in (*SHAPES, (1, 1, 1, 3), (2, 9, 31, 132), (3, 17, 23, 48), (1, 3, 5, 520)):
         _check(name, Case(shape, 1, dtype, act))
 
 
