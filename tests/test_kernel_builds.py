@@ -79,3 +79,24 @@ def test_importing_builds_nothing(tmp_path: Path) -> None:
     done = _run("import convmixer.fast, convmixer.kernels.blocks", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_its_own_processes(tmp_path: Path) -> None:
+    compiler = tmp_path / "slow-compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo slow && exit\nsleep 600 & echo $! >> {tmp_path}/pids; wait\n'
+    )
+    compiler.chmod(0o755)
+    code = "from convmixer.kernels.cpu import build; build.BUILD_SECONDS = 2; print(build.why_not())"
+    done = _run(code, CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert "timed out" in done.stdout
+    children = (tmp_path / "pids").read_text().split()
+    assert children
+    assert not any(_runs(int(child)) for child in children)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -171,7 +172,10 @@ def _compile(compiler: list[str], version: str, folder: Path, out: Path) -> None
     common = [*compiler, *flags(version), f"-I{include}", "-c"]
     jobs = [
         subprocess.Popen(
-            [*common, str(unit), "-o", str(folder / f"{unit.stem}.o")], stderr=subprocess.PIPE, text=True
+            [*common, str(unit), "-o", str(folder / f"{unit.stem}.o")],
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # so that the compiler's own processes can be ended too
         )
         for unit in units
     ]
@@ -183,8 +187,9 @@ def _compile(compiler: list[str], version: str, folder: Path, out: Path) -> None
                 raise RuntimeError(f"the compiler failed: {first}")
     finally:
         for job in jobs:
-            job.kill()
-            job.wait()
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
     objects = [str(folder / f"{unit.stem}.o") for unit in units]
     _run([*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(out)])
 
