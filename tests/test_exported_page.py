@@ -15,11 +15,12 @@ from tests.pages import DROP, SIZES, cifar_images, drop, open_page, photograph, 
 from convmixer.predict.files import predict_files
 
 
-def test_the_web_folder_answers_as_predict_on_200_test_images_and_a_photograph(
-    browser: Browser, page_address: str, page_weights: str, cifar10: Path, tmp_path: Path
+@pytest.mark.parametrize("images", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_web_folder_answers_as_predict_on_test_images_and_a_photograph(
+    browser: Browser, page_address: str, page_weights: str, cifar10: Path, tmp_path: Path, images: int
 ) -> None:
-    bodies = cifar_images(cifar10, 200)
-    files = [tmp_path / f"{n:03}.png" for n in range(200)]
+    bodies = cifar_images(cifar10, images)
+    files = [tmp_path / f"{n:03}.png" for n in range(images)]
     for file, body in zip(files, bodies, strict=True):
         file.write_bytes(body)
     (tmp_path / "photo.jpg").write_bytes(photograph())

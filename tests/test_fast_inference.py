@@ -180,7 +180,14 @@ def test_the_largest_sums_do_not_run_over() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("march", ["x86-64-v3", pytest.param("alderlake", marks=needs_vnni), "scalar"])
+@pytest.mark.parametrize(
+    "march",
+    [
+        "x86-64-v3",
+        pytest.param("alderlake", marks=[needs_vnni, pytest.mark.slow]),
+        pytest.param("scalar", marks=pytest.mark.slow),
+    ],
+)
 def test_other_builds_agree(march: str, tmp_path: Path) -> None:
     """AVX2, AVX2 with VNNI and plain C++; they do not multiply bf16."""
     code = (

@@ -29,9 +29,14 @@ CASES = ((torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0), (torch.flo
 SHAPE, ODD = (2, 5, 4, 8), (1, 3, 5, 35)
 
 
+# each op in fp32 and bf16, whole models in fp32, and that a wrong kernel fails
+QUICK = "gradients[4] or (half and shape1 and (dtype0 or dtype2)) or ends[dtype0 or 12-3-gelu or a_wrong_kernel"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is that process")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_in_the_interpreter(only: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", only, __file__]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser
 from tests.pages import cifar_images, drop, open_page, photograph, serious
 from tests.serving import Running
@@ -11,9 +12,12 @@ from convmixer.preprocess import load_image
 from convmixer.serve.access import Access
 
 
-def test_the_served_page_answers_as_the_classifier(browser: Browser, page_weights: str, cifar10: Path) -> None:
+@pytest.mark.parametrize("images", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_served_page_answers_as_the_classifier(
+    browser: Browser, page_weights: str, cifar10: Path, images: int
+) -> None:
     classifier = load_classifier(page_weights, "fp32")
-    bodies = [*cifar_images(cifar10, 200), photograph()]
+    bodies = [*cifar_images(cifar10, images), photograph()]
     expected = [classifier.predict([load_image(body)], 1)[0][0][0] for body in bodies]
     with Running(classifier) as server:
         page, wrong = open_page(browser, server.address + "/")

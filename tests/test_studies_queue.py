@@ -114,7 +114,7 @@ def test_a_worker_that_was_given_up_drops_its_result_and_goes_on(
         return record(run)
 
     assert queue.take(train) == RUNS[0]
-    assert "another worker has taken it over" in capsys.readouterr().out
+    assert "another worker took it over" in capsys.readouterr().out
     assert queue.records() == {}
     assert queue.take(record) == RUNS[1]
 

@@ -77,6 +77,7 @@ def test_evaluation_counts_every_image_once(one: Path, tmp_path: Path) -> None:
     assert [three["val_n"], three["test_n"]] == [alone["val_n"], alone["test_n"]] == [101, 360]
 
 
+@pytest.mark.slow
 def test_statistics_are_the_mean_over_processes(tmp_path: Path) -> None:
     """Also in the moving average, for which those of only the first process would be wrong."""
     one_step = ("--sync-bn", "false", "--batch-size", "1024", "--epochs", "1", "--lr", "1e-9", "--draw", "false")
@@ -93,7 +94,8 @@ def workers_of(agent: int) -> list[int]:
     return [int(number) for number in found.read_text().split()]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_is_restarted_and_the_result_is_the_same(tmp_path: Path, victim: int) -> None:
     """torchrun starts the group again; statistics and the moving average are those of all processes."""
     settings = ("--sync-bn", "false", "--epochs", "4", "--mixup", "0.2", "--draw", "false", "--logger", "none")
