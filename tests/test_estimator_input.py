@@ -64,7 +64,10 @@ def test_images_of_any_form_are_the_same_images(
     ("images", "message"),
     [
         (COLOUR[0], r"\(16, 12, 3\) is a single image: expected \(N, H, W\) grey or \(N, H, W, 3\) colour"),
-        (torch.from_numpy(COLOUR[0]).permute(2, 0, 1), "is a single image"),
+        (
+            torch.from_numpy(COLOUR[0]).permute(2, 0, 1),
+            r"one image with 3 channels or 3 grey images: pass X\[None\] or",
+        ),
         (Image.fromarray(COLOUR[0]), "single image"),
         ("cat.png", "single image"),
         (Path("cat.png"), "single image"),

@@ -40,7 +40,8 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
         raise ValueError("Sparse data was passed for X, but dense data is required: images are not sparse matrices")
     if _is_array(X):
         if not isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[0] in (3, 4):
-            raise ValueError(f"X, a tensor of shape {tuple(X.shape)}, is a single image: {EXPECTED}; pass X[None]")
+            what = f"one image with {len(X)} channels or {len(X)} grey images"
+            raise ValueError(f"X, a tensor of shape {tuple(X.shape)}, may be {what}: pass X[None] or X[:, None]")
         X = _numpy(X)
         if X.dtype.kind not in "OUS":
             return _batch(X)
