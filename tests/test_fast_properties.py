@@ -228,6 +228,14 @@ def _differ(ours: Any, plain: Any, bf16: bool) -> bool:
     return any((a - b).norm() > tolerance * b.norm() + (5e-2 if bf16 else 1e-5) for a, b in pairs)
 
 
+def _nearer(ours: Any, plain: Any, exact: Any) -> bool:
+    """Return whether ours is as near to fp32 as PyTorch's bf16: one rounding more can flip a ReLU, and a gradient."""
+    if any(isinstance(found, str) for found in (ours, plain, exact)) or not len(ours) == len(plain) == len(exact):
+        return False
+    triples = [[t.detach().double() for t in found] for found in zip(ours, plain, exact, strict=True)]
+    return all((a - e).norm() <= max(1.1 * (b - e).norm(), 0.2 * e.norm() + 5e-2) for a, b, e in triples)
+
+
 def _try(seed: int) -> str | None:
     """Change a random model once or twice, and once more after a pass; return how it differs from the plain one."""
     pick = random.Random(seed)
@@ -241,7 +249,7 @@ def _try(seed: int) -> str | None:
         for model in (fast, plain):
             _apply(names[when], model, random.Random(seed + when))
         seen = [_outcome(model, images, bf16) for model in (fast, plain)]
-        if _differ(*seen, bf16):
+        if _differ(*seen, bf16) and not (bf16 and _nearer(*seen, _outcome(copy.deepcopy(plain), images, False))):
             return f"seed {seed}, {type(plain).__name__}, {names[: when + 1]}, {unfit(fast, images)}: {seen}"[:2000]
     return _try_optimized(seed, plain, names) if not bf16 else None
 
