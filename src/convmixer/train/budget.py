@@ -104,20 +104,21 @@ class Budget:
     def is_over(self, done: int) -> bool:
         """Return whether training ends after `done` steps, because less than half a step's time is left."""
         if done >= len(self.steps):
-            if not from_first(self._left() < 0.5 * self.step_seconds() and self._is_sure()):
+            if not from_first(self._is_due() and self._is_sure()):
                 return False
             self._add(_OVER)
         return self.steps[done][0] == _OVER
+
+    def _is_due(self) -> bool:
+        return self._left() < 0.5 * self.step_seconds()
 
     def _is_sure(self) -> bool:
         """Measure the machine's speed again, and return whether training must still end: it cannot be taken back."""
         if self._gauge is None or world_size() > 1 or self._doubts == 0:
             return True
         self._doubts -= 1
-        self._gauged += [self._gauge() / self._first for _ in range(3)]
-        self.slowdown = statistics.median(self._gauged[-5:])
-        self.keep()
-        return self._left() < 0.5 * self.step_seconds()
+        self._gauge_again(self._gauge, times=3, latest=5)
+        return self._is_due()
 
     def step_seconds(self) -> float:
         """Return the seconds per step, from the last few."""
@@ -153,10 +154,13 @@ class Budget:
         if self._gauge is None or world_size() > 1:  # several processes would have to measure together
             return
         if self.elapsed() - self._gauged_at > GAUGE_EVERY * self.seconds:
-            self._gauged.append(self._gauge() / self._first)
-            self.slowdown = statistics.median(self._gauged[-3:])  # the median ignores an interrupted measurement
+            self._gauge_again(self._gauge, times=1, latest=3)
             self._gauged_at = self.elapsed()
-            self.keep()
+
+    def _gauge_again(self, gauge: Callable[[], float], times: int, latest: int) -> None:
+        self._gauged += [gauge() / self._first for _ in range(times)]
+        self.slowdown = statistics.median(self._gauged[-latest:])  # the median ignores an interrupted measurement
+        self.keep()
 
     def measure(self, module: TrainingModule, job: Job) -> None:
         """Measure how long evaluation takes, and how long the gauge takes: the baseline of later measurements."""
