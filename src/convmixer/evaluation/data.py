@@ -110,11 +110,8 @@ def find_data(
     options = (options or Options()).absolute()
     trained_on = metadata.get("data")
     trained_on = trained_on if isinstance(trained_on, dict) else {}
-    spec, checksum, fraction = (
-        trained_on.get("spec"),
-        trained_on.get("checksum"),
-        _share(trained_on.get("fraction"), 1.0),
-    )
+    spec, checksum = trained_on.get("spec"), trained_on.get("checksum")
+    fraction = _share(trained_on.get("fraction"), 1.0)
     if data is None:
         _check_trusted(spec, trained_on, weights)
         if options.given():

@@ -45,13 +45,11 @@ _BARE: dict[Any, Any] = _STYLE | {
     "axes.labelcolor": BOTH,
     "axes.edgecolor": BOTH,
 }
-NUMBERED, NAMED, PAIRS = (
-    15,
-    60,
-    20,
-)  # most classes with numbers in the cells; most with all names; pairs listed at the side
-KERNEL_PIXELS = 10  # of a picture, for each weight of a kernel
+NUMBERED = 15  # most classes with numbers in the cells of a confusion matrix
+NAMED = 60  # most classes with all names
 CHOSEN = 40  # classes shown if there are more than NAMED
+PAIRS = 20  # confused pairs listed at the side
+KERNEL_PIXELS = 10  # of a picture, for each weight of a kernel
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -143,7 +141,7 @@ def image_grid(images: np.ndarray, titles: Sequence[str], path: Path, title: str
 
 
 def _mosaic(images: np.ndarray, columns: int, gap: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Return images as one, since drawing each on axes of its own takes seconds.
+    """Join images into one picture. matplotlib draws one picture much faster than many.
 
     Args:
         images: (N, H, W) grey or (N, H, W, 3) colour, 0 to 1.
@@ -203,13 +201,10 @@ def depthwise_kernels(layers: Mapping[str, np.ndarray], path: Path, per_layer: i
             kernels = layers[name][np.linspace(0, len(layers[name]) - 1, per_layer).astype(int)]
             bound = np.abs(kernels).max((1, 2), keepdims=True)
             colours = plt.get_cmap("RdBu_r")(0.5 + kernels / np.where(bound, bound, 1) / 2)[..., :3]  # (n, k, k, 3)
-            fine = colours.repeat(KERNEL_PIXELS, 1).repeat(
-                KERNEL_PIXELS, 2
-            )  # so that a gap can be less than a weight
-            gap = round(0.1 * fine.shape[1])
-            axes.imshow(_mosaic(fine, per_layer, (0, gap))[0], interpolation="nearest")
+            canvas = _of_weights(colours, per_layer, above=False)
+            axes.imshow(canvas, interpolation="nearest")
             axes.axis("off")
-            axes.text(0, fine.shape[1] / 2, name, ha="right", va="center", fontsize=8)
+            axes.text(0, len(canvas) / 2, name, ha="right", va="center", fontsize=8)
         figure.suptitle("Depthwise kernels by layer (red positive, blue negative)", fontsize=11)
         save(figure, path)
 
@@ -341,7 +336,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
     shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
     if len(shown) > NUMBERED:
         shown = shown[_alike(share[np.ix_(shown, shown)])]
-    names, longer = told_apart(classes), told_apart(classes, 18)  # short ones for the axes, longer ones for the pairs
+    names, longer = told_apart(classes), told_apart(classes, 18)  # the axes have less room than the list of pairs
     listed = [(longer[i], longer[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
     side = min(12.0, 3.4 + 0.24 * len(shown))
     with drawing(_STYLE | {"axes.grid": False}, (as_drawn(name) for name in classes)):
@@ -419,15 +414,20 @@ def _pairs(axes: Axes, pairs: Sequence[tuple[str, str, int, float]]) -> None:
 def _tiles(images: np.ndarray, title: str, path: Path) -> None:
     columns = min(16, len(images))
     rows = math.ceil(len(images) / columns)
-    fine = images.repeat(KERNEL_PIXELS, 1).repeat(KERNEL_PIXELS, 2)
-    gap = round(0.1 * fine.shape[1])
     with plt.rc_context(_BARE):
         size = (max(5.5, columns * 0.6), rows * 0.6 + 0.5)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        axes.imshow(_mosaic(fine, columns, (gap, gap))[0], interpolation="nearest")
+        axes.imshow(_of_weights(images, columns, above=True), interpolation="nearest")
         axes.axis("off")
         figure.suptitle(title, fontsize=11)
         save(figure, path)
+
+
+def _of_weights(images: np.ndarray, columns: int, above: bool) -> np.ndarray:
+    """Join pictures of a few weights each, enlarged, so that a gap can be narrower than a weight."""
+    fine = images.repeat(KERNEL_PIXELS, 1).repeat(KERNEL_PIXELS, 2)
+    gap = round(0.1 * fine.shape[1])
+    return _mosaic(fine, columns, (gap if above else 0, gap))[0]
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, color: str) -> None:
