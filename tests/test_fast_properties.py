@@ -218,14 +218,17 @@ def _outcome(model: Any, images: torch.Tensor, bf16: bool) -> Any:
     return [logits, *(g for g in gradients if g is not None), *model.buffers()]
 
 
+BF16 = 0.2, 5e-2  # share of the norm, and more: gradients of few values nearly cancel, and both sides round
+
+
 def _differ(ours: Any, plain: Any, bf16: bool) -> bool:
     if "raises" in (ours, plain) if isinstance(ours, str) or isinstance(plain, str) else False:
         return ours is not plain
-    tolerance = 0.2 if bf16 else 2e-3  # of the norm; gradients of few values nearly cancel, and both sides round
+    share, more = BF16 if bf16 else (2e-3, 1e-5)
     if len(ours) != len(plain):
         return True
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(ours, plain, strict=True)]
-    return any((a - b).norm() > tolerance * b.norm() + (5e-2 if bf16 else 1e-5) for a, b in pairs)
+    return any((a - b).norm() > share * b.norm() + more for a, b in pairs)
 
 
 def _nearer(ours: Any, plain: Any, exact: Any) -> bool:
@@ -233,7 +236,7 @@ def _nearer(ours: Any, plain: Any, exact: Any) -> bool:
     if any(isinstance(found, str) for found in (ours, plain, exact)) or not len(ours) == len(plain) == len(exact):
         return False
     triples = [[t.detach().double() for t in found] for found in zip(ours, plain, exact, strict=True)]
-    return all((a - e).norm() <= max(1.1 * (b - e).norm(), 0.2 * e.norm() + 5e-2) for a, b, e in triples)
+    return all((a - e).norm() <= max(1.1 * (b - e).norm(), BF16[0] * e.norm() + BF16[1]) for a, b, e in triples)
 
 
 def _try(seed: int) -> str | None:

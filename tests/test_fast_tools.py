@@ -268,32 +268,33 @@ def test_flops_are_counted_in_a_compiled_model_too() -> None:
     assert _flops(compiled) == pytest.approx(_flops(_plain()), rel=0.01)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_distributed_data_parallel_trains_an_accelerated_model(tmp_path: Any) -> None:
+@pytest.fixture
+def process_group(tmp_path: Any) -> Any:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        gradients = []
-        for model in (_plain(), accelerate(_plain())):
-            nn.parallel.DistributedDataParallel(model.train())(X).square().sum().backward()
-            gradients.append(model.blocks[0][1].weight.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_data_parallel_trains_an_accelerated_model() -> None:
+    gradients = []
+    for model in (_plain(), accelerate(_plain())):
+        nn.parallel.DistributedDataParallel(model.train())(X).square().sum().backward()
+        gradients.append(model.blocks[0][1].weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")
-def test_fully_sharded_training_of_an_accelerated_model(tmp_path: Any) -> None:
+def test_fully_sharded_training_of_an_accelerated_model() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        gradients = []
-        for model in (_plain(), accelerate(_plain())):
-            for part in (*model.blocks, model):
-                fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
-            model.train()(X).square().sum().backward()
-            gradients.append(model.blocks[0][1].weight.grad.full_tensor())
-    finally:
-        torch.distributed.destroy_process_group()
+    gradients = []
+    for model in (_plain(), accelerate(_plain())):
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+        model.train()(X).square().sum().backward()
+        gradients.append(model.blocks[0][1].weight.grad.full_tensor())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
