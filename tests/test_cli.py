@@ -1,4 +1,7 @@
-"""The command line as a whole: mistyped words."""
+"""The command line as a whole: mistyped words, and how its process ends."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +28,38 @@ def test_a_mistyped_word_names_the_nearest_one(
         status = end.code
     assert status == 2
     assert said in capsys.readouterr().err
+
+
+ENDINGS = """
+import atexit, sys, threading, time
+from convmixer.processes import run_program
+
+class Slow:
+    def __del__(self):
+        time.sleep(60)  # as if there were millions of objects to free
+
+def work():
+    atexit.register(lambda: print("cleaned up", end=""))
+    threading.Thread(target=lambda: (time.sleep(0.3), print("thread done", end=", "))).start()
+    {ending}
+
+kept = Slow()
+sys.exit(run_program(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "error"),
+    [
+        ("return None", 0, ""),
+        ("return 2", 2, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('wrong')", 1, "wrong"),
+        ("raise OSError('no disk')", 1, "OSError: no disk"),
+    ],
+)
+def test_a_program_ends_its_threads_and_frees_nothing_by_hand(ending: str, status: int, error: str) -> None:
+    code = ENDINGS.format(ending=ending)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (status, "thread done, cleaned up")
+    assert done.stderr.strip().endswith(error)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convmixer.errors import RequestError
+from convmixer.processes import run_program
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -101,4 +102,4 @@ def _main(module: str, function: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    run_program(lambda: _main(*sys.argv[1:]))
