@@ -43,7 +43,7 @@ def test_threads_are_those_of_the_cores_that_may_be_used() -> None:
         ("train", None, {"dim": 8}, "bf16", "depth missing"),
         ("train", "resnet18", {}, "bf16", "measures ConvMixers only"),
         ("train", "convmixer_256_8", {}, "int8", "no precision 'int8'"),
-        ("infer", "convmixer_256_8_p4_k5", {"img_size": 3}, "bf16", "no patch of 4"),
+        ("infer", "convmixer_256_8_p4_k5", {"img_size": 3}, "bf16", "smaller than the patch size 4"),
     ],
 )
 def test_a_wrong_request_is_named(

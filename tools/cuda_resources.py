@@ -168,10 +168,11 @@ def _name(launch: Launch) -> str:
 
 def markdown(found: list[dict[str, Any]], quick: bool) -> str:
     """Return the table: of each kernel and dtype the most over the networks, one number per card."""
+    networks = ", ".join({row["network"]: 0 for row in found})
     lines = [
         f"`python tools/cuda_resources.py{' --quick' if quick else ''}` (triton {triton.__version__}): registers for "
         f"{', '.join(f'sm_{n}' for n in CARDS)}; most shared",
-        "memory in KiB; bytes spilled. The most over " + ", ".join({row["network"]: 0 for row in found}) + ".",
+        f"memory in KiB; bytes spilled. Each number is the maximum over {networks}.",
         "",
         "| kernel | bf16 | fp32 |",
         "|---|---|---|",

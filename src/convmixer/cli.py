@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(add("plot", _plot, "draw what a model has learned"))
     _add_serve(add("serve", _serve, "serve one model as a web page and an HTTP API"))
     _add_compare(add("compare", _compare, "run a study with verdicts, or compare your own runs"))
-    _add_tune(add("tune", _tune, "search hyperparameters on a validation split and write the best as a recipe"))
+    _add_tune(add("tune", _tune, "search hyperparameters on a validation split, and write them for train --config"))
     _add_verify(add("verify", _verify, "re-evaluate a recorded number from its weights and data"))
     _add_models(add("models", _models, "list the models"))
     add("info", _info, "show versions, devices and whether the kernels are built")
@@ -278,7 +278,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
         "--mistakes",
         action="store_true",
         help="write a page and a table of the misclassified images and likely label errors (to --out; without "
-        "it to the run, or if DATA is named to the current folder)",
+        "--out, to the run's folder or, if DATA is given, to the current folder)",
     )
     _add_tta(sub)
     _add_reading(sub)
@@ -322,7 +322,12 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     video.add_argument(
         "--every", type=float, default=0.5, metavar="SECONDS", help="between predictions (default: 0.5)"
     )
-    video.add_argument("--seconds", type=float, metavar="N", help="end after so many (default: all; Ctrl-C)")
+    video.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help="stop after N seconds (default: at the end of the video; a camera runs until Ctrl-C)",
+    )
     _add_meaning(sub)
 
 

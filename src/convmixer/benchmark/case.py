@@ -48,7 +48,7 @@ class Case:
         if min(self.batch_size, self.threads) < 1:
             raise RequestError(f"batch size and threads must be positive: {self.batch_size}, {self.threads}")
         if self.img_size < self.patch_size:
-            raise RequestError(f"an image of {self.img_size} pixels has no patch of {self.patch_size}")
+            raise RequestError(f"an image of {self.img_size} pixels is smaller than the patch size {self.patch_size}")
 
     @property
     def model(self) -> str:

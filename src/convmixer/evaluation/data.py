@@ -56,8 +56,10 @@ class EvaluationData:
         return split or (SPLITS if self.own else self.there)[0]
 
     def said(self, split: str) -> list[str]:
-        """Return a line for the user if other data than the training data are measured, not on their test split; or
-        if the model was trained on only a part of the split.
+        """Return a line for the user in two cases, else none.
+
+        Either the data are not the training data and the split is not their test split; or the model was trained on
+        only a part of the split.
         """
         if self.own and split == "train" and self.fraction < 1:
             used = f"--fraction {self.fraction:g}"

@@ -2,7 +2,7 @@
 
 This file calls the kernels in order, and does the arithmetic on (C,) vectors: the norms' scales, statistics and
 gradients. Between two kernels only the output of a convolution, v, is in memory, with the scale and shift of the norm
-behind it; the kernel that reads v computes norm(act(v)). The backward pass needs two such tensors per block, the
+after it; the kernel that reads v computes norm(act(v)). The backward pass needs two such tensors per block, the
 outputs of the depthwise and of the pointwise convolution; without gradients each is freed after use. It also needs
 the statistics of each norm, float64 (norms, 2, C): mean and variance.
 """
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from convmixer.kernels.ops import LIBRARY, differentiable_once
 
 PER_BLOCK = 8  # depthwise weight and bias, norm weight and bias, pointwise weight and bias, norm weight and bias
-CANCELLED = 32  # mean by standard deviation, from which on the variance is computed again
+CANCELLED = 32  # if |mean| / standard deviation is larger, the variance is computed again in two passes
 _kernels = torch.ops.convmixer
 
 

@@ -79,7 +79,7 @@ def _ramp(job: Job, console: Console) -> tuple[np.ndarray, np.ndarray]:
     plan = Plan(job.config.freeze, 0, 1.0, STEPS, job.config.lr)
     stage = Stage(job, plan, features.compute(job) if on_features else None)
     module, rates = stage.module, np.geomspace(LOWEST, HIGHEST, STEPS)
-    factor = module.config.lr / job.config.lr  # not 1 only if AdamW trains a classifier instead of Muon
+    factor = module.config.lr / job.config.lr  # 1, unless AdamW trains a classifier in place of Muon
     ramp = [
         dataclasses.replace(module.config, lr=float(rate) * factor, schedule="constant", patience=0) for rate in rates
     ]

@@ -123,7 +123,7 @@ def flags(version: str) -> list[str]:
     march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
     march += VARIANTS.get(target(), [])
     shape = ["-fno-math-errno", "-fno-trapping-math"]
-    if "clang" not in version:  # this flag's optimisation turns unrolled sums into register moves and spills
+    if "clang" not in version:  # predictive commoning, which this switches off, makes register moves and spills
         shape.append("-fno-predictive-commoning")
     return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]
 

@@ -1,4 +1,5 @@
 // The pointwise half with our own matrix products: a block of rows goes through all steps while it is in a cache.
+// A word is 32 bits: one float, or a pair of bf16 values (pointwise.h).
 #pragma once
 #include "channels.h"
 #include "pointwise.h"
@@ -6,7 +7,7 @@
 
 namespace {
 
-// The first row of a slot. Slots hold whole tiles, because a single row takes as long as a tile.
+// The first row of a slot. Slots hold whole tiles, because a single row takes several times as long as a row in a tile.
 template <class K> int64_t first_row(int64_t slot, int64_t rows) {
   return std::min(rows, (rows + K::TALL - 1) / K::TALL * slot / SLOTS * K::TALL);
 }
@@ -75,7 +76,7 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
     const int64_t depth = depth_of<K>(C), step = row_step(depth);
     float *h = scratch(K::BLOCK_ROWS * (step + PANEL)), *out = h + K::BLOCK_ROWS * step;
-    if (K::DEPTH > 1) std::memset(h, 0, K::BLOCK_ROWS * step * sizeof(float));  // the words after a row's last
+    if (K::DEPTH > 1) std::memset(h, 0, K::BLOCK_ROWS * step * sizeof(float));  // the padding at the end of each row
     const Unit<K> unit;
     for (int64_t slot = begin; slot < end; slot++)
       over_blocks<K>(rows, slot, SLOTS, [&](int64_t, int64_t first, int64_t count) {
@@ -106,8 +107,8 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
   });
 }
 
-// Overwrites the gradient of y with the gradient of h. Gathers the gradient of the weights in one (C, whole panels)
-// matrix for each group.
+// `grad` holds the gradient of y = norm(act(v)), the block's output; it is overwritten with the gradient of h. The
+// gradient of the weights is summed in one (columns, columns) matrix for each group, with columns = whole_panels(C).
 template <class K, class T, int ACT>
 void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const Residual<T, ACT>& residual,
                           const float* panels, float* weight_sums, int64_t groups, int64_t rows, int64_t C, Sums& sums,
@@ -122,7 +123,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
     float* all_h = scratch(2 * held_words + own_words + across_words + out_words + columns);
     float *all_dv = all_h + held_words, *own_dv = all_dv + held_words, *across = own_dv + own_words;
     float *out = across + across_words, *bias_rows = out + out_words;
-    if (K::DEPTH > 1) std::memset(own_dv, 0, own_words * sizeof(float));  // the words after a row's last
+    if (K::DEPTH > 1) std::memset(own_dv, 0, own_words * sizeof(float));  // the padding at the end of each row
     const Unit<K> unit;
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * columns * columns;
