@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,17 @@ def test_what_is_no_images_is_refused(fitted: ConvMixerClassifier, images: Any, 
             call(images)
 
 
+def test_a_table_with_one_column_of_files_is_taken(fitted: ConvMixerClassifier, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(20)]
+    for image, file in zip(COLOUR, files, strict=True):
+        Image.fromarray(image).save(file)
+    expected = fitted.predict_proba(files)
+    for table in (pd.DataFrame({"path": map(str, files)}), np.array(files, str)[:, None]):
+        np.testing.assert_array_equal(fitted.predict_proba(table), expected)
+    with pytest.raises(ValueError, match="is a table of shape"):
+        fitted.predict(pd.DataFrame({"path": map(str, files), "label": LABELS}))
+
+
 def test_a_column_of_labels_is_taken_with_a_warning(fitted: ConvMixerClassifier) -> None:
     with pytest.warns(DataConversionWarning, match="column-vector"):
         model = ConvMixerClassifier(**QUICK).fit(COLOUR, LABELS[:, None])
@@ -116,6 +128,7 @@ def test_a_column_of_labels_is_taken_with_a_warning(fitted: ConvMixerClassifier)
         (LABELS[:3], "20 images but 3 labels"),
         (None, "requires y to be passed, but the target y is None"),
         (np.ma.masked_equal(LABELS, 1), "y has masked values"),
+        (pd.array([None, "b"] * 10, dtype="string"), "y contains missing labels"),
     ],
 )
 def test_labels_that_are_none_are_refused(labels: Any, message: str) -> None:
@@ -148,3 +161,11 @@ def test_images_that_are_left_out_are_said() -> None:
     images = np.concatenate([COLOUR, COLOUR[:1]])  # a copy with another label: neither can be trusted
     with pytest.warns(UserWarning, match=r"2 of 21 images cannot be used and are left out: image-0000000\.png"):
         ConvMixerClassifier(**QUICK, max_bad_fraction=0.1).fit(images, [*LABELS, 1])
+
+
+def test_the_run_may_be_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert ConvMixerClassifier(**QUICK, out=".").fit(COLOUR, LABELS).run_ == here
+    assert (tmp_path / "here-images" / "images.csv").is_file()

@@ -176,7 +176,8 @@ class ConvMixerClassifier(ClassifierMixin, BaseEstimator):
             with tempfile.TemporaryDirectory(prefix="convmixer-") as name:
                 yield Path(name), Path(name) / "run"
             return
-        out = _unused(Path(self.out))
+        out = Path(self.out)
+        out = _unused(out if out.name.strip(".") else out.resolve())  # "." and ".." have no name to add to
         folder = _images_of(out)
         folder.mkdir(parents=True)
         try:
@@ -232,7 +233,10 @@ def _labels(y: Any, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             "for one-hot rows pass y.argmax(axis=1)"
         )
     labels: np.ndarray = column_or_1d(y, warn=True)
-    assert_all_finite(labels, input_name="y")
+    try:
+        assert_all_finite(labels, input_name="y")
+    except TypeError:  # pandas' NA has no truth value
+        raise ValueError("y contains missing labels: leave those images out") from None
     if len(labels) != len(copies):
         raise RequestError(f"{len(copies)} images but {len(labels)} labels")
     check_classification_targets(labels)

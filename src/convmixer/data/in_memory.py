@@ -26,7 +26,8 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
 
     Args:
         X: (N, H, W), (N, H, W, C) or (N, C, H, W) of uint8, uint16 (grey only), bool or floats from 0 to 1; a torch
-            tensor of these; or a sequence of PIL images, files, and arrays or tensors of single images.
+            tensor of these; or a sequence of PIL images, files, and arrays or tensors of single images; or a table
+            with one column of these.
 
     Returns:
         The images, each an array (H, W) or (H, W, C) of uint8 or uint16, a PIL image, or a path; and the lines.
@@ -43,10 +44,13 @@ def as_images(X: Any) -> tuple[Batch, list[str]]:
             what = f"one image with {len(X)} channels or {len(X)} grey images"
             raise ValueError(f"X, a tensor of shape {tuple(X.shape)}, may be {what}: pass X[None] or X[:, None]")
         X = _numpy(X)
-        if X.dtype.kind not in "OUS":
-            return _batch(X)
     elif getattr(X, "ndim", 1) == 2:  # a data frame
-        return _batch(np.asarray(X))
+        X = np.asarray(X)
+    if isinstance(X, np.ndarray):
+        if X.dtype.kind in "OUS" and X.ndim == 2 and X.shape[1] == 1:  # a table with one column of files or images
+            X = X[:, 0]
+        if X.dtype.kind not in "OUS" or X.ndim == 2:
+            return _batch(X)
     elif not hasattr(X, "__len__"):
         raise ValueError(f"X is a {type(X).__name__}: {EXPECTED}")
     images: list[Any] = list(X)
