@@ -71,6 +71,12 @@ def test_the_page_shows_pairs_and_losses_in_order(tmp_path: Path) -> None:
     assert 'class="right">dog' in worst
 
 
+def test_a_weak_model_s_doubts_are_put_in_doubt(tmp_path: Path) -> None:
+    weak, good = (page_of(many(500, 10, wrong), list("abcdefghij"), tmp_path / "m.html") for wrong in (0.9, 0.3))
+    assert "the model is wrong about most images" in weak
+    assert "the model is wrong about most images" not in good
+
+
 def test_no_mistake_is_said(tmp_path: Path) -> None:
     page = page_of(answers_of([[0.9, 0.1], [0.2, 0.8]], [0, 1]), ["a", "b"], tmp_path / "m.html")
     assert "0 of 2 images are misclassified (top-1 100.00%)" in page

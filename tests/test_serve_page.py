@@ -1,5 +1,6 @@
 """The served page in Chromium: same answers as the classifier, a token if one is required, accessible to all."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_the_served_page_answers_as_the_classifier(
         page.wait_for_selector("table")
         assert "/v1/predict" in page.inner_text("body")
         assert serious(page) == []
+        page.context.close()
+
+
+def test_long_names_leave_the_percentages_whole(browser: Browser, page_weights: str) -> None:
+    classifier = load_classifier(page_weights, "fp32")
+    names = tuple(f"No passing for vehicles over {n} metric tons" for n in range(len(classifier.classes)))
+    with Running(dataclasses.replace(classifier, classes=names)) as server:
+        page, _ = open_page(browser, server.address + "/", "phone")
+        drop(page, photograph(), "image/jpeg")
+        heights = page.eval_on_selector_all(".percent", "all => all.map(e => e.getBoundingClientRect().height)")
+        assert len(heights) == 5
+        assert max(heights) < 32  # one line
         page.context.close()
 
 

@@ -181,6 +181,8 @@ class _Page:
             "Look at them first: a wrong label costs accuracy in training, and makes the accuracy measured here "
             "too low."
         )
+        if self.answers.wrong.mean() > 0.5:
+            note += " But the model is wrong about most images, so most of these labels are probably right."
         return self._section("Likely label errors", found, LABEL_ERRORS, note, "None found.")
 
     def _worst(self) -> str:

@@ -62,6 +62,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mappin
     """
     length = rows[-1]["step"] / rows[-1]["epoch"] if steps else 1  # steps of an epoch
     fine = [{**row, "epoch": row["step"] / length} for row in steps]
+    fine = fine if len(fine) > len(rows) else []  # else they are the points of the epochs again
     with plt.rc_context(_STYLE):
         panels = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
         figure, (loss, accuracy, rate, speed) = panels[0], panels[1].flat
@@ -295,7 +296,7 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 def _overlay(figure: Figure, axes: Axes, framed: np.ndarray, evidence: np.ndarray, side: int, name: str) -> None:
     """Draw the evidence in colour over a pale grey photo; where the evidence is weak, the photo shows through."""
     grey = framed if framed.ndim == 2 else framed @ np.array([0.299, 0.587, 0.114])
-    _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 22)}")
+    _picture(axes, 0.35 + 0.65 * grey, f"Evidence for {as_drawn(name, 18)}")
     bound = float(np.abs(evidence).max()) or 1.0
     right, bottom = (side // n * n / side * len(framed) - 0.5 for n in evidence.shape[::-1])  # whole patches
     shown = axes.imshow(
