@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,19 @@ def test_a_mistyped_word_names_the_nearest_one(
         status = end.code
     assert status == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["models", "--version"])  # more and less than a buffer
+def test_output_that_cannot_be_written_is_an_error(words: str) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as stdout:
+        command = [sys.executable, "-m", "convmixer", words]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 ENDINGS = """

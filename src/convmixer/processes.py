@@ -80,13 +80,7 @@ def run_program(main: Callable[[], int | None]) -> int | None:
     """
     status = 1  # if main raises
 
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or one that cannot be written
-                stream.flush()
-        os._exit(status)
-
-    atexit.register(leave)  # the first to be registered, so the last to run
+    atexit.register(lambda: os._exit(max(status, _flushed())))  # the first to be registered, so the last to run
     try:
         result = main()
     except SystemExit as end:
@@ -94,6 +88,20 @@ def run_program(main: Callable[[], int | None]) -> int | None:
         raise
     status = result or 0
     return result
+
+
+def _flushed() -> int:
+    """Write what is still buffered for stdout and stderr, and return the exit status, 1 if that is not possible."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream and not stream.closed:
+                stream.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        return 0
+    except OSError as error:
+        os.write(2, f"the output could not be written: {error.strerror}\n".encode())
+        return 1
+    return 0
 
 
 def child_environment(**others: str) -> dict[str, str]:
