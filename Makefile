@@ -31,7 +31,7 @@ format: install
 	$(BIN)/ruff format .
 
 # Tests run in one process a core, four at most. Threads that wait must not spin: the other processes need the cores.
-PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: install  ## the whole suite but the slow tests
 	$(PYTEST)

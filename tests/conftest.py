@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shared import once
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from tests.exports import Exports
@@ -14,6 +16,20 @@ if TYPE_CHECKING:
     from convmixer.exported.check import Images
 
 ROOT = Path(__file__).parent.parent
+# the files that take longest begin first, so that none is left to one process at the end
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("exported_files", "docs_commands", "tuning", "exported_agreement", "studies_run", "studies_tune",
+                 "fast", "decode", "fast_tools", "resume", "plan", "faults_kills", "models_commands", "faults_disk",
+                 "exported_hostile", "train_freeze", "kernels_cuda", "train_processes", "estimator", "studies_queue",
+                 "fast_inference", "results_report", "train_budget")
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first; the others keep their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -38,50 +54,16 @@ def clean_checkout() -> Iterator[None]:
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what convmixer remembers about its user out of the real home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("XDG_STATE_HOME", str(once(tmp_path_factory, "state", lambda folder: None)))
         yield
 
 
 @pytest.fixture(scope="session")
 def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a small ConvMixer trained for seconds on the real digits, about 95% right on the rest."""
-    import torch
-    from torch.nn.functional import cross_entropy
+    from made_weights import train_digits
 
-    from convmixer.data.datasets import load_data
-    from convmixer.data.loader import eval_loader
-    from convmixer.data.transforms import eval_transform
-    from convmixer.evaluation.batchnorm import recompute_batchnorm
-    from convmixer.models.convmixer import ConvMixer
-    from convmixer.models.weights import save_model
-    from convmixer.preprocess import Preprocessing
-
-    settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.0}
-    splits = load_data("digits", **settings)
-    p = Preprocessing(splits.img_size, splits.in_chans, splits.mean, splits.std)
-    images, labels = next(iter(eval_loader(splits.train, eval_transform(p), len(splits.train))))
-    torch.manual_seed(0)
-    model = ConvMixer(32, 2, 3, 1, in_chans=1, num_classes=10)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 110)
-    for _ in range(10):
-        for part in torch.randperm(len(labels)).split(128):
-            optimizer.zero_grad()
-            cross_entropy(model(images[part]), labels[part]).backward()
-            optimizer.step()
-            falling.step()
-    recompute_batchnorm(model, splits.train, p, 1280)  # after so few steps the running ones lag behind
-    folder = tmp_path_factory.mktemp("digits") / "weights"
-    save_model(
-        folder,
-        model,
-        architecture="convmixer_32_2_p1_k3",
-        model_args={},
-        classes=splits.classes,
-        preprocessing=p,
-        data={"spec": "digits", "checksum": splits.checksum, **settings},
-    )
-    return folder
+    return once(tmp_path_factory, "digits", lambda folder: train_digits(folder / "weights")) / "weights"
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +71,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny study that was never interrupted: two arms, two seeds. Copy it before changing anything."""
     from study_runs import finish, start, tiny
 
-    folder = tmp_path_factory.mktemp("whole")
-    finish(start(tiny(folder), folder / "out", program="probed_here"))
-    return folder / "out"
+    def make(folder: Path) -> None:
+        finish(start(tiny(folder), folder / "out", in_one_process=True))
+
+    return once(tmp_path_factory, "whole", make) / "out"
 
 
 @pytest.fixture
@@ -121,7 +104,7 @@ def exports(scans: "Images", tmp_path_factory: pytest.TempPathFactory) -> "Expor
     """A small model and its exports, each made once for all tests."""
     from tests.exports import Exports
 
-    return Exports(scans, tmp_path_factory.mktemp("exports"))
+    return Exports(scans, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +128,7 @@ def page_folder(page_weights: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """Those weights exported as a web page."""
     from tests.pages import export_page
 
-    return export_page(page_weights, tmp_path_factory.mktemp("web") / "page")
+    return once(tmp_path_factory, "web", lambda folder: export_page(page_weights, folder / "page")) / "page"
 
 
 @pytest.fixture(scope="session")
@@ -159,22 +142,9 @@ def page_address(page_folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def serve_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network as an ONNX file, so that a server starts without torch."""
-    import io
+    from serving import write_network
 
-    import torch
-    from PIL import Image
-
-    from convmixer.exported.check import Images
-    from convmixer.exported.export import export_model
-    from convmixer.models.create import create_model
-    from serving import CLASSES, P, picture
-
-    torch.manual_seed(0)
-    model = create_model("convmixer_8_1_p4_k3", num_classes=3).eval()
-    path = tmp_path_factory.mktemp("serve") / "tiny.onnx"
-    images = [Image.open(io.BytesIO(picture(seed))) for seed in range(8)]
-    export_model(model, CLASSES, P, Images("photograph", images, None, ()), path, about={"architecture": "tiny"})
-    return path
+    return once(tmp_path_factory, "serve", lambda folder: write_network(folder / "tiny.onnx")) / "tiny.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,18 @@
-"""Checkpoints in the layouts of the authors and of mmpretrain, with BatchNorm statistics that matter."""
+"""Trained weights, and checkpoints in the layouts of the authors and of mmpretrain."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.nn.functional import cross_entropy
 
+from convmixer.data.datasets import load_data
+from convmixer.data.loader import eval_loader
+from convmixer.data.transforms import eval_transform
+from convmixer.evaluation.batchnorm import recompute_batchnorm
+from convmixer.models.convmixer import ConvMixer
+from convmixer.models.weights import save_model
 from convmixer.preprocess import Preprocessing
 
 GREY = Preprocessing(8, 1, (0.3,), (0.4,), "bilinear", 0.9)
@@ -62,3 +70,31 @@ def settle(model: nn.Module) -> Any:
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     return model.eval()
+
+
+def train_digits(folder: Path) -> None:
+    """Write weights of a small ConvMixer trained for seconds on the real digits, about 95% right on the rest."""
+    settings = {"val_fraction": 0.1, "seed": 0, "max_bad_fraction": 0.0}
+    splits = load_data("digits", **settings)
+    p = Preprocessing(splits.img_size, splits.in_chans, splits.mean, splits.std)
+    images, labels = next(iter(eval_loader(splits.train, eval_transform(p), len(splits.train))))
+    torch.manual_seed(0)
+    model = ConvMixer(32, 2, 3, 1, in_chans=1, num_classes=10)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 110)
+    for _ in range(10):
+        for part in torch.randperm(len(labels)).split(128):
+            optimizer.zero_grad()
+            cross_entropy(model(images[part]), labels[part]).backward()
+            optimizer.step()
+            falling.step()
+    recompute_batchnorm(model, splits.train, p, 1280)  # after so few steps the running ones lag behind
+    save_model(
+        folder,
+        model,
+        architecture="convmixer_32_2_p1_k3",
+        model_args={},
+        classes=splits.classes,
+        preprocessing=p,
+        data={"spec": "digits", "checksum": splits.checksum, **settings},
+    )

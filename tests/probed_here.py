@@ -1,17 +1,14 @@
 """Measures what a model costs in this process instead of a fresh one, which would import everything once more.
 
-`python -m probed_here` is the `convmixer` command with that change. test_plan.py, test_probe.py and
-test_studies_tune.py start fresh processes.
+test_plan.py, test_probe.py and the slow tests of studies start fresh processes.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from convmixer.cli import main
 from convmixer.studies import probe
 from convmixer.train import options
 
@@ -25,9 +22,3 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `plan` and `compare` measure in this process."""
     for module in (probe, options):
         monkeypatch.setattr(module, "fresh", fresh)
-
-
-if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        patch(monkeypatch)
-        sys.exit(main())

@@ -1,8 +1,10 @@
 """Real servers for the tests, in a thread or a process, and requests to send to them."""
 
+import functools
 import io
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 import uvicorn
 from PIL import Image
 
@@ -26,16 +29,36 @@ from convmixer.serve.server import protocol
 CLASSES = ("apple", "bread", "cheese")
 P = Preprocessing(img_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
 PNG = {"content-type": "image/png"}
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # httpx would read all certificates for each request
 
 
 def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (20, 24)) -> bytes:
-    from sklearn.datasets import load_sample_image
-
-    photo = load_sample_image("flower.jpg")
+    photo = _flower()
     top, left = 10 * seed % 300, 7 * seed % 500
     buffer = io.BytesIO()
     Image.fromarray(photo[top : top + 120, left : left + 120]).resize(size).save(buffer, kind)
     return buffer.getvalue()
+
+
+@functools.cache
+def _flower() -> np.ndarray:
+    from sklearn.datasets import load_sample_image
+
+    return load_sample_image("flower.jpg")  # type: ignore[no-any-return]
+
+
+def write_network(path: Path) -> None:
+    """Write a small network as an ONNX file."""
+    import torch
+
+    from convmixer.exported.check import Images
+    from convmixer.exported.export import export_model
+    from convmixer.models.create import create_model
+
+    torch.manual_seed(0)
+    model = create_model("convmixer_8_1_p4_k3", num_classes=3).eval()
+    images = [Image.open(io.BytesIO(picture(seed))) for seed in range(8)]
+    export_model(model, CLASSES, P, Images("photograph", images, None, ()), path, about={"architecture": "tiny"})
 
 
 @dataclass
@@ -45,13 +68,14 @@ class Server:
     pid: int = 0
 
     def post(self, body: bytes, headers: dict[str, str] = PNG, query: str = "") -> httpx.Response:
-        return httpx.post(f"{self.address}/v1/predict{query}", content=body, headers=headers, timeout=20)
+        url = f"{self.address}/v1/predict{query}"
+        return httpx.post(url, content=body, headers=headers, timeout=20, verify=NO_TLS)
 
 
 def wait_until_ready(address: str) -> None:
     for _ in range(200):
         try:
-            if httpx.get(f"{address}/readyz").status_code == 200:
+            if httpx.get(f"{address}/readyz", verify=NO_TLS).status_code == 200:
                 return
         except httpx.TransportError:
             pass

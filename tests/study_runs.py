@@ -5,14 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from commands import Command
 from convmixer.studies.schema import find_study
 
 
@@ -27,37 +26,27 @@ def tiny(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(study: Path, out: Path, *more: str, program: str = "convmixer") -> "subprocess.Popen[str]":
+def start(study: Path, out: Path, *more: str, in_one_process: bool = False) -> Command:
     """Start a worker on one thread of plain PyTorch, so that its numbers are the same each time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CONVMIXER_KERNELS": "0", "PYTHONUNBUFFERED": "1"}
-    paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return subprocess.Popen(
-        [sys.executable, "-m", program, "compare", str(study), "digits", "--out", str(out), *more],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    words = ("compare", str(study), "digits", "--out", str(out), *more)
+    return Command(*words, in_one_process=in_one_process, OMP_NUM_THREADS="1", CONVMIXER_KERNELS="0")
 
 
-def finish(worker: "subprocess.Popen[str]") -> str:
+def finish(worker: Command) -> str:
     """Return what a worker said to its good end."""
     said = worker.communicate(timeout=300)[0]
     assert worker.returncode == 0, said
-    return str(said)
+    return said
 
 
-def kill_in_the_middle(worker: "subprocess.Popen[str]", line: str) -> None:
+def kill_in_the_middle(worker: Command, line: str) -> None:
     """Kill a worker as soon as it says that line."""
-    assert worker.stdout
-    for said in worker.stdout:
-        if re.search(line, said):
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
-            worker.stdout.close()
-            return
+    with worker.stdout:
+        for said in worker.stdout:
+            if re.search(line, said):
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+                return
     pytest.fail(f"the worker ended before it said {line}")
 
 

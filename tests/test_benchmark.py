@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from commands import Command
 from convmixer import records
 from convmixer.benchmark import measure
 from convmixer.benchmark.case import Case, build, case_of
 from convmixer.benchmark.contenders import peers
 from convmixer.benchmark.fared import fared
+from convmixer.cli import main
 from convmixer.errors import RequestError
 from convmixer.kernels import why_not
 
@@ -98,16 +100,12 @@ def test_peak_memory_is_what_a_step_saves_and_little_more() -> None:
     assert saved < peak < 3 * saved
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convmixer", "benchmark", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def test_it_refuses_to_start_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_refuses_to_start_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CONVMIXER_KERNELS", "0")
-    done = run("train", "--model", "convmixer_256_8")
-    assert done.returncode == 2
-    assert "CONVMIXER_KERNELS" in done.stderr
+    assert main(["benchmark", "train", "--model", "convmixer_256_8"]) == 2
+    assert "CONVMIXER_KERNELS" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(bool(why_not()), reason=f"kernels are not built: {why_not()}")
@@ -115,15 +113,16 @@ def test_command_measures_names_what_is_left_out_and_keeps_a_record(tmp_path: Pa
     file = tmp_path / "records.jsonl"
     shape = ["--dim", "16", "--depth", "2", "--patch-size", "4", "--kernel-size", "3", "--img-size", "16"]
     quick = ["--rounds", "1", "--sample-seconds", "0", "--no-memory", "--threads", "1"]
-    done = run("train", *shape, *quick, "--peers", "eager-bf16-nchw", "--json", "--record", str(file))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    words = ["--peers", "eager-bf16-nchw", "--json", "--record", str(file)]
+    said = (measuring := Command("benchmark", "train", *shape, *quick, *words)).communicate(300)[0]
+    assert measuring.returncode == 0, said
+    result = json.loads(said.splitlines()[-1])
     assert result["best_peer"] == "eager-bf16-nchw"
     assert result["ratio"] == pytest.approx(
         result["ours"]["images_per_second"] / result["peers"]["eager-bf16-nchw"]["images_per_second"]
     )
     assert result["left_out"]["compile-bf16"] == "not selected"
-    assert "compile-bf16                 not measured: not selected" in done.stdout
+    assert "compile-bf16                 not measured: not selected" in said
     assert records.read(file)[0].results["share_of_bound"] == result["share_of_bound"] > 0
     line = next(line for line in fared() if line.startswith("train convmixer_16_2_p4_k3, batch 64, bf16"))
     assert f"{result['ratio']:.2f} times eager-bf16-nchw" in line

@@ -187,6 +187,7 @@ SETTINGS: dict[str, Any] = {
     "workers": 0,
     "batch_size": 64,
     "lr": 0.03,
+    "draw": False,
 }
 
 

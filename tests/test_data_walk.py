@@ -163,7 +163,7 @@ def test_a_run_inside_its_own_data_is_continued_and_trained_again_on_the_same_cl
 ) -> None:
     root = write_folder(tmp_path / "flowers", range(60))
     monkeypatch.chdir(root)
-    settings = ["--model", "convmixer_8_1_p2_k3", "--img-size", "8", "--workers", "0"]
+    settings = ["--model", "convmixer_8_1_p2_k3", "--img-size", "8", "--workers", "0", "--draw", "false"]
     assert main(["train", ".", *settings, "--epochs", "1", "--out", "runs/first"]) == 0
     assert main(["train", "--resume", "runs/first", "--epochs", "2"]) == 0
     assert main(["train", ".", *settings, "--epochs", "1"]) == 0

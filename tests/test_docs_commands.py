@@ -21,7 +21,7 @@ from convmixer.recipes import load_settings
 from convmixer.studies.schema import load_study
 from docs_pages import PAGES, ROOT, Command, commands, inline, unmarked
 
-SMALL = ["--epochs", "1", "--workers", "0", "--batch-size", "8", "--img-size", "16"]
+SMALL = ["--epochs", "1", "--workers", "0", "--batch-size", "8", "--img-size", "16", "--draw", "false"]
 TINY = [*SMALL, "--model", "convmixer_8_1_p4_k3"]
 # a pattern of commands -> what makes them cheap; a later value of a flag wins
 RUN = {
@@ -174,7 +174,7 @@ def trained(workplace: Path) -> Path:
     """The workplace after the README's training."""
     here = Path.cwd()
     os.chdir(workplace)
-    assert main(["train", "flowers", "--out", "runs/flowers", *TINY]) == 0
+    assert main(["train", "flowers", "--out", "runs/flowers", *TINY, "--draw", "true"]) == 0
     os.chdir(here)
     shutil.copytree(workplace / "runs" / "flowers", workplace / "runs" / "small")
     return workplace

@@ -30,6 +30,8 @@ TRAINED = [
     "0",
     "--img-size",
     "16",
+    "--draw",
+    "false",
 ]
 
 

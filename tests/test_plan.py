@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import commands
 from convmixer.cli import main
 from convmixer.config import Config
 from convmixer.train import options
@@ -17,8 +18,11 @@ def _plan(**settings: Any) -> dict[str, Any]:
     return plan("digits", Config(**{"workers": 0, "precision": "fp32", **settings}))
 
 
-def test_counts_by_hand_and_measurements_that_make_sense(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_by_hand_and_measurements_that_make_sense(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = _plan(model="convmixer_32_2_p1_k3", batch_size=64, epochs=3)
+    monkeypatch.setattr(options, "fresh", commands.fresh)  # the process is fresh, its imports are not
     # positions x (stem + depth x (depthwise + pointwise)) + classifier
     assert small["macs"] == 64 * (32 + 2 * (32 * 9 + 32 * 32)) + 32 * 10
     assert small["parameters"] == 32 * (2 * (9 + 32 + 6) + 1 + 10 + 3) + 10
@@ -42,7 +46,8 @@ def test_command_prints_json_and_advice(capsys: pytest.CaptureFixture[str]) -> N
     assert any("--max-time" in line for line in result["advice"])
 
 
-def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_fit_are_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "fresh", commands.fresh)  # the process is fresh, its imports are not
     asked = Config(model="convmixer_64_4_p1_k3", epochs=100_000, batch_size=64, workers=0, max_time="1h")
     result = plan("digits", asked)
     assert result["seconds_total"] > 3600

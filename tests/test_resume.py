@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import Command
 from convmixer.config import override
 from convmixer.errors import RequestError
 from convmixer.models.weights import load_model
@@ -22,7 +23,7 @@ from convmixer.train.run import resume, train
 from convmixer.train.session import Run
 from data_sets import write_noise
 
-EPOCHS, STEPS_PER_EPOCH = 6, 10
+EPOCHS, STEPS_PER_EPOCH = 4, 10
 # everything that draws random numbers or carries state from step to step
 SETTINGS = {
     "model": "convmixer_16_2_p1_k3",
@@ -37,22 +38,15 @@ SETTINGS = {
     "ema_decay": 0.9,
     "lr": 0.02,
     "checkpoint_seconds": 1e-6,
+    "draw": False,
 }
 
 
-def _command(*arguments: str) -> subprocess.Popen[str]:
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(
-        [sys.executable, "-m", "convmixer", "train", *arguments],
-        env={**os.environ, **threads},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def _command(*arguments: str) -> Command:
+    return Command("train", *arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
 
 
-def _signal_in_mid_epoch(process: subprocess.Popen[str], run: Path, number: int, checkpoints: int) -> str:
+def _signal_in_mid_epoch(process: Command, run: Path, number: int, checkpoints: int) -> str:
     """Signal the process and its workers, as `timeout` and Ctrl-C do, once that many checkpoints were written.
 
     Returns what the process has printed.
@@ -79,14 +73,14 @@ def test_killed_terminated_and_resumed_equals_uninterrupted(tmp_path: Path) -> N
     flags = [item for name, value in SETTINGS.items() for item in ("--" + name.replace("_", "-"), str(value))]
     random_steps = random.Random()
     killed = _command("digits", *flags, "--workers", "2", "--out", str(parts))
-    output = _signal_in_mid_epoch(killed, parts, signal.SIGKILL, random_steps.randint(3, 17))
+    output = _signal_in_mid_epoch(killed, parts, signal.SIGKILL, random_steps.randint(3, 10))
     assert killed.returncode == -signal.SIGKILL, output
     state = load_checkpoint(parts / "checkpoints")
     assert state is not None
     step_killed = state["module"]["steps_done"]
 
     terminated = _command("--resume", str(parts))
-    output = _signal_in_mid_epoch(terminated, parts, signal.SIGTERM, random_steps.randint(3, 17))
+    output = _signal_in_mid_epoch(terminated, parts, signal.SIGTERM, random_steps.randint(3, 10))
     assert terminated.returncode == 143, output
     assert f"resuming {parts} at step {step_killed} of {EPOCHS * STEPS_PER_EPOCH}" in output.replace("\n", "")
     assert "continue with: convmixer train --resume" in output
@@ -109,7 +103,7 @@ def test_killed_terminated_and_resumed_equals_uninterrupted(tmp_path: Path) -> N
 
 
 def test_the_weights_it_began_from_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"model": "convmixer_8_1_p1_k3", "epochs": 2, "workers": 0}
+    settings = {"model": "convmixer_8_1_p1_k3", "epochs": 2, "workers": 0, "draw": False}
     train("digits", override(load_recipe("digits"), settings | {"mean": "0.4", "std": "0.2"}), out=tmp_path / "start")
     from_start = override(load_recipe("digits"), settings | {"model": "auto", "weights": str(tmp_path / "start")})
     whole = train("digits", from_start, out=tmp_path / "whole")
@@ -169,7 +163,8 @@ def test_unreadable_images_that_stopped_a_run_can_be_allowed(tmp_path: Path) -> 
     for i in range(10):
         file = tmp_path / "data" / "a" / f"{i}.png"
         file.write_bytes(file.read_bytes()[:200])
-    config = override(load_recipe("finetune"), {"model": "convmixer_16_1_p4_k3", "epochs": 1, "batch_size": 8})
+    tiny = {"model": "convmixer_16_1_p4_k3", "epochs": 1, "batch_size": 8, "draw": False}
+    config = override(load_recipe("finetune"), tiny)
     with pytest.raises(RequestError, match="of 40 images cannot be used"):
         train(str(tmp_path / "data"), config, out=tmp_path / "run")
     assert resume(tmp_path / "run", max_bad_fraction=0.5)["epochs"] == 1

@@ -12,7 +12,7 @@ import pytest
 
 from convmixer.serve.body import split_form
 from convmixer.serve.http import Refusal
-from serving import PNG, Server, multipart, picture, png_claiming
+from serving import NO_TLS, PNG, Server, multipart, picture, png_claiming
 
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SLOW_BMP = picture(0, "BMP")[:28] + struct.pack("<HI", 8, 1) + picture(0, "BMP")[34:]  # run-length encoded, it says
@@ -54,7 +54,7 @@ def test_bad_input_gets_its_status_and_reason(server: Server, case: str) -> None
     assert code is None or error["code"] == code
     assert error["message"]
     assert "passwd" not in answer.text
-    assert httpx.get(f"{server.address}/healthz").status_code == 200
+    assert httpx.get(f"{server.address}/healthz", verify=NO_TLS).status_code == 200
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +72,7 @@ def test_bad_parameters_paths_and_methods_are_refused_in_json(server: Server) ->
         answer = server.post(picture(), query=query)
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_parameter")
     for path in ("/nope", "/..%2f..%2fetc/passwd", "/page.css/../app.py", "/static//etc/passwd"):
-        answer = httpx.get(server.address + path)
+        answer = httpx.get(server.address + path, verify=NO_TLS)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert httpx.get(f"{server.address}/v1/predict").json()["error"]["code"] == "method_not_allowed"
 

@@ -1,6 +1,5 @@
 """The queue: order, records, failures, interruption, dead workers on this machine and elsewhere."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+import commands
 from convmixer.errors import RequestError
 from convmixer.studies.queue import Queue
 
@@ -147,7 +147,7 @@ def _take_all(url: str, ready: Any, trained: Any) -> None:
 def test_workers_that_take_at_the_same_moment_take_different_runs(url: str) -> None:
     runs = [f"arm-seed{seed}" for seed in range(24)]
     Queue(url, "test").start(runs, {"k": 1})
-    context = multiprocessing.get_context("spawn")
+    context = commands.context()
     ready, trained = context.Barrier(6), context.Queue()
     workers = [context.Process(target=_take_all, args=(url, ready, trained)) for _ in range(6)]
     for worker in workers:
@@ -160,7 +160,7 @@ def test_workers_that_take_at_the_same_moment_take_different_runs(url: str) -> N
 
 
 def _killed_worker(url: str) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = commands.context()
     taken = context.Queue()
     worker = context.Process(target=_hang, args=(url, taken))
     worker.start()

@@ -38,8 +38,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned study whose first worker was killed during the trials, continued to its end."""
     folder = tmp_path_factory.mktemp("tuned")
     study, out = tuned(folder), folder / "out"
-    kill_in_the_middle(start(study, out), r"run 3 of 6.*depthwise-trial1")
-    (out / "said.txt").write_text(finish(start(study, out, "--resume")))
+    kill_in_the_middle(start(study, out, in_one_process=True), r"run 3 of 6.*depthwise-trial1")
+    (out / "said.txt").write_text(finish(start(study, out, "--resume", in_one_process=True)))
     return out
 
 

@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from commands import Command
 from convmixer import kernels, records
 from convmixer.cli import main
 from convmixer.config import Config
@@ -24,7 +23,14 @@ from convmixer.models.weights import load_model
 from convmixer.train.run import resume, train
 from convmixer.train.setup import prepare
 
-TINY = {"model": "convmixer_24_2_p1_k3", "workers": 0, "precision": "fp32", "lr": 0.03, "batch_size": 64}
+TINY = {
+    "model": "convmixer_24_2_p1_k3",
+    "workers": 0,
+    "precision": "fp32",
+    "lr": 0.03,
+    "batch_size": 64,
+    "draw": False,
+}
 
 
 def tiny(**more: Any) -> Config:
@@ -36,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     out = tmp_path_factory.mktemp("runs") / "run"
     result = train(
         "digits",
-        tiny(epochs=3, ema_decay=0.5, mixup=0.1, cutmix=0.1, mixup_prob=0.3, smoothing=0.1),
+        tiny(epochs=3, ema_decay=0.5, mixup=0.1, cutmix=0.1, mixup_prob=0.3, smoothing=0.1, draw=True),
         out=out,
         recipe_name="digits",
     )
@@ -137,12 +143,12 @@ def test_names_of_classes_need_not_be_text(tmp_path: Path) -> None:
             (data / str(label)).rename(data / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 alone")
-    result = train(str(data), tiny(epochs=1), out=tmp_path / "run")
+    result = train(str(data), tiny(epochs=1, draw=True), out=tmp_path / "run")
     assert load_model(result["run"]).classes == tuple(sorted(names))
     assert r"a\$b\$c, caf\\udce9" in (tmp_path / "run" / "README.md").read_text()
     out = tmp_path / "measured"
-    command = [sys.executable, "-m", "convmixer", "val", result["run"], "--out", str(out)]
-    assert subprocess.run(command, env={**os.environ, "PYTHONUTF8": "1"}, stdout=subprocess.DEVNULL).returncode == 0
+    said = (measuring := Command("val", result["run"], "--out", str(out))).communicate(200)[0]
+    assert measuring.returncode == 0, said
     assert b"\ncaf\xe9," in (out / "per_class.csv").read_bytes()
 
 

@@ -16,7 +16,14 @@ from convmixer.train.run import train
 from convmixer.train.session import Run
 from data_sets import write_noise
 
-SETTINGS = {"model": "convmixer_8_1_p4_k3", "epochs": 3, "batch_size": 16, "workers": 0, "img_size": 16}
+SETTINGS = {
+    "model": "convmixer_8_1_p4_k3",
+    "epochs": 3,
+    "batch_size": 16,
+    "workers": 0,
+    "img_size": 16,
+    "draw": False,
+}
 
 
 @pytest.fixture
@@ -70,6 +77,7 @@ def test_a_divergence_says_whether_a_checkpoint_is_there(tmp_path: Path) -> None
         "epochs": 2,
         "workers": 0,
         "precision": "fp32",
+        "draw": False,
     }
     with pytest.raises(FloatingPointError, match="no checkpoint was written before"):
         train("digits", override(load_recipe("digits"), settings), out=tmp_path / "run")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands import Command
 from convmixer.run_folder import LAST, LATEST, MODEL, RunFolder
 from data_sets import write_folder
 
@@ -51,7 +52,10 @@ def results(run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("processes") / "one", ())
+    out = tmp_path_factory.mktemp("processes") / "one"
+    said = (process := Command(*ARGUMENTS, "--out", str(out), **ENVIRONMENT)).communicate(240)[0]
+    assert process.returncode == 0, said
+    return out
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -68,9 +72,12 @@ def test_several_processes_equal_one_with_the_same_global_batch(one: Path, tmp_p
     torch.testing.assert_close(torch.tensor(numbers[1]), torch.tensor(numbers[0]), rtol=1e-3, atol=1e-3)
     events = [json.loads(line)["event"] for line in RunFolder(several).log_file.read_text().splitlines()]
     assert events == ["start", "epoch", "epoch", "end"]  # written by one process alone
+    # every image counts once; two processes cannot share 101 evenly
+    assert [[results(path)[f"{split}_n"] for split in ("val", "test")] for path in (one, several)] == [[101, 360]] * 2
 
 
-def test_evaluation_counts_every_image_once(one: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_three_processes_count_every_image_once(one: Path, tmp_path: Path) -> None:
     """101 and 360 images, which three processes cannot share evenly."""
     three = results(run(tmp_path / "three", torchrun(3), "--batch-size", "96", "--epochs", "1", "--draw", "false"))
     alone = results(one)

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import optuna
 import pytest
 import yaml
 
+from commands import Command
 from convmixer.cli import main
 from convmixer.config import Config
 from convmixer.errors import RequestError
@@ -91,13 +90,10 @@ def test_a_search_ends_in_a_recipe_and_never_reads_the_test_split(
 def test_a_killed_trial_goes_on_where_it_was(space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "search"
     long = [*command(space, out, "--trials", "1"), "--epochs", "300"]
-    program = [sys.executable, "-m", "convmixer", *long]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    worker = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert worker.stdout
+    worker = Command(*long)
     assert any(re.match("epoch 3/", line) for line in worker.stdout)
     os.killpg(worker.pid, signal.SIGKILL)
-    worker.communicate()
+    worker.communicate(20)
     (killed,) = trials(out)
     assert killed.state == optuna.trial.TrialState.RUNNING
     values = dict(killed.params)
@@ -116,12 +112,12 @@ def test_a_killed_trial_goes_on_where_it_was(space: Path, tmp_path: Path, capsys
 
 def test_two_workers_share_a_search(space: Path, tmp_path: Path) -> None:
     out = tmp_path / "search"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    long = ["--epochs", "8"]  # the faster worker must not end before the other one has imported everything
+    long = ["--epochs", "4"]  # the faster worker must not end before the other one has begun
     assert main(command(space, out, "--trials", "1", *long)) == 0
-    later = [sys.executable, "-m", "convmixer", *command(space, out, "--trials", "6", *long)]
-    workers = [subprocess.Popen([*later, flag], env=environment) for flag in ("--resume", "--worker")]
-    assert [worker.wait(200) for worker in workers] == [0, 0]
+    later = command(space, out, "--trials", "6", *long)
+    workers = [Command(*later, flag, OMP_NUM_THREADS="1") for flag in ("--resume", "--worker")]
+    said = [worker.communicate(200)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
     found = trials(out)
     assert 6 <= len(found) <= 7  # both may start one when five have been started
     first, *others = (trial.user_attrs["worker"]["pid"] for trial in found)
@@ -133,7 +129,7 @@ def test_two_workers_share_a_search(space: Path, tmp_path: Path) -> None:
 def test_bad_trials_are_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("lr: {choices: [1.0e-9, 0.02]}\n")
-    flags = ["--epochs", "4", "--batch-size", "64", "--trials", "9"]
+    flags = ["--epochs", "4", "--trials", "9"]
     result = tuned(capsys, *command(space, tmp_path / "search"), *flags)
     assert result["pruned"] >= 1
     assert result["best"]["lr"] > 0.01

@@ -12,5 +12,5 @@ from convmixer.train.run import train
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny settings; never to be changed."""
     run = tmp_path_factory.mktemp("faults") / "whole"
-    train("digits", settings(), out=run)
+    train("digits", settings(draw=True), out=run)
     return run

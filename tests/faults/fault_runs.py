@@ -1,14 +1,12 @@
 """A tiny run to break, and a table of tries and failures."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from commands import Command
 from convmixer.config import Config, override
 from convmixer.recipes import load_recipe
 from convmixer.run_folder import BEST, LAST, MODEL, RunFolder
@@ -29,21 +27,14 @@ SETTINGS = {
 }
 
 
-def settings() -> Config:
+def settings(draw: bool = False) -> Config:
     """Return the settings of the tiny run."""
-    return override(load_recipe("digits"), SETTINGS)
+    return override(load_recipe("digits"), SETTINGS | {"draw": draw})
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str) -> Command:
     """Start `convmixer train` with as many threads as here, in its own process group."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "convmixer", "train", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return Command("train", *arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
 
 
 def flags() -> list[str]:

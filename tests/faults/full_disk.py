@@ -43,7 +43,7 @@ def attempt(run: Path) -> str:
     """Return the line that the command would end with, or "" if the run ended well."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            train("digits", settings(), out=run)
+            train("digits", settings(draw=True), out=run)
         except Exception as error:
             cli._fail(cli._parser().parse_args(["train"]), error, 1)
             return said.getvalue().splitlines()[-1]
@@ -56,7 +56,7 @@ def finish(whole: Path, run: Path) -> list[str]:
         if (run / "config.yaml").exists():
             resume(run)
         else:
-            train("digits", settings(), out=run)
+            train("digits", settings(draw=True), out=run)
     return differences(whole, run)
 
 

@@ -19,7 +19,8 @@ def fill(whole: Path, disk: Path, levels: int) -> None:
     if not shutil.which("unshare") or subprocess.run([*PRIVATE, "true"], capture_output=True).returncode:
         pytest.skip("no small disk can be mounted here: unshare --map-root-user --mount does not work")
     command = [*PRIVATE, sys.executable, str(SCRIPT), str(disk), str(whole), str(levels)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

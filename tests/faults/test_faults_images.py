@@ -87,6 +87,7 @@ def test_each_bad_image_is_named_and_every_command_finishes(
     assert len(unreadable) > 0.95 * BAD
     run = tmp_path / "run"
     settings = ["--model", "convmixer_8_1_p4_k3", "--img-size", "32", "--epochs", "1", "--batch-size", "16"]
+    settings += ["--draw", "false"]
     assert main(["train", str(folder), "--out", str(run), *settings, "--max-bad-fraction", "0.9"]) == 0
     trained = "".join(capfd.readouterr())
     table = tmp_path / "predictions.jsonl"
