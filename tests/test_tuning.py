@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 import pytest
 import yaml
@@ -62,7 +63,9 @@ def test_a_search_ends_in_a_recipe_and_never_reads_the_test_split(
     space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "search"
+    style = {key: value for key, value in matplotlib.rcParams.items() if "backend" not in key}
     result = tuned(capsys, *command(space, out, "--trials", "4"))
+    assert {key: matplotlib.rcParams[key] for key in style} == style  # for later pictures of this process
     assert result["trials"] + result["pruned"] == 4
     best = max((t for t in trials(out) if t.value is not None), key=lambda t: t.value or 0)
     assert result["val_top1"] == best.value

@@ -240,6 +240,8 @@ class Search:
         """Draw the history of the search and, if the accuracies of trials differ, the importance of each setting."""
         import warnings
 
+        import matplotlib
+
         from convmixer.results.plots import save
 
         draw, history, importance = (
@@ -247,7 +249,7 @@ class Search:
             self.out / "history.png",
             self.out / "importance.png",
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna sets a style for the whole process
             warnings.simplefilter("ignore")  # warnings about experimental interfaces and too few trials
             save(_figure(draw.plot_optimization_history(self.study, target_name="val top-1 (%)")), history)
             if len(found) > 1 and len(self.space) > 1:
