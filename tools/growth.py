@@ -319,8 +319,8 @@ def _predictions(model: dict[str, list[float]], environment: dict[str, Any]) -> 
     return [
         "**A prediction, not a measurement**: ConvMixer-1536/20 (k 9, 1,024 patches) on ImageNet-1k, "
         f"{case['batch']} images a step on each machine, {environment['cores']} such cores a machine, a network of "
-        f"10 Gbit/s. Each process needs {predicted(model, 1)['bytes'] / 1e9:.0f} GB of memory. It "
-        "extrapolates far beyond what was measured, "
+        f"10 Gbit/s. Each process needs {predicted(model, 1)['bytes'] / 1e9:.0f} GB of memory. The "
+        "prediction extrapolates far beyond what was measured, "
         "leaves out loading and evaluation, and assumes that no machine is slower than another.",
         "",
         f"| machines | a step | share of the network | an epoch | {case['epochs']} epochs, days |",

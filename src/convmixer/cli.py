@@ -1,7 +1,8 @@
 """The command line: parses arguments, calls the modules that do the work, and reports errors.
 
-Every command returns a dict of plain JSON types. The exit status is 0 if the work was done, 1 if it failed, and 2 if
-the request was wrong. Heavy imports happen inside the command that needs them, so that `--help` answers at once.
+Every command returns a dict of plain JSON types. The exit status is 0 if the work was done, 1 if it failed, 2 if
+the request was wrong, 130 after Ctrl-C, and 128 plus the number of another signal. Heavy imports happen inside the
+command that needs them, so that `--help` answers at once.
 """
 
 import argparse
@@ -266,7 +267,7 @@ def _add_val(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        help="default: test, or for data other than the training data the first of test, val and train that exists",
+        help="default: test; if DATA are not the training data, the first of test, val and train that exists",
     )
     sub.add_argument(
         "--limit", type=int, metavar="N", help="evaluate a random sample of N images (with a fixed seed)"

@@ -150,9 +150,9 @@ def _checked(path: Path, run: Run, classes: int) -> Run:
 
 def _classes(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not 0 < len(names) <= MAX_CLASSES:
-        raise ValueError(f"class names must be a list of 1 to {MAX_CLASSES} texts")
+        raise ValueError(f"class names must be a list of 1 to {MAX_CLASSES} strings")
     if not all(isinstance(name, str) and len(name) <= MAX_TEXT for name in names):
-        raise ValueError(f"a class name is not a text of at most {MAX_TEXT} characters")
+        raise ValueError(f"a class name is not a string of at most {MAX_TEXT} characters")
     return tuple(names)
 
 
@@ -163,7 +163,7 @@ def _preprocessing(values: Any) -> Preprocessing:
     if not all(math.isfinite(number) and abs(number) <= MAX_SIDE for number in numbers):
         raise ValueError(f"the preprocessing holds a number that is not finite or above {MAX_SIDE}")
     if not (isinstance(values["img_size"], int) and isinstance(values["interpolation"], str)):
-        raise ValueError("img_size must be a whole number and interpolation a text")
+        raise ValueError("img_size must be a whole number and interpolation a string")
     return Preprocessing(**values)
 
 
