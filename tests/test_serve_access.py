@@ -79,6 +79,7 @@ def test_pages_of_other_origins_may_not_ask(serve_classifier: Classifier) -> Non
             answer = server.post(picture(), PNG | {"origin": origin})
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_origin"), origin
             assert "access-control-allow-origin" not in answer.headers
+            assert httpx.delete(server.address, headers={"origin": origin}).status_code == 403, origin
 
 
 @pytest.mark.parametrize("origins", [("https://app.example",), ("*",)])

@@ -141,7 +141,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> Callable[[Scope, Receive, Send], Awaitable[None]] | None:
         try:
             self.access.check_host(scope)
-            if scope["method"] == "POST":
+            if scope["method"] not in ("GET", "HEAD", "OPTIONS"):  # these change nothing
                 self.access.check_origin(scope)
         except Refusal as error:
             return JSONResponse(reason(error.code, error.message), error.status, error.headers)

@@ -162,9 +162,14 @@ class TrainingModule(pl.LightningModule):
         return torch.device("cpu") if self.place.type == "mps" else self.place
 
     def _can_be_a_graph(self) -> bool:
-        """Return whether a step never waits for the GPU. With DDP, fp16's scaler or other optimizers it does wait."""
-        one = world_size() == 1 and self.config.precision != "fp16" and self.config.optimizer == "adamw"
-        return one and self.place.type == "cuda"
+        """Return whether a step never waits for the GPU. With DDP, fp16's scaler or most optimizers it does wait.
+
+        The learning rate has to be a tensor: a graph would use a number again at every replay.
+        """
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return (
+            world_size() == 1 and self.place.type == "cuda" and all(isinstance(rate, torch.Tensor) for rate in rates)
+        )
 
     def _take_step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
