@@ -41,9 +41,8 @@ def test_other_processors(march: str) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("march", ["tiles", "vectors"])
 def test_inference_with_and_without_a_matrix_unit(march: str) -> None:
-    _check_parity(
-        "test_fast_inference.py", "-k", "as_exact or largest or digits or threads", CONVMIXER_KERNELS_MARCH=march
-    )
+    chosen = "as_exact or largest or digits or threads"
+    _check_parity("test_fast_inference.py", only=chosen, CONVMIXER_KERNELS_MARCH=march)
 
 
 @pytest.mark.slow
