@@ -37,7 +37,8 @@ class Command:
         """
         read, write = os.pipe()
         self.stdout = os.fdopen(read, encoding="utf-8", errors="replace")
-        given = (arguments, os.environ | environment, in_one_process, DupFd(write))
+        method = multiprocessing.get_start_method()
+        given = (arguments, os.environ | environment, in_one_process, method, DupFd(write))
         self._process = context().Process(target=_run, args=given)
         self._process.start()
         os.close(write)
@@ -99,13 +100,16 @@ def context() -> Any:
     return forking
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], in_one_process: bool, output: DupFd) -> None:
+def _run(
+    arguments: Sequence[str], environment: dict[str, str], in_one_process: bool, method: str, output: DupFd
+) -> None:
     """Do in the new process what `python -m convmixer` does once it has imported everything."""
     import pytest
 
     import probed_here
     from convmixer import cli
 
+    multiprocessing.set_start_method(method, force=True)  # of its own processes; was that of this one
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
