@@ -23,13 +23,13 @@ JPEG = ("JPEG", "MPO")
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _TIFF_STARTS = (b"II*\0", b"MM\0*")
-_APART = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")  # JPEG 2000
+_APART = (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")  # JPEG 2000, always decoded apart
 # TIFF tags that describe one plain image of strips, and those of GeoTIFF and GDAL
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 269, 270, 271, 272, 273, 274, 277, 278, 279, 280, 281, 282, 283, 284}
 _TIFF_TAGS |= {285, 296, 305, 306, 315, 316, 317, 320, 338, 339, 33432, 33550, 33922, 34735, 34736, 34737}
 _TIFF_TAGS |= {42112, 42113}
 _TIFF_CODECS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, PackBits
-_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes of a value, by type
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # 0xFF and a marker, but no stuffed, restart or fill byte
 
 
@@ -129,7 +129,7 @@ def _jpeg_exif_bytes(file: BinaryIO) -> int:
         head = file.read(10)
         if len(head) < 4 or head[0] != 0xFF or head[1] in (0xDA, 0xD9):
             return total
-        if head[1] == 0xFF:  # fill
+        if head[1] == 0xFF:  # a fill byte
             place += 1
             continue
         size = int.from_bytes(head[2:4], "big")

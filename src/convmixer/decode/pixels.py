@@ -100,9 +100,9 @@ def _open(file: BinaryIO, confined: bool, small: bool = False) -> Image.Image:
 
 
 class _Clock:
-    """A file that stops being read when this thread has used its CPU time.
+    """A file whose reads fail once this thread has used its CPU time for the image.
 
-    If confined, it raises ImageError after `SECONDS`, else Apart after `HERE_SECONDS`. CPU time counts, not wall
+    If confined, they raise ImageError after `SECONDS`, else Apart after `HERE_SECONDS`. CPU time counts, not wall
     time: whether an image can be read must not depend on the load of the machine.
 
     Args:
@@ -212,7 +212,7 @@ def _to_bytes(image: Image.Image) -> Image.Image:
     """
     out = np.empty((image.height, image.width), np.uint8)
     too_large = brightest = 0
-    rows = max(1, 2**20 // image.width)  # converted at a time; copies of the whole image would take gigabytes
+    rows = max(1, 2**20 // image.width)  # rows converted at once; copies of the whole image would take gigabytes
     for top in range(0, image.height, rows):
         values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if values.dtype.kind == "f":

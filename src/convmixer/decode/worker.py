@@ -2,7 +2,7 @@
 images.
 
 The parent sends one line of JSON, followed by the file's bytes if it has no path; the child answers with one line of
-JSON and the pixels. The kernel ends the child if it exceeds its CPU time or memory; the parent ends it after
+JSON and the pixels. The operating system limits the CPU time and the memory of the child; the parent ends it after
 `WALL_SECONDS`.
 """
 
@@ -178,7 +178,7 @@ def main() -> None:
         request = json.loads(line)
         file = Path(request["path"]) if "path" in request else source.read(request["size"])
         used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime + request["seconds"]) + 1  # the kernel counts whole seconds
+        seconds = int(used.ru_utime + used.ru_stime + request["seconds"]) + 1  # the system counts whole seconds
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         answer, data = _answer(file, request)
         out.write(json.dumps(answer | {"bytes": len(data)}).encode() + b"\n" + data)

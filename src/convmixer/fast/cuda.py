@@ -1,4 +1,4 @@
-"""A trained ConvMixer on a GPU: one launch per half of a block, and one CUDA graph per batch shape."""
+"""A trained ConvMixer on a GPU: two or three launches per block, and one CUDA graph per batch shape."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ class CudaInference(nn.Module):
             return self.graphs(x) if x.is_cuda and len(x) else self.compute(x)
 
     def compute(self, images: Tensor) -> Tensor:
-        """Return the same as `forward`, without a graph; the images must have the dtype of the activations."""
+        """Return the same as `forward`, without a CUDA graph; the images must have the dtype of the activations."""
         B, C, H, W = images.shape
         p = self.patch_size
         h, w = H // p, W // p

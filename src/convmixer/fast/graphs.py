@@ -17,14 +17,14 @@ class Graphs:
     There is a graph for each shape. The graphs share their memory, because they never run at the same time.
 
     Args:
-        function: It must do the same at every call with a shape, and never wait for the GPU.
+        function: At every call with one shape it must launch the same kernels. It must never wait for the GPU.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function, self.lock = function, threading.Lock()
         self.known: OrderedDict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
         self._pool: Any = None
-        self._done: torch.cuda.Event | None = None  # the last use of the shared tensors
+        self._done: torch.cuda.Event | None = None  # when the last use of the graphs' shared memory ends
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return a new tensor with the function's result."""
@@ -51,7 +51,7 @@ class Graphs:
         inside = x.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and creates cuBLAS's workspaces
+        with torch.cuda.stream(stream):  # a first run compiles the kernels and creates cuBLAS's workspaces
             self.function(inside)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
-"""Makes inference of a trained ConvMixer fast: the whole network as one kernel, in fp32, bf16 or int8.
+"""Makes inference of a trained ConvMixer fast: on a CPU, the whole network is one kernel, in fp32, bf16 or int8.
 
 Activation, BatchNorm (as a scale and a shift) and the residual sum are computed at the end of the depthwise
-convolution and of the matrix multiplication, so no tensor is written to memory and read again for them. For training
-see `fast.accelerate`.
+convolution and of the matrix multiplication, so no tensor is written to memory and read again for them. For GPUs see
+`fast.cuda`, for training `fast.accelerate`.
 """
 
 import sys
@@ -32,8 +32,9 @@ def optimize_for_inference(
 ) -> nn.Module:
     """Return a module that computes a trained model's logits, on the kernels if they can be used.
 
-    fp32 and bf16 are exact up to rounding. int8 rounds the weights per output and the inputs of the matrix
-    multiplications per channel. This reduces accuracy: measure it with `convmixer val --precision int8`.
+    fp32 and bf16 are exact up to rounding. int8 rounds the weights of the matrix multiplications, with a scale for
+    each output channel, and their inputs, with a scale for each input channel. This reduces accuracy: measure it with
+    `convmixer val --precision int8`.
 
     The weights are copied, so train first, then optimise. If the kernels cannot be used, or the model is not a plain
     ConvMixer, the model itself runs, in eval mode and in the given precision; for a ConvMixer the reason is printed
@@ -76,7 +77,7 @@ def optimize_for_inference(
 
 
 def _say_if_slower(int8: nn.Module, fp32: nn.Module, images: Tensor) -> None:
-    """Print a line if int8 is not faster than fp32 on this machine, measured on three passes of one image each."""
+    """Print a line if int8 is not faster than fp32 on this machine: the fastest of three passes of one image each."""
     one = images[:1]
     seconds = [min(_seconds(run, one) for _ in range(3)) for run in (int8, fp32)]
     if seconds[0] >= seconds[1]:
@@ -131,7 +132,7 @@ class FastInference(nn.Module):
             raise RuntimeError("an optimised model has no derivatives: differentiate the model itself")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             pooled = run(x.float(), self.weights, *self.sizes, self.act, self.precision)
-            logits = F.linear(pooled, self.head_weight.float(), self.head_bias.float())  # after .half() too
+            logits = F.linear(pooled, self.head_weight.float(), self.head_bias.float())  # fp32 also after .half()
             if self.precision == "int8":  # integers have neither NaN nor Inf
                 logits = torch.where(x.flatten(1).isfinite().all(1)[:, None], logits, float("nan"))
             return logits
@@ -192,7 +193,7 @@ def _optimized(model: Any, precision: str, calibration: Tensor | Iterable[Tensor
         bias = rounded_off @ mean[:, :, None] + (point * scales[:, :, None]) @ (low * steps)[:, :, None]
         spatial_vectors[:, VECTORS.index("steps")], spatial_vectors[:, VECTORS.index("zero")] = steps, -low * steps
         point_vectors[:, VECTORS.index("multiply")] = scales
-        point_vectors[:, VECTORS.index("bias")] += bias[:, :, 0]  # undoes how rounding the weights shifts the mean
+        point_vectors[:, VECTORS.index("bias")] += bias[:, :, 0]  # undoes the zero points and rounding's mean error
     spatial = torch.stack([block[0].fn[0].weight[:, 0] for block in blocks])
     stem = (model.stem[0].weight, _vectors(model.stem[0], model.stem[2]))
     packed = pack(*stem, spatial, spatial_vectors, point, point_vectors, precision)
@@ -208,13 +209,13 @@ def _vectors(conv: Any, norm: Any) -> Tensor:
 
 
 def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights (depth, dim, dim) as whole numbers, up to 127 or on AVX2 64, and the scales, (depth, dim)."""
+    """Return weights (depth, dim, dim) as whole numbers up to `largest_int8_weight`, and the scales, (depth, dim)."""
     scales = (weight.abs().amax(2) / largest_int8_weight()).clamp_min(1e-12)
     return (weight / scales[:, :, None]).round(), scales
 
 
 def _input_ranges(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the smallest, largest and mean input of each channel of the multiplications, each (depth, dim)."""
+    """Return the smallest, largest and mean input of each channel of the matrix products, each (depth, dim)."""
     if calibration is None:
         raise RequestError("int8 needs images for calibration: give some, or choose another precision")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)

@@ -1,4 +1,4 @@
-"""Lists what the kernels need of a model: its norms, blocks and tensors. The list is kept until something changes."""
+"""Lists what the kernels need from a model: its norms, blocks and tensors. Lists are kept until the model changes."""
 
 from typing import Any
 
@@ -51,9 +51,9 @@ class Parts:
 
 
 def parts_of(model: Any) -> Parts:
-    """Return the parts that the kernels compute, of a model that they support (`support.unfit`).
+    """Return the parts of a model that the kernels compute; they must support the model (`support.unfit`).
 
-    If the first block runs as torch modules, they begin with the last norm of that block.
+    If the first block runs as torch modules (`structure.plain_blocks`), the parts begin with that block's last norm.
     """
     about = None if torch.compiler.is_compiling() else known(model)
     if about is not None and about.parts is not None:

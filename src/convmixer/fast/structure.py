@@ -1,7 +1,7 @@
 """Checks all types and attributes of a model that affect its output, and notices later changes of them.
 
 The kernels compute a ConvMixer only from its parameters. So every other attribute that changes a module's output must
-have the value that the kernels assume; `unusual` names the first one that does not.
+have the value that the kernels assume; `unusual` names the first attribute with another value.
 """
 
 import operator
@@ -18,7 +18,7 @@ from convmixer.models.isotropic import Isotropic
 from convmixer.models.layers import DepthwiseConv2d, Residual
 
 ACTS: dict[type[nn.Module], int] = {nn.GELU: 0, nn.ReLU: 1}  # the kernels' numbers
-QUIETLY = "another tool needs the plain model"  # nothing for the user to change
+QUIETLY = "another tool needs the plain model"  # never printed: the user need not change anything
 _OVERRIDES = ("forward", "forward_features", "forward_head", "_run", "_intermediates")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS: tuple[Any, ...] = (
@@ -33,7 +33,7 @@ _KINDS: tuple[Any, ...] = (
 )
 _FACTS = operator.attrgetter("dtype", "device", "shape", "layout")
 _METHODS = ("forward", "_call_impl", "_conv_forward")
-_USUAL = [  # some tools replace these for all modules at once
+_USUAL = [  # methods and functions that some tools replace for all modules at once
     (kind, name, getattr(kind, name)) for kind in _KINDS for name in (*_METHODS, "__call__") if hasattr(kind, name)
 ] + [(nn.functional, name, getattr(nn.functional, name)) for name in ("conv2d", "batch_norm", "gelu", "relu")]
 
@@ -65,7 +65,7 @@ def _wrong(module: Any, kind: type[nn.Module]) -> str | None:
 def _stem_reason(stem: Any) -> str | None:
     """Return what the kernels do not support in a stem, or None.
 
-    A stem has convolutions, which run as modules, then an activation and a norm.
+    A stem has convolutions, which run as modules, then an activation and a norm, and perhaps average pooling.
     """
     if _wrong(stem, nn.Sequential) or len(stem) < 3:
         return "the stem is built in another way"
@@ -78,7 +78,7 @@ def _stem_reason(stem: Any) -> str | None:
 
 
 def _is_pooled(conv: Any, pool: Any) -> bool:
-    """Return whether a convolution keeps the size of the image, and the pool divides the image into windows."""
+    """Return whether a convolution keeps the image's size, and the pool's windows lie side by side."""
     k = conv.kernel_size[0]
     size = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding == (k // 2, k // 2)
     usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
@@ -133,7 +133,7 @@ def _conv_reason(conv: Any, shape: tuple[int, ...], groups: int, padding: tuple[
 
 
 def _has_shapes(conv: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether the weights have a shape, and the bias, if there is one, fits them."""
+    """Return whether the weights have the given shape, and the bias, if there is one, fits them."""
     return tuple(conv.weight.shape) == shape and (conv.bias is None or tuple(conv.bias.shape) == shape[:1])
 
 
@@ -176,8 +176,8 @@ def _norms_reason(model: Any) -> str | None:
 def frozen_blocks(model: Any) -> int | None:
     """Return how many of the first blocks are frozen: their norms and the stem's are in eval mode, later ones train.
 
-    The kernels run these blocks without gradients. Return None if all norms have the same mode, or if their modes
-    differ in another way.
+    The kernels run these blocks without gradients. Return None if all norms have the same mode, if their modes differ
+    in another way, if the stem is not a patch embedding, or if a mixer is not a depthwise convolution.
     """
     modes = [norm.training for norm in norms_of(model)]
     first = modes.index(True) if True in modes else 0
@@ -219,8 +219,8 @@ class Found:
     """The result of `unusual` for a model, and everything that the result depends on.
 
     For each module these are its `__dict__`, its tensors and its submodules. CPython's dict versions and watchers
-    show whether any of them changed (`kernels.cpu.changes`). If they cannot be used, or show a change, everything is
-    compared with copies.
+    show whether any of them changed (`kernels.cpu.changes`). If these cannot be used, or show a change (maybe of
+    another model), everything is compared with copies.
     """
 
     def __init__(self, model: Any) -> None:
@@ -247,15 +247,15 @@ class Found:
             self.frozen = [parameter for part in parts for parameter in part.parameters()]
 
     def holds(self) -> bool:
-        """Return whether nothing has changed since."""
+        """Return whether nothing has changed since the check."""
         if self.marks is None:
             return self._equals_copies()
         if self.marks.holds():
             return True
-        state = self.marks.state()  # before comparing, so that a change during it is noticed
+        state = self.marks.state()  # read before comparing, so that a change meanwhile is noticed
         same = self._equals_copies()
         if same:
-            self.marks.remember(state)  # only now, so that no other thread relies on it earlier
+            self.marks.remember(state)  # only now: other threads must not rely on it before
         return same
 
     def _equals_copies(self) -> bool:
@@ -280,7 +280,7 @@ class Found:
 
 
 def _types_reason(parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
-    """Return an error if tensors differ in dtype, else None; norms and biases may stay in fp32."""
+    """Return an error if tensors differ in dtype, else None; norms and biases may be fp32 if the weights are not."""
     kinds = {p.dtype for p in parameters if p.ndim == 4}
     all_kinds = {t.dtype for t in (*parameters, *buffers) if t.is_floating_point()}
     usual = len(kinds) == 1 and all_kinds <= {*kinds, torch.float32}

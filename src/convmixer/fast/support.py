@@ -64,12 +64,12 @@ def say_once(reason: str) -> None:
 def unfit(model: Any, x: Tensor) -> str | None:
     """Return why the kernels must not run this forward pass, or None.
 
-    They run only if plain PyTorch would give the same result. No other tool may change or watch the modules, the
-    kernels must know everything in the model, and its first convolution must accept the images.
+    They run only if plain PyTorch would give the same result: no other tool may change or watch the modules, the
+    kernels must know everything in the model, and the model's first convolution must accept the images.
     """
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_exporting():
         return QUIETLY  # fx passes proxies, and other tools pass tensor subclasses
-    if torch.compiler.is_compiling():  # torch.compile would guard on each value read here
+    if torch.compiler.is_compiling():  # without `found`: torch.compile would guard on each value that it reads
         usual = all_depthwise(model.blocks) and not forwards_replaced() and frozen_blocks(model) is None
         known = unusual(model) or (None if usual else QUIETLY)
         return known or _settings(model, model.stem[0].weight, x, model.stem[0].in_channels)
@@ -82,7 +82,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
         return "the first BatchNorms are in eval mode, but their layers are trained"
     weight = about.weights[0]
     reason = why_not(weight.device, weight.dtype) or _settings(model, weight, x, about.in_chans)
-    if reason or (dtype := _computed_in(weight)) is weight.dtype:  # only now: autocast raises for a meta device
+    if reason or (dtype := _computed_in(weight)) is weight.dtype:  # last: autocast raises for a meta device
         return reason
     return why_not(weight.device, dtype)
 

@@ -82,7 +82,7 @@ class _OnKernels(ConvMixer):
             reason = "they cannot return features of single blocks if the first blocks are frozen"
         if reason:
             return self._plain(reason)._intermediates(x, take, depth)
-        first = plain_blocks(self)  # runs as modules, and the kernels begin with its last norm
+        first = plain_blocks(self)  # they run as modules; the kernels begin with their last norm
         last = depth - 1
         y, taken = self._fast(x, False, [i + 1 - first for i in take if i < last], depth - first)
         taken += [y] if last in take else []
@@ -137,7 +137,7 @@ def _features(v: Tensor, parts: Parts, pool: bool, take: Sequence[int] = ()) -> 
         v: Output of a convolution, (N, H, W, C); with depthwise mixers it may be (N, H, W, blocks.wide(C)).
         parts: Norms, activation and blocks.
         pool: Return the mean over the image, (N, C) fp32, instead of (N, H, W, C).
-        take: For each number n here, ascending: also return the features after n blocks.
+        take: Numbers of blocks, ascending: the features after so many blocks are returned too.
     """
     from convmixer.kernels import blocks, mixed
 
@@ -229,7 +229,7 @@ def _pooled_stem(model: Any, x: Tensor) -> Tensor:
     conv, act, norm, pool = model.stem
     B, _, H, W = x.shape
     p, dtype = pool.kernel_size, dtype_of(model)
-    if H % p or W % p:  # the norm also uses pixels outside all windows
+    if H % p or W % p:  # pixels outside all windows count for the norm's statistics
         return cast(Tensor, model.stem(x))
     h, w, k = H // p, W // p, conv.kernel_size[0]
     padded = nn.functional.pad(x, (conv.padding[1],) * 2 + (conv.padding[0],) * 2)

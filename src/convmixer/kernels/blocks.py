@@ -1,10 +1,10 @@
 """All blocks of a ConvMixer as one differentiable op.
 
 This file calls the kernels in order, and does the arithmetic on (C,) vectors: the norms' scales, statistics and
-gradients. Between two kernels only the output of a convolution, v, is in memory, with the scale and shift of the norm
-after it; the kernel that reads v computes norm(act(v)). The backward pass needs two such tensors per block, the
-outputs of the depthwise and of the pointwise convolution; without gradients each is freed after use. It also needs
-the statistics of each norm, float64 (norms, 2, C): mean and variance.
+gradients. Only the outputs of convolutions are stored, each with the scale and shift of the norm after it. A kernel
+that reads an output v computes norm(act(v)) itself; `before` is the v of the previous block. The backward pass needs
+two outputs per block, u of the depthwise and v of the pointwise convolution, and the statistics of each norm, float64
+(norms, 2, C): mean and variance. Without gradients each output is freed after use.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from convmixer.kernels.ops import LIBRARY, differentiable_once
 
 PER_BLOCK = 8  # depthwise weight and bias, norm weight and bias, pointwise weight and bias, norm weight and bias
-CANCELLED = 32  # if |mean| / standard deviation is larger, the variance is computed again in two passes
+CANCELLED = 32  # limit of |mean| / standard deviation: above it the variance is computed again, in two passes
 _kernels = torch.ops.convmixer
 
 
@@ -45,11 +45,11 @@ def features(
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
-        take: For each number n here, ascending: also return the features after n blocks.
+        take: Numbers of blocks, ascending: the features after so many blocks are returned too.
 
     Returns:
-        The features; the statistics that were used, float64 (norms, 2, C): mean, and variance; the features taken.
-        The variance is biased if `training`; else it is the running one, which is unbiased.
+        The features; the mean and variance that each norm used, float64 (norms, 2, C); the features for `take`.
+        The variance is biased if `training`; else it is the running variance, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 1 to 3.
     """
@@ -61,19 +61,20 @@ def features(
 
 @torch.no_grad()
 def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: float, act: int) -> Tensor:
-    """Run the stem's activation and norm, then frozen blocks, up to the pointwise convolution of the last one.
+    """Run the stem's activation and norm, then frozen blocks, up to the pointwise convolution of the last of them.
 
     Args:
         v, parameters, eps, act: As in `features`.
         running: Running mean and variance of each norm.
 
     Returns:
-        The output of that convolution, which `features` takes as `v`. If there is no block, `v` itself.
+        The output of that convolution, an input `v` of `features`. If there is no block, the argument `v` itself.
     """
     v, parameters, running = _widened(v, parameters, running)
     for i in range((len(parameters) - 2) // PER_BLOCK):
         block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # and the norm before the block
-        # one block at a time, so that the tensors of only one block are kept; the unused pool costs little
+        # The op returns v only with all tensors that a backward pass needs, so it runs one block at a time. The
+        # pooled features that it also returns are not used, and cost little.
         _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, [], True)
     return v
 
@@ -82,12 +83,12 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
 def frozen_norm(
     v: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor], eps: float, act: int
 ) -> tuple[Tensor, Tensor]:
-    """Return a weight and bias for a frozen norm that give, with the batch's statistics, the frozen norm's output.
+    """Return a weight and bias with which a norm on the batch's statistics gives the output of a frozen norm.
 
-    A frozen norm uses its running statistics, but the kernels normalise a training block with those of the batch.
+    A frozen norm uses its running statistics, but `features` with `training` uses the batch's for all norms.
 
     Args:
-        v: Output of the convolution before the activation and the norm, (N, H, W, C) or wider.
+        v: Output of the convolution before the activation and the norm, (N, H, W, C) or (N, H, W, wide(C)).
         weight, bias: Weight and bias of the norm, fp32 (C,).
         running: Running mean and variance of the norm.
         eps: Epsilon of BatchNorm.
@@ -101,14 +102,14 @@ def frozen_norm(
 def wide(channels: int) -> int:
     """Return `channels` rounded up to a multiple of 8, the length of an fp32 vector of AVX2.
 
-    On AVX2 a training step takes a sixth longer if the rows are not aligned to vectors. Other processors were not
-    measured.
+    On AVX2 a training step takes a sixth longer if the channels of a pixel are not aligned to vectors. Other
+    processors were not measured.
     """
     return channels + -channels % 8
 
 
 def _widened(v: Tensor, parameters: list[Tensor], running: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Pad all tensors with zeros up to `wide` channels, which stay zero and add nothing to the other channels."""
+    """Pad all tensors with zeros up to `wide` channels. The added ones stay zero and add nothing to the others."""
     C = len(parameters[0])
     more = wide(C) - C
     if not more:
@@ -147,11 +148,11 @@ def statistics_of(sums: Tensor | None, v: Tensor, running: list[Tensor], eps: fl
         return torch.stack(running).double()
     mean, square = sums / (v.numel() // v.shape[3])
     found = torch.stack((mean, (square - mean * mean).clamp_(min=0)))
-    return _without_cancellation(found, v, eps, act) if v.device.type == "cpu" else found  # a GPU would wait
+    return _without_cancellation(found, v, eps, act) if v.device.type == "cpu" else found  # it would stall a GPU
 
 
 def _without_cancellation(found: Tensor, v: Tensor, eps: float, act: int) -> Tensor:
-    """Compute the variance in two passes for channels in which squares in fp32 lose it: |mean| >> deviation."""
+    """Compute the variance in two passes for channels with |mean| >> deviation, where fp32 squares lose it."""
     mean, variance = found.numpy()  # on a few values numpy takes a third of torch's time
     lost = np.abs(mean) > CANCELLED * np.sqrt(variance + eps)
     if lost.any():
@@ -164,12 +165,14 @@ def _without_cancellation(found: Tensor, v: Tensor, eps: float, act: int) -> Ten
 def norm_gradients(
     weight: Tensor, statistics: Tensor, sums: Tensor, count: int, eps: float, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients a, b, c of the norm's backward pass, fp32 (3, C), and the gradients of weight and bias.
+    """Return a norm's backward coefficients a, b, c, fp32 (3, C), and the gradients of its weight and bias.
+
+    The gradient of v, from the gradient g of norm(act(v)), is (a * g + b * act(v) + c) * act'(v).
 
     Args:
         weight: (C,).
-        statistics: Mean and biased variance, float64 (2, C).
-        sums: Sums of the gradient, and of the gradient times the activation, float64 (2, C).
+        statistics: The mean and variance that the norm used, float64 (2, C).
+        sums: Sums of g and of g * act(v), float64 (2, C).
         count: Number of values in each sum.
         eps: Epsilon of BatchNorm.
         training: Whether the statistics depend on the input.
@@ -240,7 +243,7 @@ def _backward(
     given = dict(zip(take, taken_grads, strict=True))
 
     def with_taken(grad: Tensor, sums: Tensor, after: int) -> Tensor:
-        """Add the gradient of the features taken after some blocks to `grad`; return the result and its sums."""
+        """Add the gradient of the features taken after `after` blocks, if any, to `grad`; return the new sums."""
         if after not in given:
             return sums
         taken = given[after].to(grad.dtype).contiguous()
@@ -331,7 +334,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, more: list[Tensor | None]) -> 
     v, *tensors = ctx.saved_tensors
     parameters, (*kept, statistics) = tensors[:n_parameters], tensors[n_parameters:]
     blocks, pool = len(kept) // 2, ctx.pool
-    if grad is None:  # later blocks get None, not zeros: an optimizer would still update them
+    if grad is None:  # later blocks than those of `given` get None: with zeros, an optimizer would still update them
         if not given:
             return None, [None] * n_parameters, *rest
         (blocks, grad), pool = given.pop(), False

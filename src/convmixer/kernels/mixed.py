@@ -37,11 +37,11 @@ def features(
         eps: Epsilon of BatchNorm.
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
-        take: For each number n here, ascending: also return the features after n blocks.
+        take: Numbers of blocks, ascending: the features after so many blocks are returned too.
 
     Returns:
-        The features, (N, H, W, C); the statistics that were used, float64 (norms, 2, C): mean, and variance; the
-        features taken. The variance is biased if `training`; else it is the running one, which is unbiased.
+        The features, (N, H, W, C); the mean and variance that each norm used, float64 (norms, 2, C); the features for
+        `take`. The variance is biased if `training`; else it is the running variance, which is unbiased.
 
     Source: arXiv 2201.09792, Sec. 2, Eq. 2 and 3 with another function for the depthwise convolution.
     """
@@ -88,10 +88,10 @@ class _ActNorm(torch.autograd.Function):
 
 
 class _Rest(torch.autograd.Function):
-    """A block after its mixer: from u and x, v = pointwise(norm(act(u)) + x) and norm(act(v)).
+    """The rest of a block, after its mixer: v = pointwise(norm(act(u)) + x) and norm(act(v)).
 
-    The value of x is computed again from v of the previous block, as in `blocks`. x is an argument only because it
-    receives a gradient.
+    The kernels compute x again from `before`, the v of the previous block, as in `blocks`. x is an argument only so
+    that autograd gives it a gradient.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class _Rest(torch.autograd.Function):
         back, *norm_2 = norm_gradients(weight_2, statistics[1], sums, count, eps, training)
         pointwise_grad, bias_grad, sums = _kernels.channel_backward(
             grad, v, back, u, norm_u, before, norm_before, pointwise.flatten(1).to(v.dtype), act
-        )  # now holds the gradient of the residual sum
+        )  # grad now holds the gradient of the residual sum
         back, *norm_1 = norm_gradients(weight_1, statistics[0], sums, count, eps, training)
         u_grad = grad.clone()
         _kernels.act_norm_backward(u_grad, u, back, act)

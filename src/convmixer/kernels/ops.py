@@ -1,6 +1,7 @@
-"""The kernels as torch ops: their schemas, and the fake kernels of the ops for half a block.
+"""The kernels of a block as torch ops: their schemas, and the fake kernels of all but two ops.
 
-Autograd and the fake kernels of `blocks` are in kernels/blocks.py. The CPU code is built on first use.
+The fake kernels and autograd of these two, `blocks` and `blocks_backward`, are in kernels/blocks.py. The CPU code is
+built on first use.
 
 Activations are (N, H, W, C), contiguous, fp32, bf16 or, on CUDA, fp16. The pointwise matrix has the dtype of the
 activations; all other parameters are fp32. Sums are fp32 or wider.
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 SCHEMAS = (
-    # the halves of a block and its ends, see cpu/csrc/channels.h; `norm` is scale and shift, (2, C), or for
-    # gradients the coefficients a, b, c defined in channels.h, (3, C)
+    # The two halves of a block, and the passes at both ends of the network (act_...), see cpu/csrc/channels.h. A norm
+    # is given as scale and shift, (2, C), or, to an op that computes the gradient through it, as a, b, c of
+    # channels.h, (3, C).
     "spatial_forward(Tensor before, Tensor norm, Tensor weight, Tensor bias, int act, bool statistics)"
     " -> (Tensor, Tensor)",
     "spatial_backward(Tensor(a!) grad, Tensor u, Tensor norm, Tensor before, Tensor norm_before, Tensor weight,"
@@ -30,7 +32,7 @@ SCHEMAS = (
     "act_norm_pool(Tensor v, Tensor norm, int act) -> Tensor",
     "act_norm_pool_backward(Tensor grad, Tensor v, int act) -> (Tensor, Tensor)",
     "act_norm_backward(Tensor(a!) grad, Tensor v, Tensor norm, int act) -> ()",
-    # all blocks at once, see blocks.py
+    # All blocks at once, see blocks.py.
     "blocks(Tensor v, Tensor[] parameters, Tensor[] running, float eps, int act, bool training, bool pool,"
     " int[] take, bool keep) -> (Tensor, Tensor[])",
     "blocks_backward(Tensor grad, Tensor v, Tensor[] parameters, Tensor[] kept, float eps, int act, bool training,"
@@ -40,7 +42,7 @@ LIBRARY = torch.library.Library("convmixer", "DEF")
 
 
 def _refuse_batches(*_: Any) -> Any:
-    """Raise an error that says what to do; torch's names only the op."""
+    """Raise an error that says what to do; without this, torch's error would only name the op."""
     raise RuntimeError("the kernels do not run with is_grads_batched: CONVMIXER_KERNELS=0 runs plain PyTorch")
 
 

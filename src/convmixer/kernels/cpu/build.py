@@ -25,19 +25,19 @@ from convmixer.processes import one_at_a_time
 
 SOURCES = Path(__file__).parent / "csrc"
 OFF = "CONVMIXER_KERNELS"  # 0 turns the kernels off
-MARCH = "CONVMIXER_KERNELS_MARCH"  # another processor to build for, or one of the variants
+MARCH = "CONVMIXER_KERNELS_MARCH"  # another processor to build for, or one of `VARIANTS`
 VARIANTS = {  # each runs on any processor, so the code for other processors can be tested or timed on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 values multiplied in pairs
-    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # also AVX-512's length
-    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # in inference, wide layers take as few rows at once as narrow ones
+    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # and AVX-512's length
+    "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers: as few pixels at once as in narrow ones
     "vectors": ["-DCONVMIXER_TILES=0", "-DCONVMIXER_LIBRARY=1"],  # without AMX
-    # AMX's code in plain C++
+    # the code for AMX, with its instructions computed in plain C++
     "tiles": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_TILES=1", "-DCONVMIXER_AMX=0"],
     "library": ["-DCONVMIXER_LIBRARY=1"],  # bf16 matrix multiplications by torch, as on Arm with bf16
 }
 BUILD_SECONDS = 300
-LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # library -> its one source file; None: all others
+LIBRARIES = {"kernels": None, "changes": "changes.cpp"}  # library: its only source file; None: all other files
 _ALONE = set(LIBRARIES.values())
 _OFF_VALUES = ("0", "off", "false", "no")
 
@@ -105,7 +105,7 @@ def level() -> str:
 
 
 def largest_int8_weight() -> int:
-    """Return the largest int8 weight whose sums cannot overflow in this build."""
+    """Return the largest int8 weight with which this build's sums cannot overflow."""
     return int(ctypes.CDLL(str(library())).convmixer_int8_most())
 
 
@@ -123,7 +123,7 @@ def flags(version: str) -> list[str]:
     march = [] if target() == "scalar" else [f"{option}={'native' if target() in VARIANTS else target()}"]
     march += VARIANTS.get(target(), [])
     shape = ["-fno-math-errno", "-fno-trapping-math"]
-    if "clang" not in version:  # predictive commoning, which this switches off, makes register moves and spills
+    if "clang" not in version:  # predictive commoning, switched off here, causes register moves and spills
         shape.append("-fno-predictive-commoning")
     return ["-std=c++20", "-O3", "-fPIC", *shape, "-Wno-psabi", "-Wno-unknown-warning-option", *march]
 
@@ -153,7 +153,7 @@ def _key(compiler: str, version: str) -> str:
 
 
 def _build(compiler: list[str], version: str, built: Path) -> None:
-    start, says = time.monotonic(), built.stem == "kernels"  # the other library takes a second
+    start, says = time.monotonic(), built.stem == "kernels"  # the other library builds in a second
     if says:
         print(f"convmixer: building the CPU kernels once ({version}, {target()})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:

@@ -1,8 +1,9 @@
 """Finds out in a few microseconds whether thousands of dicts, types and tensors have changed.
 
-CPython records changes of dicts. Up to 3.11 each dict has a version tag; from 3.12 on, a dict watcher calls a
-function at each change of a watched dict, and this function counts. Each version, count and type is one word in
-memory. Compiled code compares these words, and the dtype, device and shape of tensors. `usable` first tests
+CPython records changes of dicts. Up to 3.11 each dict has a version tag, which every change replaces. From 3.12 on,
+CPython can call a function, a dict watcher, at each change of a watched dict; ours counts the changes. A dict's
+version, this count, and an object's pointer to its type are each one word: 8 bytes in memory. Compiled code compares
+the words, and the dtype, device, layout, shape and strides of tensors, with remembered values. `usable` first tests
 whether this works in the running Python.
 """
 
@@ -50,11 +51,14 @@ class Unchanged:
         return values, facts
 
     def remember(self, state: Any) -> None:
-        """Store a state, with which `holds` compares."""
-        self._compared = state, self._args_with(*state)  # in one step, so that no thread sees one without the other
+        """Store a result of `state` for `holds` to compare with."""
+        self._compared = state, self._args_with(*state)  # in one step: threads see both old or both new
 
     def holds(self) -> bool:
-        """Return whether nothing has changed. From Python 3.12 on, changes of any watched dict count."""
+        """Return whether nothing has changed since the remembered state.
+
+        From Python 3.12 on, a change of any watched dict counts, even if only another `Unchanged` watches it.
+        """
         return bool(self._same(*self._compared[1]))
 
     def _args_with(self, values: Any, facts: Any) -> tuple[int, ...]:
@@ -125,7 +129,7 @@ def _notices(change: Any) -> bool:
 
 
 def _words(dicts: Collection[dict[Any, Any]]) -> list[int]:
-    """Return the addresses of the words that change when the dicts change."""
+    """Return the addresses of the words that change if the dicts change."""
     if not _HAS_WATCHERS:
         return [id(one) + VERSION for one in dicts]
     for one in dicts:
@@ -135,7 +139,7 @@ def _words(dicts: Collection[dict[Any, Any]]) -> list[int]:
 
 @functools.cache
 def _watcher() -> int:
-    """Return the id of our dict watcher; the interpreter has only a few.
+    """Return the id of our dict watcher; the interpreter has only a few ids.
 
     Raises:
         RuntimeError: All ids are taken.

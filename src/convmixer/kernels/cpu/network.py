@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from convmixer.kernels.ops import LIBRARY
 
 PRECISIONS = ("fp32", "bf16", "int8")  # the op's `precision` is the index
-VECTORS = ("multiply", "bias", "scale", "shift", "steps", "zero")  # vectors that are applied to sums, see `pack`
+VECTORS = ("multiply", "bias", "scale", "shift", "steps", "zero")  # the rows of each `..._vectors` argument of `pack`
 
 LIBRARY.define(
     "pack_network(Tensor stem, Tensor stem_vectors, Tensor depthwise, Tensor depthwise_vectors, Tensor point, "
@@ -36,8 +36,9 @@ def pack(
     """Return the weights of a network in the order that this machine's kernel reads them.
 
     The kernel computes act(sum * multiply + bias) * scale + shift for every sum, with the vectors that `VECTORS`
-    names. With int8, an output z of the depthwise convolution enters the matrix multiplication as round(z * steps +
-    zero), 0 to 255, and `multiply` is used only for matrix multiplications.
+    names. `multiply`, `steps` and `zero` are used only for the matrix multiplications of int8; elsewhere `multiply`
+    counts as 1. A value z enters these multiplications as round(z * steps + zero), 0 to 255, with the `steps` and
+    `zero` of `depthwise_vectors`.
 
     Args:
         stem: (dim, in_chans, patch, patch), fp32 like the other arguments.
@@ -63,7 +64,7 @@ def run(
     """Return the pooled features of images, (B, dim) fp32.
 
     Each thread computes one image from the stem to the pool. If fewer images are left than there are threads, all
-    threads compute one image after another, and share its rows.
+    threads work on the same image, each on some of its rows, and then on the next image.
 
     Args:
         images: (B, in_chans, H, W), fp32.

@@ -1,8 +1,8 @@
-"""GELU (exact, erf) and ReLU with their slopes, and the norm around them, for Triton kernels.
+"""GELU (exact, erf) and ReLU with their slopes, and the norm after them, for Triton kernels.
 
-For fp32 and fp16 storage, GELU is torch's formula. For bf16 storage it is a polynomial, which takes half the time.
-Its error is at most 2e-4 in the value and 3e-4 in the slope, a tenth of the rounding of a bf16 near 1. NaN passes
-through, and gelu(-inf) is NaN, as in torch.
+For fp32 and fp16 storage, GELU is torch's formula. For bf16 storage (POLYNOMIAL) it is a polynomial, which takes half
+the time. Its error is at most 2e-4 in the value and 3e-4 in the slope, a tenth of the rounding of a bf16 near 1. NaN
+passes through, and gelu(-inf) is NaN, as in torch.
 """
 
 import triton
@@ -60,7 +60,7 @@ def norm(v, scale, shift, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def norm_backward(g, v, a, b, c, ACT: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """Return the gradient with respect to v from g, the gradient after the norm.
+    """Return the gradient of v from g, the gradient of norm(act(v)); a, b and c are those of `sums.gradients`.
 
     Source: arXiv 1502.03167, Sec. 3.
     """

@@ -1,9 +1,13 @@
 """Runs the CUDA kernels of all blocks of a ConvMixer in order: the GPU's part of `convmixer.kernels.blocks`.
 
+At inference each half of a block, depthwise or pointwise, is one launch. In training a launch before them computes
+the block's input x = norm(act(v)), with v of the previous block. Each half then also writes parts of the sums for
+its BatchNorm; after it a small kernel adds the parts and computes the scale and shift that the next kernel applies
+(see `sums`). In fp32, and in training with more than `product.FUSED_WIDTH` channels, the pointwise half takes more
+launches (see `product`).
+
 As on the CPU, two tensors of each block are kept for the backward pass: u and v, the outputs of the depthwise and of
-the pointwise convolution. Each half of a block is one kernel, which also writes partial sums for BatchNorm; a second,
-small kernel adds them and computes the scale and shift that the next half applies (see `sums`). Inference needs no
-sums, so a half is a single launch.
+the pointwise convolution.
 """
 
 from collections.abc import Sequence
@@ -100,7 +104,7 @@ def backward(
     given = dict(zip(take, taken_grads, strict=True))
 
     def with_taken(grad: Tensor, parts: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of the features taken after some blocks; return the sum and the parts of both."""
+        """Return grad plus that of the features taken after `after` blocks, if any, and the parts of its sums."""
         if after not in given:
             return grad, parts
         taken = given[after].to(grad.dtype).contiguous()
@@ -151,7 +155,7 @@ def prepare(parameters: list[Tensor], dtype: torch.dtype) -> list[Prepared]:
 
 
 def infer(v: Tensor, prepared: list[Prepared], scales: Tensor, act: int, pool: bool) -> Tensor:
-    """Run the stem's activation and norm, then all blocks, one launch for each half.
+    """Run the stem's activation and norm, then all blocks, with running statistics and without gradients.
 
     Args:
         v: (N, H, W, C).

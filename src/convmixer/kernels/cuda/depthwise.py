@@ -1,9 +1,11 @@
-"""The depthwise convolution on normalised values: forward with its statistics, input gradient, weight gradient.
+"""The depthwise convolution on normalised values: forward with statistics of its result, and the gradients.
 
-"Taps" are the k * k weights of a channel. A program computes tiles of 2 to 4 rows and `_WIDE` columns for one block
-of channels, down a strip of an image. A thread computes two channels, with the sums of the whole tile in registers.
-It reads each input row of the tile once, and uses a value for all sums that need it, without shared memory or
-barriers. Only the loops over the tile are unrolled; with more unrolling the compiler takes minutes.
+"Taps" are the k * k weights of a channel. A program goes down a strip of an image, for one block of channels, and
+computes one tile after another. A tile has 2 to 4 rows and 8 columns (4 for images up to 4 wide). A thread computes
+two channels, with the sums of the whole tile in registers. It reads each input row of the tile once, and uses a value
+for all sums that need it, without shared memory or barriers. Only the loops over a tile and over a row of taps are
+unrolled; with more unrolling the compiler takes minutes. A program writes one part of each sum over the batch, see
+`sums`.
 """
 
 from typing import Any
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from convmixer.kernels.cuda.activation import activate, norm
 
-_WIDE = 8
+_WIDE = 8  # columns of a tile, see `_wide`
 _PROGRAMS = 1024  # least number of programs: several for each multiprocessor of the largest GPUs
-_TAPS = 28  # taps whose gradient is computed at once; each is a sum in a register
+_TAPS = 28  # taps whose gradients a program computes at once: each needs a register for its sum
 
 
 def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Tensor]:
@@ -35,14 +37,17 @@ def forward(x: Tensor, taps: Tensor, bias: Tensor, act: int) -> tuple[Tensor, Te
 
 
 def forward_norm(x: Tensor, taps: Tensor, bias: Tensor, scale_shift: Tensor, act: int) -> Tensor:
-    """Return h = norm(act(u)) + x, the first half of a block; the norm's statistics must be known."""
+    """Return h = norm(act(u)) + x, the first half of a block; the norm's scale and shift must be known."""
     h = torch.empty_like(x)
     _convolve(x, taps, h, act, mode="norm", bias=bias, scale_shift=scale_shift)
     return h
 
 
 def input_gradient(du: Tensor, dh: Tensor, before: Tensor, taps: Tensor, act: int) -> tuple[Tensor, Tensor]:
-    """Return dh plus the convolution's input gradient from du, and the parts of its sums, (P, 2, C)."""
+    """Return dx, the gradient of the block's input: dh plus the gradient through the convolution, from du.
+
+    Also return the parts of the sums of dx and of dx * act(before), (P, 2, C).
+    """
     dx, parts = torch.empty_like(du), _parts(du, "gradient")
     _convolve(du, taps, dx, act, mode="gradient", residual=dh, before=before, parts=parts)
     return dx, parts
@@ -101,7 +106,7 @@ def _shape(x: Tensor, mode: str) -> dict[str, Any]:
     N, H, W, C = x.shape
     channels, wide = _channels(C), _wide(W)
     columns, blocks = triton.cdiv(W, wide), triton.cdiv(C, channels)
-    # as many rows as the registers allow, with the values that a tile reads and writes at its end
+    # rows of a tile: as many as fit into the registers, beside the values that the tile reads and writes at its end
     wide_values = x.dtype is torch.float32
     high = 3 if mode == "gradient" else 2 if wide_values else 4
     rows = triton.cdiv(H, high) * high
@@ -129,7 +134,7 @@ def _wide(W: int) -> int:
 
 @triton.jit
 def _row(x, row, first, W, C, c, present, COUNT: tl.constexpr):
-    """Return COUNT values of a row from `first` on, as fp32; values outside the image are 0."""
+    """Return COUNT values of a row from column `first` on, as fp32; values outside the image are 0."""
     values = ()
     for i in tl.static_range(COUNT):
         w = first + i
@@ -173,7 +178,7 @@ def _convolve_kernel(
     image, in_image = part // per_image, part % per_image
     begin, left = in_image // strips * ROWS, in_image % strips * WIDE
     base = image.to(tl.int64) * H * W * C
-    # the convolution of the gradient has its taps in reverse, and if k is even, the larger padding on the other side
+    # for the gradient the taps are in reverse order, and if k is even, the larger padding is on the other side
     TOP: tl.constexpr = K // 2 if MODE == "gradient" else (K - 1) // 2
     STEP: tl.constexpr = -1 if MODE == "gradient" else 1
     if MODE == "gradient":
@@ -229,7 +234,7 @@ def _weight_gradient(
     x, du, parts, all_rows, rows, H, W, C, K: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of AT_ONCE taps over `rows` rows; the images are one after the other."""
+    """Compute a part of the gradient of AT_ONCE rows of taps, from `rows` rows of the batch's images in order."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     present = c < C

@@ -1,7 +1,8 @@
 """The pointwise convolution as a multiplication of (rows, C) by (C, C), fused with the steps before and after it.
 
 16-bit multiplications use the tensor cores with fp32 sums. fp32 products use cuBLAS, with torch's TF32 setting, and
-the steps before and after are separate kernels: without tensor cores, a fused kernel is not faster.
+the steps before and after are separate kernels: without tensor cores, a fused kernel is not faster. A program
+writes one part of each sum over the batch, see `sums`.
 """
 
 from typing import Any
@@ -38,7 +39,7 @@ def forward(u: Tensor, norm_u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, 
 
 
 def forward_norm(h: Tensor, weight: Tensor, bias: Tensor, norm_v: Tensor, act: int) -> Tensor:
-    """Return norm(act(h weight + bias)), the second half of a block; the norm's statistics must be known."""
+    """Return norm(act(h weight + bias)), the second half of a block; the norm's scale and shift must be known."""
     if h.dtype is torch.float32:
         return rows.act_norm(_by_library(h, weight.t(), bias), norm_v, act)
     y = torch.empty_like(h)
@@ -121,7 +122,7 @@ def _multiply_kernel(
     POLYNOMIAL: tl.constexpr, MODE: tl.constexpr, RESIDUAL: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # GROUP tiles of rows take turns over the columns, so that both operands stay in the L2 cache
+    # first all GROUP tiles of rows for one tile of columns, then for the next, so that a and b stay in the L2 cache
     tall, wide = tl.cdiv(M, ROWS), tl.cdiv(C, COLUMNS)
     first = tl.program_id(0) // (GROUP * wide) * GROUP
     high = tl.minimum(tall - first, GROUP)

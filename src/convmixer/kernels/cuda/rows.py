@@ -1,6 +1,7 @@
 """The element-wise steps between the convolutions and the matrix multiplications, on activations as (rows, C).
 
-A program computes a block of rows and channels, tile by tile, and writes its sums as one part, see `sums`.
+A row is the C channels of one pixel. A program computes a block of rows and channels, tile by tile, and writes one
+part of each sum over the batch, see `sums`.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,10 @@ def residual(u: Tensor, scale_shift: Tensor, x: Tensor, act: int) -> Tensor:
 
 
 def act_norm_backward(grad: Tensor, v: Tensor, back: Tensor, out: Tensor, act: int) -> Tensor:
-    """Write the gradient before act to `out`, which may be `grad`; return the parts of its sum, (P, 1, C)."""
+    """Write the gradient of v to `out`, and return the parts of its sum, (P, 1, C).
+
+    `grad` is the gradient of norm(act(v)); `out` may be the same tensor.
+    """
     return _with_parts(_act_norm_backward, 1, v, grad, v, back, out, act)
 
 
@@ -56,8 +60,8 @@ def operands(
     norm_before: Tensor,
     act: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tensors for the gradients of the pointwise convolution: v's gradient; h; x; and the parts of the
-    sum of v's gradient, (P, 1, C).
+    """Return what the gradients of the pointwise convolution need: v's gradient; h; x; and the parts of the sum of
+    v's gradient, (P, 1, C).
     """
     dv, h, x = (torch.empty_like(v) for _ in range(3))
     parts = _with_parts(_operands, 1, v, grad, v, back, u, norm_u, before, norm_before, dv, h, x, act)
@@ -103,7 +107,7 @@ def _common(act: int, like: Tensor) -> dict[str, Any]:
 
 
 def _shape(like: Tensor) -> dict[str, Any]:
-    """Return the grid, the rows of a program and its tile, which depend only on the shape."""
+    """Return the grid, the rows of a program and its tile, which depend only on the tensor's shape."""
     C = like.shape[-1]
     rows = like.numel() // C
     channels = min(64, triton.next_power_of_2(C))
@@ -170,7 +174,7 @@ def _statistics(
     squares = tl.zeros([HEIGHT, CHANNELS], tl.float32)
     for r in range(0, ROWS, HEIGHT):
         at, here = _tile(tl.program_id(0) * ROWS + r, rows, c, C, HEIGHT)
-        a = activate(_read(v, at, here), ACT, POLYNOMIAL)  # act(0) is 0
+        a = activate(_read(v, at, here), ACT, POLYNOMIAL)  # rows after the last add act(0), which is 0
         sums += a
         squares += a * a
     _write_part(parts, tl.program_id(0), 0, 2, sums, c, C)

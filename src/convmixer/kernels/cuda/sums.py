@@ -1,7 +1,8 @@
 """Sums over the batch without atomics: each program writes a part, and kernels here add the parts in a fixed order.
 
-This makes results the same every time, bit for bit. A single launch adds the parts of a norm and computes the scale
-and shift for the next kernel. With separate PyTorch operations, this would take a dozen launches.
+This makes results the same every time, bit for bit. The parts of S sums for each channel are fp32 (P, S, C), with P
+programs. A single launch adds the parts of a norm's sums and computes its scale and shift for the next kernel. With
+separate PyTorch operations, this would take a dozen launches.
 """
 
 from typing import NamedTuple
@@ -41,7 +42,7 @@ def scale_shift(parts: Tensor, norm: Norm, statistics: Tensor) -> Tensor:
 
 
 def gradients(parts: Tensor, norm: Norm, statistics: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the parts (P, 2, C) of the sums of the gradient and of the gradient times the activation.
+    """Add the parts (P, 2, C) of two sums: of g, the gradient of norm(act(v)), and of g * act(v).
 
     Returns:
         The coefficients of `activation.norm_backward`, fp32 (3, C), and the gradients of the norm's weight and bias.
@@ -56,7 +57,7 @@ def gradients(parts: Tensor, norm: Norm, statistics: Tensor, training: bool) -> 
 
 
 def total(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the sum of (P, S, C) over P, transposed: (C, S)."""
+    """Return the sums of parts (P, S, C) over P, transposed: (C, S)."""
     P, S, C = parts.shape
     out = torch.empty((C, S), dtype=dtype, device=parts.device)
     grid = (triton.cdiv(C, _CHANNELS), S)

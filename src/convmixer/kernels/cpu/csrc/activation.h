@@ -17,7 +17,7 @@ template <int N> INLINE vf polynomial(vf x, const float (&c)[N]) {
   return sum;
 }
 
-// e^x for x <= 0; the result is 0 for x <= -87.
+// e^x for x <= 0; the result is 0 for x <= -87.7.
 INLINE vf exp_negative(vf x) {
   x = larger(x, splat(-88.0f));
   const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -28,15 +28,15 @@ INLINE vf exp_negative(vf x) {
   return polynomial(rest, c) * (vf)((exponent > 0 ? exponent : vi{}) << 23);
 }
 
-// The normal distribution function: 0.5 + x P(x^2) / Q(x^2), a minimax fit on [-5.6, 5.6] with an error below 1e-8.
-// At |x| = 5.9 the quotient exceeds 0.5 by more than its rounding error, so the result is exactly 0 or 1 from there
-// on.
+// The normal distribution function: 0.5 + x P(x^2) / Q(x^2), a minimax fit on [-5.6, 5.6] with an error below 1e-8. x
+// is limited to [-5.9, 5.9]. At both ends |x P / Q| exceeds 0.5 by more than its rounding error, so the result,
+// limited to [0, 1], is exactly 0 or 1 there and beyond.
 INLINE vf normal_cdf(vf x) {
   const float p[] = {3.989422216e-01f, 3.437612115e-02f, 4.707259467e-03f,
                      1.738507407e-04f, 6.356520539e-06f, 2.214524040e-08f};
   const float q[] = {1.0f,             2.528338703e-01f, 2.894009370e-02f,
                      1.912978363e-03f, 7.510186293e-05f, 1.180208969e-06f};
-  const vf near = larger(splat(-5.9f), smaller(splat(5.9f), x));  // this order keeps NaN
+  const vf near = larger(splat(-5.9f), smaller(splat(5.9f), x));  // x comes second, to keep NaN
   const vf t = near * near;
   const vf cdf = near * polynomial(t, p) / polynomial(t, q) + 0.5f;
   return smaller(larger(cdf, vf{}), splat(1.0f));
@@ -73,9 +73,9 @@ template <class T, int ACT, int N> INLINE vg<N> slope(vg<N> x) {
   if constexpr (!BY_POLYNOMIAL<T, ACT>) return each<N>([&](int j) { return slope_exactly<ACT>(x.v[j]); });
   const float c[] = {7.96721863e-01f, -2.62030237e-01f, 5.59150458e-02f, -7.68749666e-03f,
                      6.87652549e-04f, -3.84600693e-05f, 1.21382413e-06f, -1.64200491e-08f};
-  const vg<N> near = larger(splat(-4.0f), smaller(splat(4.0f), x));  // this order keeps NaN
+  const vg<N> near = larger(splat(-4.0f), smaller(splat(4.0f), x));  // x comes second, to keep NaN
   return near * polynomial(near * near, c) + splat(0.5f);
 }
 
-// The same for a single vector.
+// `activate` for a single vector.
 template <class T, int ACT> INLINE vf activate(vf x) { return activate<T, ACT>(vg<1>{{x}}).v[0]; }

@@ -1,5 +1,5 @@
-// Notices changes in Python objects without running Python, see kernels/cpu/changes.py. Needs no headers of Python;
-// the GIL is held by whoever calls.
+// Notices changes in Python objects without running Python, see kernels/cpu/changes.py. Does not need Python's
+// headers. The caller holds the GIL. A word is 8 bytes in memory that change with an object.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstddef>
@@ -8,14 +8,14 @@
 
 namespace {
 
-constexpr int64_t SIZES = 5;
+constexpr int64_t SIZES = 5;  // dimensions whose size and stride are compared
 
 struct Facts {
   int32_t dtype, device, index, layout;
   int64_t dim, sizes[SIZES], strides[SIZES];
 };
 
-// `place` is where a tensor's Python object has its at::Tensor. What cannot be told stays -1.
+// `place` is the address of the at::Tensor in a tensor's Python object. If a fact cannot be read, all are -1 or 0.
 Facts facts_of(void* place) {
   const AtenTensorHandle tensor = static_cast<AtenTensorHandle>(place);
   Facts facts{};
@@ -35,9 +35,9 @@ Facts facts_of(void* place) {
 
 extern "C" {
 
-uint64_t convmixer_changes = 0;  // of all watched dicts
+uint64_t convmixer_changes = 0;  // number of changes of all watched dicts
 
-// Python calls it at each change of a watched dict (`PyDict_AddWatcher`), maybe with an exception under way.
+// Python calls this at each change of a watched dict (`PyDict_AddWatcher`), maybe while it raises an exception.
 int convmixer_changed(int, void*, void*, void*) {
   ++convmixer_changes;
   return 0;
@@ -45,12 +45,14 @@ int convmixer_changed(int, void*, void*, void*) {
 
 int64_t convmixer_facts_bytes() { return sizeof(Facts); }
 
+// Stores the present value of each word, and the facts of each tensor.
 void convmixer_remember(
     const uint64_t* const* words, uint64_t* values, int64_t count, void* const* tensors, void* facts, int64_t tensor_count) {
   for (int64_t i = 0; i < count; i++) values[i] = *words[i];
   for (int64_t i = 0; i < tensor_count; i++) static_cast<Facts*>(facts)[i] = facts_of(tensors[i]);
 }
 
+// Returns 1 if all words and tensors are as `convmixer_remember` stored them, else 0.
 int convmixer_same(
     const uint64_t* const* words, const uint64_t* values, int64_t count, void* const* tensors, const void* facts,
     int64_t tensor_count) {

@@ -1,17 +1,18 @@
-// The pointwise half of a block: both norms, the residual sum, the matrix product and the statistics.
+// The pointwise half of a block: the norms and the residual sum that give h, the matrix product, the statistics.
 #include "channel_library.h"
 #include "channel_own.h"
 
 namespace {
 
-// Whether torch multiplies. On the matrix unit, a panel of a wide layer's weights no longer fits into the first-level
-// cache beside the rows; there the library was as fast as our products or up to a tenth faster (768 channels).
+// Whether torch's library multiplies: if `LIBRARY_PRODUCTS` (pointwise.h), or for wide layers on the matrix unit. A
+// panel of a wide layer's weights does not fit into the first-level cache beside the rows, and the library was as
+// fast as our products or up to a tenth faster (768 channels).
 template <class T> bool by_library(int64_t C) {
   constexpr int64_t WIDE = 512;
   return LIBRARY_PRODUCTS<T> || (CONVMIXER_AMX && std::is_same_v<T, bf16> && C > WIDE);
 }
 
-// Calls f with the kind of words that a product of T reads.
+// Calls f(K{}) with the kind of operand that a product of T reads: TilePairs, Pairs or Floats (pointwise.h).
 template <class T, class F> void with_operand(const F& f) {
 #if CONVMIXER_TILES && CONVMIXER_PAIRS
   if constexpr (PAIRS<T>)
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor> channel_forward(const Tensor& u, const Tensor& norm, 
 }
 
 // Overwrites `grad`, the gradient of y, with the gradient of h. Returns the gradients of the weights (C, C) and of
-// the bias (1, C), and the sums for the first norm (2, C).
+// the bias (1, C), and the sums for the backward pass of the norm of u (2, C).
 std::tuple<Tensor, Tensor, Tensor> channel_backward(const Tensor& grad, const Tensor& v, const Tensor& norm_v,
                                                     const Tensor& u, const Tensor& norm, const Tensor& before,
                                                     const Tensor& norm_before, const Tensor& weight, int64_t act) {

@@ -22,7 +22,7 @@ void add_bias(T* v, const Coefficients& bias, int64_t rows, int64_t C, Sums* sum
   });
 }
 
-// out = x, or out += x
+// out = x if `first`, else out += x
 template <class T> void accumulate(const T* x, float* out, int64_t count, bool first) {
   torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += L) {

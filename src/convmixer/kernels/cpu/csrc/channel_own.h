@@ -1,5 +1,6 @@
-// The pointwise half with our own matrix products: a block of rows goes through all steps while it is in a cache.
-// A word is 32 bits: one float, or a pair of bf16 values (pointwise.h).
+// The pointwise half with our own matrix products: a block of rows goes through all steps while it is in a cache. A
+// word is 32 bits: one float, or a pair of bf16 values. The template parameter K says which: Floats, Pairs or
+// TilePairs (pointwise.h, pointwise_tiles.h).
 #pragma once
 #include "channels.h"
 #include "pointwise.h"
@@ -7,17 +8,19 @@
 
 namespace {
 
-// The first row of a slot. Slots hold whole tiles, because a single row takes several times as long as a row in a tile.
+// Returns the first row of a part of the rows, whose sums go to `slot` (see `Sums`). Parts are whole tiles of K::TALL
+// rows, because a row by itself takes several times as long as a row in a tile.
 template <class K> int64_t first_row(int64_t slot, int64_t rows) {
   return std::min(rows, (rows + K::TALL - 1) / K::TALL * slot / SLOTS * K::TALL);
 }
 
-// Calls body(slot, first, count) for blocks of rows, in order within a group of slots; groups run in parallel.
+// Calls body(slot, first, count) for each block of rows in one group of slots, in order. The `groups` groups together
+// hold all slots, and may run in parallel.
 template <class K, class Body> void over_blocks(int64_t rows, int64_t group, int64_t groups, const Body& body) {
   for (int64_t slot = group * SLOTS / groups; slot < (group + 1) * SLOTS / groups; slot++) {
     const int64_t begin = first_row<K>(slot, rows), last = first_row<K>(slot + 1, rows);
     const int64_t blocks = (last - begin + K::BLOCK_ROWS - 1) / K::BLOCK_ROWS;
-    for (int64_t first = begin, left = blocks; left > 0; left--) {  // whole tiles, of nearly equal size
+    for (int64_t first = begin, left = blocks; left > 0; left--) {  // blocks of whole tiles, of nearly equal size
       const int64_t share = (last - first + left - 1) / left;
       const int64_t count = std::min((share + K::TALL - 1) / K::TALL * K::TALL, last - first);
       body(slot, first, count);
@@ -26,24 +29,27 @@ template <class K, class Body> void over_blocks(int64_t rows, int64_t group, int
   }
 }
 
-// Calls element(row, count, values) for one vector of channels of a panel, down its rows, a few rows at a time.
+// Goes down the rows of a panel for one vector of its channels: calls element(row, count, values) for `count` rows at
+// a time, the first of which is `row`.
 template <class Element> INLINE void down(int64_t rows, const float* panel, const Element& element) {
   int64_t r = 0;
   for (; r + MANY <= rows; r += MANY) element(r, many, read<MANY>(panel + r * PANEL, PANEL, L));
   for (; r < rows; r++) element(r, one, read<1>(panel + r * PANEL, PANEL, L));
 }
 
-// The unit that multiplies, for one thread.
+// Multiplies, for one thread: here with vector instructions, below with the matrix unit.
 template <class K> struct Unit {
-  // out = rows of h times one panel of weights
+  // out = `rows` rows of h times one panel of weights; the rows are `step` words apart
   static void multiply(int64_t rows, const float* h, int64_t step, const float* panel, int64_t depth, float* out) {
     product<K, false, false>(rows, h, step, panel, PANEL, depth, out, PANEL);
   }
-  // sum += dv^T h, for some rows of the sum and one panel; both factors are [words][step]
+  // sum += dv^T h, for `rows` rows of the sum and one panel of its columns; dv and h are both [words][step], where a
+  // word holds neighbouring rows
   static void add(int64_t rows, const float* dv, const float* h, int64_t step, int64_t words, float* sum,
                   int64_t next) {
     product<K, true, true>(rows, dv, step, h, step, words, sum, next);
   }
+  // Returns where `add` reads dv for the rows of the sum from r on.
   static const float* held_row(const float* dv, int64_t r) { return dv + r; }
 };
 #if CONVMIXER_TILES && CONVMIXER_PAIRS
@@ -54,13 +60,14 @@ template <> struct Unit<TilePairs> {
   static void multiply(int64_t rows, const float* h, int64_t step, const float* panel, int64_t depth, float* out) {
     tile_products<false>(rows, {h, tiles::ROWS * step, tiles::ROWS, step}, panel, PANEL, depth, out, PANEL);
   }
-  // dv is [tiles of channels][tiles of words], transposed
+  // Here dv is [tiles of channels][tiles of words], and each tile is transposed, see `hold`.
   static void add(int64_t rows, const float* dv, const float* h, int64_t step, int64_t words, float* sum,
                   int64_t next) {
     tile_products<true>(rows, {dv, tiles::ROWS * HELD, tiles::ROWS * tiles::ROWS, tiles::ROWS}, h, step, words, sum,
                         next);
   }
   static const float* held_row(const float* dv, int64_t r) { return dv + r * HELD; }
+  // Transposes the tiles of a block, and puts them into dv behind the `held` words that are already there.
   static void hold(const float* down_dv, int64_t step, int64_t words, int64_t C, float* dv, int64_t held) {
     for (int64_t word = 0; word < words; word += tiles::ROWS)
       for (int64_t c = 0; c < C; c += tiles::ROWS)
@@ -69,7 +76,7 @@ template <> struct Unit<TilePairs> {
 };
 #endif
 
-// Computes v = h weight + bias with h = norm(act(u)) + norm(act(v before)), and the statistics of act(v).
+// Computes v = h weight + bias with h = norm(act(u)) + norm(act(before)), and the statistics of act(v).
 template <class K, class T, int ACT>
 void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, const Coefficients& bias, T* v,
                          int64_t rows, int64_t C, Sums* sums) {
@@ -108,14 +115,16 @@ void channel_forward_all(const Residual<T, ACT>& residual, const float* panels, 
 }
 
 // `grad` holds the gradient of y = norm(act(v)), the block's output; it is overwritten with the gradient of h. The
-// gradient of the weights is summed in one (columns, columns) matrix for each group, with columns = whole_panels(C).
+// gradient of the weights is summed in one (columns, columns) matrix for each group of slots, with columns =
+// whole_panels(C).
 template <class K, class T, int ACT>
 void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const Residual<T, ACT>& residual,
                           const float* panels, float* weight_sums, int64_t groups, int64_t rows, int64_t C, Sums& sums,
                           Sums& bias_sums) {
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    // The gradient of h reads dv along its rows. The gradient of the weights reads dv and h down their columns; there
-    // a word holds values of neighbouring rows.
+    // The gradient of h reads dv, the gradient of v, along its rows; a word holds neighbouring channels (own_dv). The
+    // gradient of the weights reads dv and h down their columns; a word holds neighbouring rows (all_dv, all_h). Both
+    // forms of dv are the same if a word is one value. The rows of many blocks are held, to be added at once.
     constexpr int64_t BLOCK_ROWS = K::BLOCK_ROWS, MOST = (K::HELD_ROWS + K::GROUP - 1) / K::GROUP;
     const int64_t depth = depth_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
     const int64_t own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0, out_words = BLOCK_ROWS * PANEL;
@@ -128,7 +137,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
     for (int64_t group = begin; group < end; group++) {
       float* weight_sum = weight_sums + group * columns * columns;
       std::memset(weight_sum, 0, columns * columns * sizeof(float));
-      int64_t held = 0;  // words of rows not yet added to the weights' gradient; many are added at once
+      int64_t held = 0;  // words in all_dv and all_h, not yet added to the weights' gradient
       const auto add_to_weights = [&] {
         for (int64_t r = 0; r < C; r += K::SUM_ROWS)
           for (int64_t c = 0; c < C; c += PANEL)
@@ -189,7 +198,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
   });
 }
 
-// The groups' weight gradients, (groups, columns, columns), added in order.
+// Adds the weight gradients of all groups, (groups, columns, columns), in order.
 inline void add_weight_groups(const float* partial, int64_t groups, int64_t C, int64_t columns, float* out) {
   torch::stable::parallel_for(0, C, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)

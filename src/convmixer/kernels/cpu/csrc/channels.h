@@ -1,16 +1,19 @@
-// What both halves of a ConvMixer block share: coefficients and sums for each channel, norms, passes over rows.
+// What both halves of a ConvMixer block share: coefficients and sums for each channel, norms, passes over rows. A row
+// is the C channels of one pixel.
 //
 // A block is  u = depthwise(x) + b,  h = norm(act(u)) + x,  v = pointwise(h) + b,  y = norm(act(v)),  and y is the x
-// of the next block. Activations are (N, H, W, C). Only u and v are kept. x, h and all normalised values are
-// recomputed each time they are read: once the statistics are known, norm(act(v)) is act(v) * scale + shift, which
-// costs less than reading it from memory.
+// of the next block. Activations are (N, H, W, C). Only u and v are stored. x, h and all normalised values are
+// computed again each time they are read: once the statistics are known, norm(act(v)) is act(v) * scale + shift,
+// which costs less than reading it from memory. So x is computed from `before`, the v of the previous block (for the
+// first block, the output of the stem's convolution), with its scale and shift, `norm_before`.
 //
-// The statistics of u or v are known only after all of it has been computed. Within that limit a training step reads
-// and writes each tensor as few times as possible:
-// spatial_forward    reads v of the previous block, writes u, gathers the statistics of act(u)      spatial.cpp
-// channel_forward    reads u and the previous v, writes v, gathers the statistics of act(v)         channel.cpp
-// channel_backward   turns the gradient of y into that of h, gathers the sums for the first norm    channel.cpp
-// spatial_backward   turns the gradient of h into that of x, gathers the previous norm's sums       spatial.cpp
+// Statistics are gathered as the sums of act(v) and of its square. The backward pass of a norm needs two other sums:
+// of g, the gradient of its output, and of g * act(v). Such sums are known only after all of the tensor has been
+// computed. Within this limit a training step reads and writes each tensor as few times as possible:
+// spatial_forward    reads `before`, writes u, gathers the statistics of act(u)                     spatial.cpp
+// channel_forward    reads u and `before`, writes v, gathers the statistics of act(v)               channel.cpp
+// channel_backward   turns the gradient of y into that of h, gathers the sums for the norm of u     channel.cpp
+// spatial_backward   turns the gradient of h into that of x, gathers the sums for the norm before   spatial.cpp
 // act_...            the passes after the stem's convolution and after the last block               ends.cpp
 #pragma once
 #include "activation.h"
@@ -20,7 +23,7 @@
 // Internal linkage, so that GCC inlines functions that a file calls only once.
 namespace {
 
-// Rows of per-channel coefficients, (count, C) fp32, padded to whole vectors.
+// Coefficients for each channel, fp32 (count, C), with each line of C padded to whole vectors.
 class Coefficients {
  public:
   Coefficients(const Tensor& t, int64_t C) : C_(whole_vectors(C)), values_(t.size(0) * C_) {
@@ -37,7 +40,8 @@ class Coefficients {
   const float* data_ = values_.data();
 };
 
-// Per-channel sums in double. Each slot is written by one thread at a time; `total` adds the slots in order.
+// `count` sums for each channel, in double. The rows are divided into parts, and each part has a slot for its sums,
+// which one thread at a time writes. `total` adds the slots in order, so it does not depend on the number of threads.
 class Sums {
  public:
   Sums(int slots, int count, int64_t C) : slots_(slots), count_(count), C_(C), padded_(whole_vectors(C)) {
@@ -47,7 +51,7 @@ class Sums {
     double* to = &values_[(slot * count_ + which) * padded_ + c];
     store_vector(to, load_vector<vd>(to) + __builtin_convertvector(sum, vd));
   }
-  // (count, C) float64
+  // Returns float64 (count, C).
   Tensor total() const {
     Tensor out = pooled({count_, C_}, ScalarType::Double);
     double* to = out.mutable_data_ptr<double>();
@@ -66,7 +70,8 @@ class Sums {
   std::vector<double> values_;
 };
 
-// act(v) * scale + shift. V is one vector of channels, or a group of neighbouring vectors.
+// act(v) * scale + shift for N vectors. V is vf if all of them hold the same channels, of different pixels; it is
+// vg<N> if they hold neighbouring channels.
 template <class T, int ACT, class V> struct Norm {
   V scale, shift;
   template <int N> INLINE vg<N> operator()(vg<N> v) const { return activate<T, ACT>(v) * scale + shift; }
@@ -78,8 +83,8 @@ template <class T, int ACT, int N> INLINE Norm<T, ACT, vg<N>> norms_of(Size<N>, 
   return {k.some<N>(0, c), k.some<N>(1, c)};
 }
 
-// The gradient before the activation, from the gradient g after the norm: (a * g + b * act(v) + c) * act'(v). The
-// coefficients a, b and c contain the batch's sums. Source: arXiv 1502.03167, Sec. 3.
+// The gradient of v, from the gradient g of norm(act(v)): (a * g + b * act(v) + c) * act'(v). The coefficients a, b
+// and c contain the batch's sums. V is as in `Norm`. Source: arXiv 1502.03167, Sec. 3.
 template <class T, int ACT, class V> struct NormBackward {
   V a, b, c;
   template <int N> INLINE vg<N> operator()(vg<N> g, vg<N> v) const {
@@ -90,7 +95,8 @@ template <class T, int ACT, class V> struct NormBackward {
 constexpr int SLOTS = 32;     // parts of the rows, fixed so that sums do not depend on the number of threads
 constexpr int64_t ROWS = 32;  // rows that are summed in float before the sum is added in double
 
-// Calls element(count, c, lanes) for every vector, or group of vectors, of a row of C channels.
+// Goes along a row of C channels: calls element(count, c, lanes) for each group of `count` neighbouring vectors, the
+// first of which begins at channel c. They have `lanes` channels each: L, or fewer in the last vector of the row.
 template <class Element> INLINE void along(int64_t C, const Element& element) {
   int64_t c = 0;
   for (; c + MANY * L <= C; c += MANY * L) element(many, c, L);
@@ -98,9 +104,10 @@ template <class Element> INLINE void along(int64_t C, const Element& element) {
   if (c < C) element(one, c, (int)(C - c));
 }
 
-// Calls element(count, i, c, lanes, sums) for every vector or group of vectors: in parallel, each part in memory
-// order. i is their offset, c their channel. sums points at their `Count` running sums, side by side; these are added
-// to `gathered`.
+// Calls element(count, i, c, lanes, sums) along all rows (see `along`; i is the offset of channel c in the tensor):
+// slots in parallel, each in memory order. `Count` is the number of sums for each channel. `sums` points at running
+// sums for the `count` vectors: `Count` vectors of sums for the first, then for the next. They are added to
+// `gathered`, if given.
 template <int Count, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);
@@ -122,7 +129,7 @@ void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) 
   });
 }
 
-// Adds x to sum number `which` of `Count`.
+// Adds x to sum number `which` of the `Count` sums of each vector, see `over_rows`.
 template <int Count, int N> INLINE void add_to(float* sums, int which, vg<N> x) {
 #pragma GCC unroll 8
   for (int j = 0; j < N; j++) put(sums + (j * Count + which) * L, aligned(sums + (j * Count + which) * L) + x.v[j]);
@@ -152,7 +159,7 @@ void apply_norm(const T* v, const Coefficients& norm, T* y, int64_t rows, int64_
   });
 }
 
-// h = norm(act(u)) + norm(act(v before)), for the vectors at offset i and channel c.
+// h = norm(act(u)) + norm(act(before)), for `count` vectors that begin at offset i in the tensor, at channel c.
 template <class T, int ACT> struct Residual {
   const T *u, *before;
   const Coefficients &norm, &norm_before;
@@ -168,7 +175,7 @@ template <class T, int ACT> void apply_residual(const Residual<T, ACT>& residual
   });
 }
 
-// Computes the gradient before the activation, and its sum. `out` may be `g`.
+// Computes `out`, the gradient of v, from `g`, the gradient of norm(act(v)), and the sum of `out`. `out` may be `g`.
 template <class T, int ACT>
 void apply_norm_backward(const T* g, const T* v, const Coefficients& norm, T* out, int64_t rows, int64_t C,
                          Sums& sums) {

@@ -1,12 +1,13 @@
 // Depthwise convolution, one image and one vector of channels at a time, and its weight gradient.
 //
 // Activations are stored as (N, H, W, C). A "plane" is one vector of L channels of one image. It is copied into a
-// scratch tile with a border of zeros, (rows, columns, L). The tile fits into the core's own caches for any C. Read
-// in place, the rows of a plane are C*W values apart and would alias in the cache. All reads of the tile are whole
-// aligned vectors.
+// scratch tile with a border of zeros, (rows, columns, L). The tile fits into the core's own caches for any C, and is
+// read in whole aligned vectors. In the tensor the rows of a plane are C*W values apart, so they would alias in the
+// cache.
 //
-// If bf16 values are multiplied in pairs, a tile holds pairs: (row r, row r+1) of a channel as two bf16 in 32 bits.
-// One dot-product instruction then does two taps. It multiplies exactly and adds in float, like the plain tile.
+// A "tap" is one of the k * k weights of a channel. If bf16 values are multiplied in pairs, a tile holds pairs: (row
+// r, row r+1) of a channel as two bf16 in 32 bits. One dot-product instruction then does two taps. It multiplies
+// exactly and adds in float, so the result is as good as that of a tile of floats.
 #pragma once
 #include <algorithm>
 
@@ -32,8 +33,8 @@ struct Tile {
 INLINE vf aligned(const float* p) { return *(const vf*)p; }
 INLINE void put(float* p, vf x) { *(vf*)p = x; }
 
-// Fills the inside of a tile whose border is already zero. read(row, column, count) gives the values of `count`
-// columns. Pairs are rounded to bf16 here.
+// Fills the inside of a tile whose border is already zero. read(row, column, count) returns the values of `count`
+// columns of the plane, from `column` on. For pairs they are rounded to bf16.
 template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, const Read& read) {
   for (int64_t r = 0; r < t.H; r++) {
     float* row = tile + (t.top + r) * t.row_floats() + t.left * L;
@@ -46,7 +47,7 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
         float* to = row + (c + j) * L;
         if constexpr (!Pairs) {
           put(to, value);
-        } else {  // every row is written twice: as itself, and as the partner of the row above
+        } else {  // every row is written twice: as the first of its pairs, and as the second of those above
           const vu bits = (vu)rounded(value, (const bf16*)nullptr);
           put(to, (vf)(bits >> 16));
           if (above) put(to - t.row_floats(), (vf)((vu)aligned(to - t.row_floats()) | bits));
@@ -60,8 +61,10 @@ template <bool Pairs, class Read> INLINE void fill(const Tile& t, float* tile, c
   }
 }
 
-// Packs the weights in the order in which the kernels read them. For each plane: [k][k][L] floats; or for pairs,
-// [k/2][k][L] pairs of rows and, if k is odd, the last row as floats. Rounded to the storage type, as autocast does.
+// Packs the weights for the kernels: for each vector of channels [k][k][L] floats, rounded to the storage type, as
+// autocast does. If `flip`, the taps are in reverse order. For pairs the layout is the same, but row 0 holds the
+// pairs of rows 0 and 1, row 2 those of rows 2 and 3, and so on. Rows 1, 3, ... are not read. If k is odd, the last
+// row has no partner and stays floats.
 template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool flip, float* out) {
   const int taps = K * K;
   for (int64_t c0 = 0; c0 < C; c0 += L)
@@ -74,7 +77,7 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
   if constexpr (!DEPTHWISE_PAIRS<T>) return;
   for (int64_t c0 = 0; c0 < C; c0 += L) {
     float* plane = out + c0 * taps;
-    for (int ky = 0; ky + 1 < K; ky += 2)  // a pair is stored in place of its first row; rows 1, 3, ... stay unused
+    for (int ky = 0; ky + 1 < K; ky += 2)  // a pair replaces the value in its first row
       for (int kx = 0; kx < K; kx++) {
         float *first = plane + (ky * K + kx) * L, *second = first + K * L;
         store(first, pair_of(narrow(load(first)), narrow(load(second))));
@@ -82,7 +85,8 @@ template <class T, class W> void pack_weights(const W* w, int64_t C, int K, bool
   }
 }
 
-// Computes `Columns` neighbouring columns of one output row. `tile` points at the row and column of the first tap.
+// Adds the taps to the sums of `Columns` neighbouring columns of one output row. `tile` points at the value that the
+// first tap of the first column multiplies.
 template <bool Pairs, int Columns>
 INLINE void convolve_row(const Tile& t, const float* tile, const float* weights, vf (&sum)[Columns]) {
   const int K = t.K;
@@ -122,7 +126,7 @@ INLINE void convolve_columns(const Tile& t, const float* tile, const float* weig
   for (; j < valid; j++) write(row, column + j, one, vg<1>{{copy[j]}});
 }
 
-// Calls write(row, column, count, sums) with the sums over the k x k taps, `count` pixels of the plane at a time.
+// Calls write(row, column, count, sums) with the sums over the k x k taps of `count` neighbouring pixels in a row.
 template <bool Pairs, class Write>
 INLINE void convolve(const Tile& t, const float* tile, const float* weights, const Write& write) {
   constexpr int WIDE = L == 16 ? 16 : 8;  // as many sums as fit into registers
@@ -135,7 +139,8 @@ INLINE void convolve(const Tile& t, const float* tile, const float* weights, con
   }
 }
 
-// Sums over the plane of grad[h][w] * x[h + ky][w + kx] for Rows x Cols taps, added to out[(ky * k + kx)][L].
+// Adds the sum over the plane of grad[h][w] * x[h + ky][w + kx] to out[ky * k + kx][L], for Rows x Cols taps. The
+// arguments ky and kx are those of the first tap.
 template <bool Pairs, int Rows, int Cols>
 INLINE void correlate_taps(const Tile& t, const float* x, const float* grad, int ky, int kx, float* out) {
   vf sum[Rows][Cols] = {};
@@ -178,8 +183,8 @@ void correlate_columns(const Tile& t, const float* x, const float* grad, int kx,
   if (ky < t.K) correlate_taps<Pairs, 1, Cols>(t, x, grad, ky, kx, out);
 }
 
-// Weight gradient of one plane, added to out[k * k][L]. `grad` points at the plane's first pixel inside its tile,
-// which must have the same row length as x's tile.
+// Adds the weight gradient of one plane to out[k * k][L]. `grad` points at the first pixel of the gradient's plane
+// inside its tile, whose rows must be as long as those of x's tile.
 template <bool Pairs> void correlate(const Tile& t, const float* x, const float* grad, float* out) {
   for (int kx = 0; kx < t.K;) {
     const int left = t.K - kx;
@@ -195,8 +200,8 @@ template <bool Pairs> void correlate(const Tile& t, const float* x, const float*
   }
 }
 
-// How the planes of a batch are divided into tasks: groups of images times runs of channel blocks. The split depends
-// only on the shape, so sums gathered per group do not depend on the number of threads.
+// How the planes of a batch are divided into tasks: a task is one group of images and one run of neighbouring blocks
+// of channels. The split depends only on the shape, so the sums of a group do not depend on the number of threads.
 struct Split {
   static constexpr int64_t BLOCK = 32;  // channels: one cache line of bf16
   int64_t groups, runs, blocks;
@@ -207,7 +212,7 @@ struct Split {
 };
 
 // Calls plane(group, image, channel, lanes, scratch) for every plane, in parallel. Each thread's scratch starts as
-// zeros and is not cleared between planes: the next plane finds what the previous one wrote.
+// zeros and is not cleared between planes, so the borders of tiles stay zero.
 template <class Plane> void for_planes(const Image& s, size_t scratch_floats, const Plane& plane) {
   const Split split(s);
   torch::stable::parallel_for(0, split.groups * split.runs, 1, [&](int64_t begin, int64_t end) {

@@ -1,10 +1,10 @@
-// The ends of the network: after the stem's convolution, and after the last block.
+// Activation, norm and pool at the two ends of the network: after the stem's convolution, and after the last block.
 #include "channels.h"
 
 namespace {
 
-// Returns the sum of value(pixel) over an image. Each row is summed by itself first: a single fp32 sum over a
-// thousand pixels would lose three digits.
+// Returns the sum of value(pixel) over an image. Each row of pixels is summed by itself first: a single fp32 sum over
+// a thousand pixels would lose three digits.
 template <int N, class F> INLINE vg<N> sum_of_pixels(const Image& s, const F& value) {
   vg<N> sum{};
   for (int64_t row = 0; row < s.pixels(); row += s.W) {
@@ -30,7 +30,7 @@ void pool_all(const Image& s, const T* v, const Coefficients& norm, float* out) 
   });
 }
 
-// Gives each pixel its share of the pooled gradient g; gathers the sums of g and of g * act(v).
+// Gives each pixel its share g of the gradient of the image's mean, `grad`; gathers the sums of g and of g * act(v).
 template <class T, int ACT> void spread(const Image& s, const float* grad, const T* v, T* out, Sums& sums) {
   const vf share = splat(1.0f / s.pixels());
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
@@ -97,8 +97,8 @@ Tensor act_norm_pool(const Tensor& v, const Tensor& norm, int64_t act) {
   return y;
 }
 
-// Takes the gradient of the pooled features, (N, C) fp32. Returns the gradient of every pixel and the sums for the
-// last norm.
+// Takes the gradient of the pooled features, (N, C) fp32. Returns the gradient of every pixel, and the sums for the
+// backward pass of the last norm.
 std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tensor& v, int64_t act) {
   const Image s = image_of(v);
   check(grad.dim() == 2 && grad.is_contiguous() && grad.scalar_type() == ScalarType::Float && grad.size(0) == s.N &&
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> act_norm_pool_backward(const Tensor& grad, const Tens
   return {dy, sums.total()};
 }
 
-// Overwrites `grad`, the gradient after the norm, with the gradient before the activation.
+// Overwrites `grad`, the gradient of norm(act(v)), with the gradient of v.
 void act_norm_backward(const Tensor& grad, const Tensor& v, const Tensor& norm, int64_t act) {
   const Image s = image_of(v);
   check_like(v, grad);

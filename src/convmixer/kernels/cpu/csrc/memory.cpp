@@ -17,10 +17,10 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
-constexpr size_t SMALL = size_t{64} << 10;  // smaller blocks: the system's allocator keeps their pages anyway
+constexpr size_t SMALL = size_t{64} << 10;  // bytes; smaller blocks are not pooled: malloc keeps their pages anyway
 
-// Allocates blocks of at least `huge` bytes in whole huge pages, for fewer page faults and TLB misses. This is a
-// hint, which the system may ignore.
+// Allocates a block. If it has at least `huge` bytes, the system is asked to use huge pages for it, for fewer page
+// faults and TLB misses; the system may ignore this.
 void* allocate(size_t bytes, size_t huge) {
   const size_t alignment = bytes >= huge ? HUGE_PAGE : 64, whole = (bytes + alignment - 1) / alignment * alignment;
   void* block = std::aligned_alloc(alignment, whole);
@@ -31,7 +31,8 @@ void* allocate(size_t bytes, size_t huge) {
   return block;
 }
 
-// Keeps freed blocks by size, to use them again. Live and free blocks together never exceed the peak of live memory.
+// Keeps freed blocks by size, to use them again. Live blocks are those in use. Live and free blocks together never
+// exceed the peak of the live ones.
 class Pool {
  public:
   void* take(size_t bytes) {
@@ -63,7 +64,7 @@ class Pool {
   }
 
  private:
-  // Frees kept blocks before a new one is allocated, so that memory does not grow as shapes change.
+  // Called before a block is allocated: frees kept blocks, so that memory does not grow as shapes change.
   void trim(size_t wanted) {
     while (!free_.empty() && live_bytes_ + free_bytes_ + wanted > peak_bytes_) release(free_.begin());
   }

@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(convmixer, CPU, m) {
   m.impl("run_network", TORCH_BOX(&network::run_network));
 }
 
-// Python calls this by name: which instructions this build uses.
+// Returns which instructions this build uses; Python calls it by name.
 extern "C" const char* convmixer_level() {
 #if defined(__AVX512F__) && CONVMIXER_LANES == 16
   if (network::tiles_usable()) return "AVX-512 with bf16, VNNI and AMX";

@@ -1,9 +1,12 @@
-// The parts of a whole ConvMixer at inference: depthwise, product, stem and pool on blocked activations.
+// The two steps of a ConvMixer block at inference, with vector instructions: the depthwise convolution, and the
+// matrix product, which is the pointwise convolution. The stem is a product too.
 //
-// Activations are stored as [channels / 32][rows][columns][32] with a border of zeros. The depthwise kernel therefore
-// needs no edge cases and reads whole cache lines, and a panel of 32 columns of a product writes exactly one channel
-// block. A block of image rows goes through depthwise + activation + BatchNorm + residual into a small matrix that
-// stays in the core's cache. From there it goes through the product + activation + BatchNorm. Each ConvMixer block is
+// Activations are stored in blocks of 32 channels, [channels / 32][rows][columns][32], with a border of zeros around
+// the image. The depthwise kernel therefore needs no edge cases and reads whole cache lines. A product computes a
+// panel of 32 columns at a time, which is exactly one block of channels.
+//
+// A few image rows at a time go through depthwise + activation + BatchNorm + residual into a small matrix, `a`, that
+// stays in the core's cache. From there they go through the product + activation + BatchNorm. Each ConvMixer block is
 // thus one pass over memory.
 #pragma once
 #include <algorithm>
@@ -20,8 +23,8 @@ namespace network {
 
 constexpr int CB = 32;      // channels of a block; columns of a panel of weights
 constexpr int STEP = 8;     // columns of pixels that the depthwise kernel computes at once
-constexpr int NV = 2;       // vectors of a product's tile
-// Rows of a tile: first as many as the registers hold sums for, then fewer, for the rows left over.
+constexpr int NV = 2;       // vectors in a row of a product's tile: the sums that are computed at once
+// Rows of such a tile: as many as the registers hold sums for, and smaller numbers for the rows left over.
 constexpr int HEIGHTS[] = {L >= 16 ? 14 : 6, L >= 16 ? 8 : 4, 2, 1};
 
 // Calls f with 0 .. N - 1 as constants, so that arrays indexed by them become registers.
@@ -35,7 +38,8 @@ template <int N, class F> INLINE void unrolled(const F& f) {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A product reads words of 4 bytes: one float, or two bf16 or four int8 that one instruction multiplies together.
+// The kinds of operand, K in templates. A product reads words of 4 bytes, each of GROUP values: one float, or two
+// bf16 or four int8 that one instruction multiplies together.
 struct Fp32 {
   using X = float;  // activations in memory
   using Sum = vf;
@@ -94,7 +98,7 @@ struct Int8 {
     return (vi)vusdotq_s32((int32x4_t)sum, vreinterpretq_u8_s32(vdupq_n_s32(a)), (int8x16_t)b);
   }
 #elif defined(__ARM_FEATURE_DOTPROD) && CONVMIXER_LANES == 4
-#define CONVMIXER_OFFSET 128  // it multiplies signed bytes alone
+#define CONVMIXER_OFFSET 128  // this instruction multiplies only signed bytes
   static constexpr int MOST = 127;
   INLINE static Sum dot(Sum sum, int32_t a, vi b) {
     return (vi)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_s32(vdupq_n_s32(a)), (int8x16_t)b);
@@ -109,27 +113,27 @@ struct Int8 {
 #ifndef CONVMIXER_OFFSET
 #define CONVMIXER_OFFSET 0
 #endif
-  static constexpr int OFFSET = CONVMIXER_OFFSET;  // activations are stored less this
+  static constexpr int OFFSET = CONVMIXER_OFFSET;  // subtracted from activations before they are stored
 };
 
-// The order of channels within a block of the depthwise kernel's output. The interleaving instructions give bf16 in
-// the order 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...; the weights are packed to match.
+// Returns which channel of a block is at place t of the depthwise kernel's output. The interleaving instructions give
+// bf16 in the order 0-3, 8-11, 16-19, 24-27, then 4-7, 12-15, ...; the weights are packed to match.
 template <class X> inline int channel_at(int t) {
   if (sizeof(X) == 4) return t;
   return t % 16 / 4 * 8 + t / 16 * 4 + t % 4;
 }
 
-// One image's activations.
+// The layout of one image's activations: its border has `before` rows at the top and `before` columns at the left.
 struct Grid {
   int64_t H, W, before, rows, columns;
   Grid(int64_t H, int64_t W, int64_t k)
       : H(H), W(W), before((k - 1) / 2), rows(H + k - 1), columns(round_up(W, STEP) + k) {}
   int64_t plane() const { return rows * columns * CB; }
-  int64_t at(int64_t y, int64_t x) const { return (y * columns + x) * CB; }  // with the border
+  int64_t at(int64_t y, int64_t x) const { return (y * columns + x) * CB; }  // counted with the border
   int64_t inside(int64_t y, int64_t x) const { return at(y + before, x + before); }
 };
 
-// Per-channel coefficients applied after a sum, one row each; `dim` is the row length, rounded up to whole blocks.
+// Coefficients for each channel, which are applied to sums: a row of `dim` values (a multiple of CB) for each name.
 struct Vectors {
   enum { MULTIPLY, BIAS, SCALE, SHIFT, STEPS, ZERO, COUNT };  // STEPS and ZERO quantise to unsigned 8 bits
   const float* data;
@@ -137,7 +141,8 @@ struct Vectors {
   const float* row(int which, int64_t c) const { return data + which * dim + c; }
 };
 
-// --- Depthwise: computes rows y0 .. y1 of one block of channels into columns of the matrix `a`, `words` words a row.
+// --- Depthwise: computes image rows y0 .. y1 of one block of channels. Each pixel is a row of the matrix `a`; the
+// rows are `words` words apart. `a` points at the first column of this block of channels.
 
 INLINE void put_bytes(uint8_t* a, vf q) {
   typedef uint8_t vb __attribute__((vector_size(L)));
@@ -173,7 +178,7 @@ void depthwise_plain(const Grid& g, int k, const float* x, const float* weights,
 }
 
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
-// Pairs = ceil(k / 2): neighbouring columns are interleaved, and one instruction does two taps of 16 channels.
+// Pairs = ceil(k / 2). Neighbouring columns are interleaved, so one instruction does two weights of 16 channels.
 template <int Pairs>
 INLINE void convolve_pairs(const Grid& g, int k, const bf16* x, const __m512i* weights, __m512 (&sum)[STEP][2]) {
   for (int dy = 0; dy < k; dy++) {
@@ -256,7 +261,7 @@ void depthwise(const Grid& g, int k, int act, const typename K::X* x, const void
   }
 }
 
-// Returns the number of floats (or pairs of bf16) in one block's depthwise weights.
+// Returns the number of floats (or pairs of bf16) in the depthwise weights of one block of channels.
 template <class X> int64_t depthwise_words(int k) { return (sizeof(X) == 4 ? k * k : k * ((k + 1) / 2)) * CB; }
 
 // --- Product: multiplies rows of `a` by a panel of 32 columns, which gives one block of channels.
@@ -303,7 +308,7 @@ __attribute__((noinline)) void product_tile(const int32_t* a, int64_t words, con
   }
 }
 
-// offsets: the position of each row within a block of channels.
+// offsets: where each row of the result goes within a block of channels of `out`.
 template <class K>
 void product(int64_t rows, const int32_t* a, int64_t words, const int32_t* panels, int64_t depth, int act,
              const Vectors& p, typename K::X* out, int64_t plane, const int32_t* offsets) {

@@ -1,4 +1,5 @@
-// What both forms of a whole ConvMixer share: its sizes, its weights, memory between calls, images over threads.
+// What both forms of inference, network_vectors.cpp and network_tiles.cpp, share: the network's sizes and weights,
+// memory that is kept between calls, and the division of images among threads.
 #pragma once
 #include "network.h"
 
@@ -21,7 +22,8 @@ struct Net {
   int64_t taps() const { return in_chans * patch * patch; }
 };
 
-// The weights to pack, plain (dim, ...) floats. Channels beyond dim get zero weights, so they stay zero.
+// The weights to pack, plain (dim, ...) floats. Packing adds channels to fill the last block; their weights are zero,
+// so they stay zero.
 struct Plain {
   const float *stem, *stem_vectors, *depthwise, *depthwise_vectors, *point, *point_vectors;
 };
@@ -33,6 +35,7 @@ inline bf16 to_bf16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Place t of each block of channels gets channel order(t) of the block.
 template <class Order>
 void pack_vectors(const float* vectors, int64_t dim, int64_t padded, const Order& order, float* out) {
   for (int row = 0; row < Vectors::COUNT; row++)
@@ -46,7 +49,8 @@ void pack_vectors(const float* vectors, int64_t dim, int64_t padded, const Order
 class Arena {
  public:
   ~Arena() { std::free(data_); }
-  // Returns `bytes` of memory. It is all zero if it is new or `key` differs from the last call's.
+  // Returns `bytes` of memory. It is set to zero if it is new or if `key` differs from the last call's; otherwise it
+  // holds what the last user left, so borders stay zero.
   char* take(size_t bytes, uint64_t key) {
     bytes = round_up(bytes, 64);
     if (bytes > size_) {
@@ -91,7 +95,7 @@ inline int64_t second_level_cache() {
   return 512 << 10;
 }
 
-// Computes one image in parts of `rows` rows. `each(n, f)` calls f(i, scratch) for each of n parts i, in any order.
+// Computes one image in parts of `rows` rows. `each(n, f)` calls f(i, scratch) for parts i = 0 .. n - 1 in any order.
 template <class Run, class Each>
 void run_image(const Run& run, const float* pixels, int64_t rows, char* memory, float* out, const Each& each) {
   using X = typename Run::X;

@@ -1,14 +1,18 @@
-// A whole ConvMixer at inference on the processor's matrix unit, depthwise convolutions included.
+// Inference of a whole ConvMixer on the processor's matrix unit (tiles.h), depthwise convolutions included.
 //
-// Activations are stored in bf16 as [channels][column tiles][rows][32]: a column tile is 16 columns with a halo, so a
-// row is one cache line and borders of zeros need no special cases. The tile of a depthwise convolution has 16 rows of
-// one channel. For each row of the kernel it is multiplied by a band matrix: 32 columns in, 16 out. A block of image
-// rows goes through depthwise + activation + BatchNorm + residual into the matrix z, [16 pixels][channels], which
-// stays in the core's cache. There a tile holds the channels of 16 pixels of one row, so that the product with the
-// weights gives 16 channels x 16 pixels, each row of which is again half a row of an activation.
+// Activations are stored in bf16 as [channels][column tiles][rows][32]. A column tile is 16 columns with a halo:
+// copies of the columns beside them that a convolution also reads, or a border of zeros at the edge of the image. So
+// edges are no special case, and the row of a column tile is one cache line.
 //
-// The matrix unit works beside the vector units: while one tile's products are computed, the activations of the tile
-// before are.
+// For each row of the kernel, the depthwise convolution multiplies up to 16 rows of a column tile, one row further
+// down each time, by a band matrix: 32 columns in, 16 out. A few image rows at a time go through depthwise +
+// activation + BatchNorm + residual into the matrix z, which stays in the core's cache. z holds groups of 16
+// neighbouring pixels of one row, each as [channels / GROUP][16 pixels] words of GROUP channels. The pointwise
+// convolution multiplies tiles of weights by tiles of z. This gives 16 channels x 16 pixels, each row of which is the
+// 16 columns inside a row of a column tile.
+//
+// The matrix unit works beside the vector units: while it computes the sums of one tile, they compute activation and
+// BatchNorm of the tile before.
 #include "network_tiles.h"
 
 #include "tiles.h"
@@ -20,7 +24,7 @@ namespace {
 
 constexpr int SIDE = 16;     // rows and columns of a tile of sums
 constexpr int WIDE = 32;     // values of a row of a column tile, with its halo
-constexpr int AT_ONCE = 4;   // spatial tiles that share a band matrix
+constexpr int AT_ONCE = 4;   // tiles that are multiplied by each band matrix while it is loaded
 constexpr int BAND_WORDS = tiles::SIZE / 4;
 
 struct Bf16Tiles {
@@ -34,21 +38,21 @@ struct Int8Tiles {
   template <int C, int A, int B> INLINE static void dot() { tiles::dot_int8<C, A, B>(); }
 };
 
-// One image's activations.
+// The layout of one image's activations, in values.
 struct Planes {
   int64_t H, W, before, after, rows, tiles;
   Planes(int64_t H, int64_t W, int64_t k)
       : H(H), W(W), before((k - 1) / 2), after(k / 2), rows(H + k - 1), tiles((W + SIDE - 1) / SIDE) {}
   int64_t plane() const { return (tiles * rows | 1) * WIDE; }  // an odd number of lines: no aliasing
-  int64_t at(int64_t tile, int64_t y) const { return (tile * rows + y) * WIDE; }  // with the border
+  int64_t at(int64_t tile, int64_t y) const { return (tile * rows + y) * WIDE; }  // y: with the border
   int64_t inside(int64_t tile, int64_t y) const { return at(tile, y + before) + before; }
 };
 
-// Where 16 pixels of a row go: into their own column tile, and into the halo of its neighbours.
+// Where 16 neighbouring pixels of a row are stored: in their column tile, and in the halos of the tiles beside it.
 struct Place {
   int64_t own, left, right;  // offsets; < 0: none
   uint32_t valid;            // one bit for each pixel inside the image
-  bool whole;                // all of them are
+  bool whole;                // all 16 are inside
 };
 
 INLINE void store_some(bf16* to, vh bits, uint32_t mask) {
@@ -63,7 +67,7 @@ INLINE void store_some(bf16* to, vh bits, uint32_t mask) {
 INLINE void put(bf16* plane, const Place& place, const Planes& g, vh bits) {
   if (__builtin_expect(place.whole, 1)) store_vector(plane + place.own, bits);
   else store_some(plane + place.own, bits, place.valid);
-  if (__builtin_expect(place.right >= 0, 0))  // our last columns are its first
+  if (__builtin_expect(place.right >= 0, 0))  // its halo begins with our last columns
     store_some(plane + place.right + g.before - SIDE, bits, place.valid & (0xffffu << (SIDE - g.before)) & 0xffffu);
   if (__builtin_expect(place.left >= 0, 0))
     store_some(plane + place.left + g.before + SIDE, bits, place.valid & ((1u << g.after) - 1));
@@ -81,7 +85,7 @@ INLINE Halves narrow_both(vf first, vf second) {
 #endif
 }
 
-// Calls f(i) for i up to the share `step` / `steps` of n.
+// Spreads the calls f(0), f(By), ... f(n - By) over `steps` steps: `until` makes those that are due at step `step`.
 template <int By> struct Progress {
   int64_t done = 0;
   template <class F> INLINE void until(int64_t n, int64_t step, int64_t steps, const F& f) {
@@ -91,8 +95,8 @@ template <int By> struct Progress {
 
 // --- Depthwise.
 
-// Row p of the band matrix holds, for each column, the weights of inputs 2p and 2p + 1: a window of the weights
-// between zeros. `weights` has 16 words; see `pack_bands`.
+// Row p of the band matrix holds, for each output column, the weights of input columns 2p and 2p + 1. It is a window
+// of 16 words from `weights` with zeros before and after. `weights` has 16 words, see `pack_bands`.
 INLINE void write_band(const int32_t* weights, int words, int32_t* band) {
   const vi all = load_vector<vi>(weights);
   unrolled<SIDE>(EACH(p) {
@@ -113,7 +117,7 @@ INLINE void write_band(const int32_t* weights, int words, int32_t* band) {
   });
 }
 
-// Writes one line of z: 16 pixels of `GROUP` channels.
+// Writes one line of z: 16 pixels, each a word of GROUP channels.
 INLINE void put_words(const vg<2>& values, char* line) {
 #if CONVMIXER_AMX
   alignas(64) static constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -139,12 +143,12 @@ INLINE void put_words(const vg<4>& values, char* line) {
 #endif
 }
 
-// A strip: up to AT_ONCE tiles of `tall` rows, all channels.
+// Up to AT_ONCE tiles of `tall` rows that are computed together, for all channels. A line is 16 pixels of one row.
 struct Strip {
   int64_t count, tall;
   int64_t at[AT_ONCE];             // the first row that each tile reads
-  int64_t centre[AT_ONCE * SIDE];  // where the pixels of each line of sums are in a plane
-  char* lines[AT_ONCE * SIDE];     // and in z
+  int64_t centre[AT_ONCE * SIDE];  // where each line is in the plane of a channel
+  char* lines[AT_ONCE * SIDE];     // and where in z
 };
 
 template <class K, int ACT, int Count>
@@ -198,7 +202,7 @@ void product(const Planes& g, int64_t groups, const char* z, int64_t z_step, int
              const Vectors& p, bf16* out, const Place* places, float* sums) {
   const int64_t plane = g.plane();
   const auto finish = [&](int64_t c, int64_t group, const float* from, int64_t row) INLINED {
-    constexpr int ROWS = 2;  // of two groups: four vectors side by side
+    constexpr int ROWS = 2;  // of sums, each of two groups of pixels: four vectors side by side
     from += row * 2 * SIDE, c += row;
     vg<2 * ROWS> y = each<2 * ROWS>([&](int j) INLINED {
       const vf bias = splat(*p.row(Vectors::BIAS, c + j / 2));
@@ -218,7 +222,7 @@ void product(const Planes& g, int64_t groups, const char* z, int64_t z_step, int
   };
   float *mine = sums, *other = sums + CB * 2 * SIDE;
   int64_t before_c = 0, before_group = -1;
-  // The weights of the next 32 channels are fetched while these are multiplied.
+  // While 32 channels are multiplied, the weights of the next 32 are prefetched, `fetched` bytes in each step.
   const int64_t panel = 2 * steps * tiles::SIZE, fetched = round_up(panel * 2 / (groups * steps), 64) + 64;
   for (int64_t c = 0; c < p.dim; c += CB) {
     const char *next = weights + (c / CB + 1) * panel, *end = c + CB < p.dim ? next + panel : next;
@@ -249,7 +253,8 @@ void product(const Planes& g, int64_t groups, const char* z, int64_t z_step, int
 
 // --- The network.
 
-// Where each part begins in the packed weights, in words of 4 bytes. Each part fills whole cache lines.
+// The sizes of the parts of the packed weights, and where a layer begins, in words of 4 bytes. Each part fills whole
+// cache lines.
 template <class K> struct TilesPacked {
   Net net;
   static constexpr int64_t STEP = SIDE * K::GROUP, STEM_STEP = SIDE * Bf16Tiles::GROUP;  // inputs of a tile
@@ -318,7 +323,7 @@ template <class K> struct TilesRun {
   size_t image_bytes() const { return packed.net.padded() * grid.plane() * sizeof(X); }
   uint64_t key() const { return key_of({1, grid.H, grid.W, packed.net.k, packed.net.dim}); }
 
-  // What a thread needs to compute a part of the rows.
+  // The scratch memory that a thread needs to compute some rows of the image.
   struct Room {
     Place* places;
     float* sums;
@@ -382,7 +387,7 @@ template <class K> struct TilesRun {
     multiply<K>(r, y1 - y0, packed.steps(), w + packed.depthwise() + packed.vectors(), out);
   }
 
-  // Tiles of one height; the last may begin in the one before, which computes some rows twice.
+  // All tiles have the same height. The last may overlap the one before; the rows that both hold are computed twice.
   void depthwise(const Room& r, const X* x, int64_t y0, int64_t y1, const int32_t* w) const {
     const int64_t rows = y1 - y0, deep = (rows + SIDE - 1) / SIDE, tall = (rows + deep - 1) / deep;
     const Vectors v{(const float*)w + packed.depthwise(), packed.net.padded()};
@@ -415,7 +420,8 @@ template <class K> struct TilesRun {
     }
   }
 
-  // z stays in the core's second-level cache. Each part reads all weights, which for wide layers are in a further one.
+  // Returns the rows of each part of an image: as many as let z stay in the core's second-level cache, because each
+  // part reads all weights, for wide layers from a more distant cache.
   int64_t rows_at_once(int64_t threads) const {
     const int64_t most = std::max<int64_t>(1, second_level_cache() / (grid.tiles * z_step()));
     const int64_t parts = std::min(grid.H, round_up((grid.H + most - 1) / most, threads));

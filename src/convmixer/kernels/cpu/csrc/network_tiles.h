@@ -4,13 +4,13 @@
 
 namespace network {
 
-// Returns whether the build has this form and the system allows it. If not, the functions below do nothing.
+// Returns whether this build can use the unit and the system allows it. Only then call the functions below.
 bool tiles_usable();
 
-// Returns the words of 4 bytes that the packed weights take.
+// Returns the size of the packed weights in words of 4 bytes.
 int64_t tiles_size(const Net& net, Precision precision);
 
-// `out` is zero before.
+// `out` must be all zero.
 void tiles_pack(const Net& net, Precision precision, const Plain& plain, int32_t* out);
 
 // images: (N, in_chans, H, W); out: (N, dim), the pooled features.

@@ -1,4 +1,4 @@
-// The form of a whole ConvMixer that vector instructions compute, for each precision.
+// Inference of a whole ConvMixer with vector instructions, in each precision; network.h describes the layout.
 #include "network_vectors.h"
 
 #include "network.h"
@@ -6,7 +6,8 @@
 namespace network {
 namespace {
 
-// Where each part begins in the packed weights, in words of 4 bytes. Each part fills whole cache lines.
+// The sizes of the parts of the packed weights, and where a layer begins, in words of 4 bytes. Each part fills whole
+// cache lines. `Stem` and `K` are the kinds of operand of the stem and of the blocks.
 template <class Stem, class K> struct Packed {
   Net net;
   int64_t stem_depth() const { return (net.taps() + Stem::GROUP - 1) / Stem::GROUP; }
@@ -27,7 +28,7 @@ template <class K> void put_weight(int32_t* word, int64_t i, float value) {
   else ((float*)word)[i] = value;
 }
 
-// weight: (dim, inputs). Input t of the packed product is input `channel(t)` of the weight.
+// weight: (dim, inputs). Input t of the packed product is input channel(t) of `weight`.
 template <class K, class Channel>
 void pack_product(const float* weight, int64_t dim, int64_t inputs, int64_t depth, const Channel& channel, int32_t* out) {
   for (int64_t n = 0; n < dim; n++)
@@ -51,7 +52,8 @@ template <class X> void pack_depthwise(const float* weight, const Net& net, int3
   }
 }
 
-// Activations stored less Int8::OFFSET make each sum smaller by OFFSET times its weights; the bias makes up for it.
+// Int8::OFFSET is subtracted from stored activations, so a sum is too small by OFFSET times the sum of its weights.
+// This adds the difference to the bias.
 void add_offset(const float* weight, const Net& net, float* vectors) {
   for (int64_t n = 0; n < net.dim && Int8::OFFSET; n++) {
     double sum = 0;
@@ -91,7 +93,7 @@ template <class Stem, class K> struct Run {
   Grid grid;
   int64_t H, W;  // of the image
 
-  int64_t words() const { return std::max(packed.depth(), packed.stem_depth()) + 16; }  // 16: no aliasing
+  int64_t words() const { return std::max(packed.depth(), packed.stem_depth()) + 16; }  // 16: no cache aliasing
   int64_t image_elements() const { return packed.net.blocks() * grid.plane(); }
   size_t image_bytes() const { return round_up(image_elements() * sizeof(X) + 64, 64); }
   size_t scratch_bytes(int64_t rows) const { return rows * grid.W * (words() + 1) * 4 + 64; }
@@ -151,9 +153,10 @@ template <class Stem, class K> struct Run {
     }
   }
 
-  // The block of image rows that one thread computes at once; all blocks are of nearly equal size. Each block reads
-  // all weights. If the weights fit into half of the core's second-level cache, a small block is best, because it
-  // stays in the first-level cache. Wider layers take as many rows as the cache holds beside one panel of weights.
+  // Returns about how many pixels one thread computes at once; `rows_at_once` divides an image into parts of nearly
+  // equal size. Each part reads all weights. If the weights fit into half of the core's second-level cache, small
+  // parts are best, because they stay in the first-level cache. Wider layers take as many pixels, from 120 to 256, as
+  // the second-level cache holds beside one panel of weights.
   int64_t pixels_at_once() const {
 #ifdef CONVMIXER_PIXELS
     return CONVMIXER_PIXELS;
@@ -198,5 +201,5 @@ void vectors_run(const Net& net, Precision precision, const int32_t* weights, co
 
 }  // namespace network
 
-// Python calls this by name.
+// Returns the largest int8 weight with which sums cannot overflow; Python calls it by name.
 extern "C" int convmixer_int8_most() { return network::Int8::MOST; }

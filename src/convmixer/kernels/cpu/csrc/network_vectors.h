@@ -4,10 +4,10 @@
 
 namespace network {
 
-// Returns the words of 4 bytes that the packed weights take.
+// Returns the size of the packed weights in words of 4 bytes.
 int64_t vectors_size(const Net& net, Precision precision);
 
-// `out` is zero before.
+// `out` must be all zero.
 void vectors_pack(const Net& net, Precision precision, const Plain& plain, int32_t* out);
 
 // images: (N, in_chans, H, W); out: (N, dim), the pooled features.

@@ -2,8 +2,11 @@
 // layers) by a packed matrix, and sum in float.
 //
 // A product's input was just computed and its output is used at once, so no row goes to memory in between. If the
-// processor multiplies bf16 matrices in hardware, the same is done on that unit (pointwise_tiles.h), or by the
-// library if we have no code for that unit (channel_library.h).
+// processor has a unit that multiplies bf16 matrices, the unit is used instead: AMX by our own code
+// (pointwise_tiles.h), any other through torch's library (channel_library.h).
+//
+// A word is 32 bits: one float, or two bf16 that are neighbours in the sum. A panel is PANEL columns of the right
+// matrix, and of the result. A tile is the part of a panel of the result that is computed at once.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -20,24 +23,24 @@
 #endif
 template <class T> constexpr bool LIBRARY_PRODUCTS = CONVMIXER_LIBRARY && std::is_same_v<T, bf16>;
 
-// How the product in vectors divides its work.
+// How a product with vector instructions divides its work.
 struct InVectors {
   static constexpr bool TILES = false;
-  static constexpr int64_t DEPTH = 1;                // words of a sum are rounded up to this
+  static constexpr int64_t DEPTH = 1;                // the number of words in a sum is a multiple of this
   static constexpr int64_t TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as fit into registers
 
-  // The most rows that go through all steps together. Each block reads all weights, so wide layers want many rows,
-  // even if these fill more than the second-level cache. 128, rounded up to whole tiles: with batches of a power of
-  // two, a share is then about one block.
+  // The most rows in a block, which goes through all steps together. Each block reads all weights, so wide layers
+  // want many rows, even if these fill more than the second-level cache. 128, rounded up to whole tiles, because
+  // batches of a power of two can be divided into blocks of about 128 rows.
   static constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
-  static constexpr int64_t HELD_ROWS = BLOCK_ROWS;  // added to the weights' gradient together
+  static constexpr int64_t HELD_ROWS = BLOCK_ROWS;  // most rows added to the weights' gradient at once
 
-  // Rows of the weights' gradient updated at once: few enough that the values they need stay in the first-level
-  // cache.
+  // Rows of the weights' gradient that are updated one panel after another: few enough that the values of dv that
+  // they need stay in the first-level cache.
   static constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
 };
 
-// A product reads words of 32 bits. Each is one float, or two bf16 that are neighbours in the sum.
+// The kinds of operand, K in templates. A word holds GROUP values.
 struct Floats : InVectors {
   using Value = float;
   static constexpr int GROUP = 1;
@@ -65,7 +68,7 @@ struct Pairs : InVectors {
 };
 template <class T> using Operand = std::conditional_t<PAIRS<T>, Pairs, Floats>;
 
-// Returns the number of words that hold so many values of a sum.
+// Return the number of words for the values of a sum: `words_of` just enough, `depth_of` a multiple of K::DEPTH.
 template <class K> int64_t words_of(int64_t values) { return (values + K::GROUP - 1) / K::GROUP; }
 template <class K> int64_t depth_of(int64_t values) {
   return (words_of<K>(values) + K::DEPTH - 1) / K::DEPTH * K::DEPTH;
@@ -75,10 +78,12 @@ template <class K> typename K::Value* values_at(float* words, int64_t i) { retur
 constexpr int PANEL = 2 * L;  // columns computed at once
 inline int64_t whole_panels(int64_t columns) { return (columns + PANEL - 1) / PANEL * PANEL; }
 
-// The distance between rows in the cache. With a large power of two, the rows of a panel would share few cache sets.
+// Returns the distance between rows of `columns` words. The 16 avoids large powers of two, with which rows would
+// share few cache sets.
 inline int64_t row_step(int64_t columns) { return whole_panels(columns) + 16; }
 
-// Packs (rows, columns), with any strides, as [columns / PANEL][depth of rows][PANEL], zero-padded at the end of each.
+// Packs a matrix (rows, columns), with any strides, as [panels][depth_of(rows)][PANEL] words. Rows and columns are
+// padded with zeros.
 template <class K, class T>
 void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* out) {
   torch::stable::parallel_for(0, whole_panels(columns) / PANEL, 1, [=](int64_t begin, int64_t end) {
@@ -95,8 +100,8 @@ void pack_panels(const T* matrix, int64_t rows, int64_t columns, int64_t row_ste
   });
 }
 
-// One tile of a product; all sizes are in words. a(r, k) is a[r * a_row + k], or a[k * a_row + r] if transposed. b
-// has PANEL columns.
+// Computes one tile of out = a b, or of out += a b if `Add`; all sizes are in words. Element (r, k) of a is
+// a[r * a_row + k], or a[k * a_row + r] if `Transposed`. b has PANEL columns.
 template <class K, int Rows, bool Transposed, bool Add>
 __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const float* b, int64_t b_row,
                                             int64_t depth, float* out, int64_t out_row) {
@@ -125,7 +130,7 @@ __attribute__((noinline)) void product_tile(const float* a, int64_t a_row, const
     }
 }
 
-// out = a b, or out += a b, for `rows` rows and one panel of columns.
+// out = a b, or out += a b if `Add`, for `rows` rows and one panel of columns.
 template <class K, bool Transposed, bool Add>
 void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* out,
              int64_t out_row) {

@@ -1,8 +1,8 @@
 // The products of pointwise.h on the processor's matrix unit (AMX). Words are pairs of bf16, as in `Pairs`.
 //
-// A right factor keeps the layout of pointwise.h: [words][columns] is what the unit reads. Of a left factor it reads
-// 16 rows of 16 words each. The rows of a block have that form. For the weights' gradient the words of a column must
-// become a row, so they are transposed.
+// The unit reads a right factor as [words][columns], the layout of pointwise.h. It reads a left factor in tiles of 16
+// rows of 16 words. The rows of a block have this form already. For the weights' gradient the left factor is dv^T:
+// its rows are columns of dv, so the tiles of dv are transposed.
 #pragma once
 #include "pointwise.h"
 #include "tiles.h"
@@ -12,11 +12,12 @@
 struct TilePairs : Pairs {
   static constexpr bool TILES = true;
   static constexpr int64_t DEPTH = tiles::ROWS, TALL = 2 * tiles::ROWS, BLOCK_ROWS = 4 * TALL;
-  static constexpr int64_t HELD_ROWS = 4 * BLOCK_ROWS;  // reading and writing the gradient takes as long as many rows
+  static constexpr int64_t HELD_ROWS = 4 * BLOCK_ROWS;  // many: each time, all of the gradient is read and written
   static constexpr int64_t SUM_ROWS = TALL;
 };
 
-// Where a left factor's tiles are, in words: from one to the next below or beside it, and from row to row in a tile.
+// A left factor, and three distances in words: from a tile to the tile below and to the tile beside it, and from one
+// row of a tile to the next.
 struct LeftTiles {
   const float* data;
   int64_t below, beside, row;
@@ -30,7 +31,8 @@ INLINE void transpose_tile(const float* from, int64_t step, float* to) {
   __m512i row[tiles::ROWS], merged[tiles::ROWS];
 #pragma GCC unroll 16
   for (int i = 0; i < tiles::ROWS; i++) row[i] = _mm512_loadu_si512(from + i * step);
-  // Rows i and i + 8 are merged word by word, which rotates the eight bits of (row, column) by one; four times.
+  // A word's place is eight bits: four of its row, four of its column. Merging rows i and i + 8 word by word rotates
+  // these bits by one. Four such rounds exchange row and column.
 #pragma GCC unroll 4
   for (int round = 0; round < 4; round++) {
 #pragma GCC unroll 8
@@ -49,7 +51,7 @@ INLINE void transpose_tile(const float* from, int64_t step, float* to) {
 #endif
 }
 
-// One or two tiles of rows by two of columns.
+// out = a b, or out += a b if `Add`, for `Tall` (one or two) tiles of rows and two tiles of columns.
 template <int Tall, bool Add>
 __attribute__((noinline)) void tile_product(const LeftTiles& a, const float* b, int64_t b_row, int64_t depth,
                                             float* out, int64_t out_row) {
@@ -77,7 +79,7 @@ __attribute__((noinline)) void tile_product(const LeftTiles& a, const float* b, 
   if constexpr (Tall == 2) tiles::store<2>(lower, to), tiles::store<3>(lower + L, to);
 }
 
-// out = a b, or out += a b, for one panel of columns. Rows and depth are rounded up to whole tiles.
+// out = a b, or out += a b if `Add`, for one panel of columns. Rows and depth are rounded up to whole tiles.
 template <bool Add>
 void tile_products(int64_t rows, LeftTiles a, const float* b, int64_t b_row, int64_t depth, float* out,
                    int64_t out_row) {

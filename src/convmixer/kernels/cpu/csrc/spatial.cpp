@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor> spatial_forward(const Tensor& before, const Tensor& n
   return {u, sums.total()};
 }
 
-// Returns the gradient of the weights (C, 1, k, k) and of the bias (1, C), and the sums for the previous norm (2, C).
+// Overwrites `grad`, the gradient of h, with the gradient of x. Returns the gradients of the weights (C, 1, k, k) and
+// of the bias (1, C), and the sums for the backward pass of the norm before the block (2, C).
 std::tuple<Tensor, Tensor, Tensor> spatial_backward(const Tensor& grad, const Tensor& u, const Tensor& norm,
                                                     const Tensor& before, const Tensor& norm_before,
                                                     const Tensor& weight, int64_t act) {

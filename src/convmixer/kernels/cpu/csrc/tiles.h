@@ -1,5 +1,6 @@
-// The processor's matrix unit (AMX): eight tiles of up to 16 rows of 64 bytes, multiplied by one instruction each.
-// Without the unit, CONVMIXER_TILES=1 computes the same in plain C++, so that the code built on it is tested anywhere.
+// The processor's matrix unit (AMX): eight registers, called tiles, of up to 16 rows of 64 bytes. One instruction
+// multiplies two tiles and adds the product to a third. On processors without the unit, CONVMIXER_TILES=1 computes
+// the same in plain C++, so that the code that uses tiles can be tested anywhere.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -37,7 +38,8 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 the left factors, 6 and 7 the right ones. `words`: 4 bytes each, of a left row.
+// Returns the shapes of the tiles. Tiles 0 to 3 are sums, 4 and 5 left factors, 6 and 7 right factors. Sums and left
+// factors have `rows` rows. A row of a left factor has `words` words of 4 bytes; a right factor has `words` rows.
 inline Config shapes(int rows, int words) {
   Config config;
   for (int i = 0; i < 8; i++) {
@@ -48,7 +50,7 @@ inline Config shapes(int rows, int words) {
 }
 
 #if CONVMIXER_AMX
-// Returns whether the system lets this process use the tiles. Linux asks each process to request them.
+// Returns whether the system lets this process use the tiles. On Linux each process must request them.
 inline bool usable() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;
   static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -63,7 +65,7 @@ template <int T> INLINE void load(const void* from, int64_t stride = BYTES) {
 template <int T> INLINE void store(void* to, int64_t stride = BYTES) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
-// sum C += A B of bf16, or of signed times unsigned bytes
+// Tile C += tile A times tile B: of bf16, or of signed bytes (A) times unsigned bytes (B).
 template <int C, int A, int B> INLINE void dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }

@@ -39,8 +39,8 @@ template <class V> INLINE V load_vector(const void* p) {
 }
 template <class V> INLINE void store_vector(void* p, V v) { std::memcpy(p, &v, sizeof(V)); }
 
-// Intrinsics, because GCC converts half vectors piece by piece and misses x86's min and max, which treat NaN like
-// this.
+// Intrinsics, because GCC converts between vectors of 16 and of 32 bits piece by piece, and does not find x86's min
+// and max. `smaller` and `larger` return b if a or b is NaN.
 #if defined(__AVX512F__) && CONVMIXER_LANES == 16
 INLINE vh to_16_bits(vu x) { return __builtin_convertvector(x, vh); }
 INLINE vu to_32_bits(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
@@ -57,13 +57,14 @@ INLINE vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
 INLINE vh to_16_bits(vu x) { return __builtin_convertvector(x, vh); }
 INLINE vu to_32_bits(vh x) { return __builtin_convertvector(x, vu); }
-INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }  // a NaN on either side gives b
+INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 #endif
 
 INLINE vf widen(vh bits) { return (vf)(to_32_bits(bits) << 16); }
 
-// Rounds to nearest even. A NaN stays NaN: its payload is cut, so a bit is set to keep it from becoming Inf.
+// Rounds to nearest even. A NaN stays NaN: rounding cuts off half of its bits, so one of the others is set to keep it
+// from becoming Inf.
 INLINE vh narrow(vf x) {
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
   return (vh)_mm512_cvtneps_pbh((__m512)x);
@@ -79,7 +80,8 @@ INLINE vf pair_of(vh first, vh second) { return (vf)(to_32_bits(first) | to_32_b
 INLINE vf first_of(vf pair) { return (vf)((vu)pair << 16); }
 INLINE vf second_of(vf pair) { return (vf)((vu)pair & 0xffff0000u); }
 
-// sum + the products of both bf16: one instruction on some processors. On others only tests use pairs.
+// Adds to each lane of `sum` the product of the first bf16 of a and b, and that of the second. Some processors do
+// this in one instruction; on the others only tests use pairs.
 #if defined(__AVX512BF16__) && CONVMIXER_LANES == 16
 #define CONVMIXER_PAIRS 1
 INLINE vf dot_pairs(vf sum, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
@@ -92,13 +94,15 @@ INLINE vf dot_pairs(vf sum, vf a, vf b) {
 }
 #endif
 
-static_assert(!CONVMIXER_PAIRS || L % 2 == 0);  // rows are padded: an odd channel is paired with 0
+// The channels of a pixel are padded with zeros to whole vectors. If L is even, these are whole pairs: the last of an
+// odd number of channels is paired with 0.
+static_assert(!CONVMIXER_PAIRS || L % 2 == 0);
 
-// Whether values stored as T are multiplied in pairs.
+// Whether matrix products multiply values stored as T in pairs.
 template <class T> constexpr bool PAIRS = CONVMIXER_PAIRS && std::is_same_v<T, bf16>;
 
-// The same for a depthwise convolution, where the pairs must be made for each row. Intel's processors with AMX start
-// one dot product of pairs in two cycles, but two multiply-adds of floats in one.
+// Whether depthwise convolutions do so; they must also make the pairs, row by row. On Intel's processors with AMX
+// this does not pay: they start two multiply-adds of floats in one cycle, but one dot product of pairs in two cycles.
 #if defined(__AMX_BF16__)
 template <class T> constexpr bool DEPTHWISE_PAIRS = false;
 #else
@@ -118,7 +122,7 @@ INLINE vf load(const bf16* p) { return widen(load_vector<vh>(p)); }
 INLINE void store(float* p, vf x) { store_vector(p, x); }
 INLINE void store(bf16* p, vf x) { store_vector(p, narrow(x)); }
 
-// The value that a load gives after a store.
+// Returns x as a load gives it after a store to a pointer of this type; the pointer itself is not used.
 INLINE vf rounded(vf x, const float*) { return x; }
 INLINE vf rounded(vf x, const bf16*) { return widen(narrow(x)); }
 
@@ -134,8 +138,9 @@ template <class T> __attribute__((noinline)) void store_part(T* p, vf x, int n) 
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
-// N vectors that go through the same arithmetic step by step. A polynomial is one long chain of dependent operations.
-// Several chains side by side keep the processor's units busy if its scheduler cannot look far enough ahead.
+// A group of N vectors; each step of the arithmetic is done for all of them before the next step. A polynomial is one
+// long chain of dependent operations. Several chains side by side keep the processor's units busy even if its
+// scheduler does not look far ahead.
 template <int N> struct vg {
   vf v[N];
 };
@@ -155,7 +160,7 @@ template <int N> INLINE vg<N> larger(vg<N> a, vf b) { return each<N>([&](int j) 
 template <int N> INLINE vg<N> smaller(vf a, vg<N> b) { return each<N>([&](int j) { return smaller(a, b.v[j]); }); }
 template <int N> INLINE vg<N> larger(vf a, vg<N> b) { return each<N>([&](int j) { return larger(a, b.v[j]); }); }
 
-// Read or write N vectors, `stride` elements apart: the first `lanes` <= L lanes of each.
+// Read or write N vectors that begin `stride` elements apart: of each only the first `lanes` lanes, at most L.
 template <int N, class T> INLINE vg<N> read(const T* p, int64_t stride, int lanes) {
   if (__builtin_expect(lanes < L, 0)) return each<N>([&](int j) { return load_part(p + j * stride, lanes); });
   return each<N>([&](int j) { return load(p + j * stride); });
@@ -168,7 +173,7 @@ template <int N, class T> INLINE void write(T* p, int64_t stride, vg<N> x, int l
   }
 }
 
-// Writes like `write`, and returns the values that a read gives afterwards.
+// Like `write`, and returns the values as stored: as bf16 they are rounded.
 template <int N> INLINE vg<N> write_rounded(float* p, int64_t stride, vg<N> x, int lanes) {
   write(p, stride, x, lanes);
   return x;
@@ -182,8 +187,8 @@ template <int N> INLINE vg<N> write_rounded(bf16* p, int64_t stride, vg<N> x, in
   });
 }
 
-// How many vectors to compute at once: as many as registers allow, FEW if each needs many registers. The number is
-// passed as an argument and read from its type.
+// How many vectors to compute at once, as an argument whose type holds the number. MANY is for code that needs few
+// registers for each vector, FEW for code that needs more.
 template <int N> struct Size {
   static constexpr int value = N;
 };
