@@ -439,7 +439,10 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="file, or folder for web (default: RUN/exports/..., or here)")
     sub.add_argument("--data", help="data set to check and calibrate on (default: that of the weights)")
     sub.add_argument(
-        "--limit", type=int, metavar="N", help="images to check on (default: 1000, or 64 if larger than 64 pixels)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="check on N images (default: 1000; 64 if the model's input is larger than 64 pixels)",
     )
     sub.add_argument("--samples", metavar="RUN|FOLDER|none", help="pictures for the web page (default: none)")
     _add_reading(sub)

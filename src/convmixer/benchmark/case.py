@@ -74,7 +74,7 @@ def case_of(
 
     Args:
         task: "train" or "infer".
-        model: A ConvMixer's name; None: all sizes are given.
+        model: A ConvMixer's name; None: `overrides` has at least dim and depth.
         overrides: Name of a size -> its value; None: the model's own.
         precision: See `Case`.
         batch_size: Images per step; None: 64 for images up to 64 pixels, else 4.

@@ -1,6 +1,6 @@
 """Decides which folders of an image folder are splits and which are classes, by their names and structure.
 
-A folder is a split if all words of its name name the same split (`training_set`). It is also a split if only one word
+A folder is a split if its name says so, filler words aside (`training_set`). It is also a split if only one word
 does, and it shares class folders with a split. If two readings are equally likely, an error names the folders.
 """
 

@@ -82,7 +82,7 @@ def unfit(model: Any, x: Tensor) -> str | None:
         return "the first BatchNorms are in eval mode, but their layers are trained"
     weight = about.weights[0]
     reason = why_not(weight.device, weight.dtype) or _settings(model, weight, x, about.in_chans)
-    if reason or (dtype := _computed_in(weight)) is weight.dtype:  # last: autocast raises for a meta device
+    if reason or (dtype := _computed_in(weight)) is weight.dtype:  # asked last: it raises for a meta device
         return reason
     return why_not(weight.device, dtype)
 

@@ -1,10 +1,10 @@
 """All blocks of a ConvMixer as one differentiable op.
 
 This file calls the kernels in order, and does the arithmetic on (C,) vectors: the norms' scales, statistics and
-gradients. Only the outputs of convolutions are stored, each with the scale and shift of the norm after it. A kernel
-that reads an output v computes norm(act(v)) itself; `before` is the v of the previous block. The backward pass needs
-two outputs per block, u of the depthwise and v of the pointwise convolution, and the statistics of each norm, float64
-(norms, 2, C): mean and variance. Without gradients each output is freed after use.
+gradients. Only the outputs of convolutions are stored. A kernel that reads such an output v also gets the scale and
+shift of the norm after it, and computes norm(act(v)) itself; `before` is the v of the previous block. The backward
+pass needs two outputs per block, u of the depthwise and v of the pointwise convolution, and the statistics of each
+norm, float64 (norms, 2, C): mean and variance. Without gradients each output is freed after use.
 """
 
 import math
@@ -45,7 +45,7 @@ def features(
         act: 0 for GELU, 1 for ReLU.
         training: Use the batch's statistics.
         pool: Return the mean over the image, (N, C) fp32, instead of the features (N, H, W, C).
-        take: Numbers of blocks, ascending: the features after so many blocks are returned too.
+        take: Numbers, ascending: for each n of them, the features after the first n blocks are returned too.
 
     Returns:
         The features; the mean and variance that each norm used, float64 (norms, 2, C); the features for `take`.
@@ -73,8 +73,8 @@ def frozen(v: Tensor, parameters: list[Tensor], running: list[Tensor], eps: floa
     v, parameters, running = _widened(v, parameters, running)
     for i in range((len(parameters) - 2) // PER_BLOCK):
         block = parameters[PER_BLOCK * i : PER_BLOCK * i + 2 + PER_BLOCK]  # and the norm before the block
-        # The op returns v only with all tensors that a backward pass needs, so it runs one block at a time. The
-        # pooled features that it also returns are not used, and cost little.
+        # To get v, the op must return all tensors that a backward pass needs. It is called once per block, so that
+        # they are held for one block only. The pooled features that it also returns are not used, and cost little.
         _, (_, v, _) = _kernels.blocks(v, block, running[4 * i : 4 * i + 6], eps, act, False, True, [], True)
     return v
 

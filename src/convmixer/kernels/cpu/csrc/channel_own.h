@@ -49,7 +49,7 @@ template <class K> struct Unit {
                   int64_t next) {
     product<K, true, true>(rows, dv, step, h, step, words, sum, next);
   }
-  // Returns where `add` reads dv for the rows of the sum from r on.
+  // Returns the part of dv from which `add` computes the rows r, r + 1, ... of the sum.
   static const float* held_row(const float* dv, int64_t r) { return dv + r; }
 };
 #if CONVMIXER_TILES && CONVMIXER_PAIRS
@@ -124,7 +124,7 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     // The gradient of h reads dv, the gradient of v, along its rows; a word holds neighbouring channels (own_dv). The
     // gradient of the weights reads dv and h down their columns; a word holds neighbouring rows (all_dv, all_h). Both
-    // forms of dv are the same if a word is one value. The rows of many blocks are held, to be added at once.
+    // forms of dv are the same if a word is one value. The rows of many blocks are held, then added together.
     constexpr int64_t BLOCK_ROWS = K::BLOCK_ROWS, MOST = (K::HELD_ROWS + K::GROUP - 1) / K::GROUP;
     const int64_t depth = depth_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
     const int64_t own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0, out_words = BLOCK_ROWS * PANEL;

@@ -105,9 +105,8 @@ template <class Element> INLINE void along(int64_t C, const Element& element) {
 }
 
 // Calls element(count, i, c, lanes, sums) along all rows (see `along`; i is the offset of channel c in the tensor):
-// slots in parallel, each in memory order. `Count` is the number of sums for each channel. `sums` points at running
-// sums for the `count` vectors: `Count` vectors of sums for the first, then for the next. They are added to
-// `gathered`, if given.
+// slots in parallel, each in memory order. Each channel has `Count` running sums. `sums` points at those of the `count`
+// vectors: all sums of the first vector, then all of the next. They are added to `gathered`, if given.
 template <int Count, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);
