@@ -179,7 +179,7 @@ class Config:
     )
     device: str = setting("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     max_time: str | None = setting(
-        None, "time for all of the run, such as 30m or 2h, instead of epochs; with both, or freeze, at most this time"
+        None, "time for the whole run, such as 30m or 2h, instead of epochs; with epochs or freeze an upper limit"
     )
     test: bool = setting(True, "read the test split once, at the end")
     draw: bool = setting(True, "draw pictures of the data and the result into the run folder")

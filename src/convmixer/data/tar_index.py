@@ -85,7 +85,7 @@ def _read(path: Path) -> Iterator[Member]:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise RequestError(f"{path} is not a readable, uncompressed tar file: {error}") from error
     if needed > there:
-        raise RequestError(f"{path} is cut short: its members need {needed} bytes, {there} are there")
+        raise RequestError(f"{path} is cut short: its members need {needed} bytes, but it has {there}")
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:

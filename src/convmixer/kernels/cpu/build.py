@@ -29,7 +29,7 @@ MARCH = "CONVMIXER_KERNELS_MARCH"  # another processor to build for, or one of `
 VARIANTS = {  # each runs on any processor, so the code for other processors can be tested or timed on this one
     "scalar": ["-DCONVMIXER_LANES=1"],  # no vectors
     "pairs": ["-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # bf16 values multiplied in pairs
-    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # and AVX-512's length
+    "wide-pairs": ["-DCONVMIXER_LANES=16", "-DCONVMIXER_PAIRS=1", "-DCONVMIXER_LIBRARY=0"],  # the same, 16 lanes
     "small-blocks": ["-DCONVMIXER_PIXELS=64"],  # inference of wide layers: as few pixels at once as in narrow ones
     "vectors": ["-DCONVMIXER_TILES=0", "-DCONVMIXER_LIBRARY=1"],  # without AMX
     # the code for AMX, with its instructions computed in plain C++

@@ -5,8 +5,8 @@
 namespace {
 
 // Whether torch's library multiplies: if `LIBRARY_PRODUCTS` (pointwise.h), or for wide layers on the matrix unit. A
-// panel of a wide layer's weights does not fit into the first-level cache beside the rows, and the library was as
-// fast as our products or up to a tenth faster (768 channels).
+// panel of a wide layer's weights does not fit into the first-level cache beside the rows, so that our own products
+// were slower in most measurements (768 channels, docs/log.md).
 template <class T> bool by_library(int64_t C) {
   constexpr int64_t WIDE = 512;
   return LIBRARY_PRODUCTS<T> || (CONVMIXER_AMX && std::is_same_v<T, bf16> && C > WIDE);

@@ -105,33 +105,34 @@ template <class Element> INLINE void along(int64_t C, const Element& element) {
 }
 
 // Calls element(count, i, c, lanes, sums) along all rows (see `along`; i is the offset of channel c in the tensor):
-// slots in parallel, each in memory order. Each channel has `Count` running sums. `sums` points at those of the `count`
-// vectors: all sums of the first vector, then all of the next. They are added to `gathered`, if given.
-template <int Count, class Element>
+// slots in parallel, each in memory order. Each channel has KINDS running sums, such as those of the values and of
+// the squares. `sums` points at the sums of these `count` vectors: KINDS vectors for the first, then for the next. At
+// the end they are added to `gathered`, if given.
+template <int KINDS, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);
   torch::stable::parallel_for(0, SLOTS, 1, [&](int64_t begin, int64_t end) {
-    float* sums = scratch(Count * padded);
+    float* sums = scratch(KINDS * padded);
     for (int64_t slot = begin; slot < end; slot++) {
       const int64_t last = (slot + 1) * rows / SLOTS;
       for (int64_t first = slot * rows / SLOTS; first < last; first += ROWS) {
-        std::memset(sums, 0, Count * padded * sizeof(float));
+        std::memset(sums, 0, KINDS * padded * sizeof(float));
         for (int64_t r = first; r < std::min(first + ROWS, last); r++)
           along(C, [&](auto count, int64_t c, int lanes) INLINED {
-            element(count, r * C + c, c, lanes, sums + Count * c);
+            element(count, r * C + c, c, lanes, sums + KINDS * c);
           });
         for (int64_t c = 0; c < C && gathered; c += L)
-          for (int which = 0; which < Count; which++)
-            gathered->add(slot, which, c, aligned(sums + Count * c + which * L));
+          for (int which = 0; which < KINDS; which++)
+            gathered->add(slot, which, c, aligned(sums + KINDS * c + which * L));
       }
     }
   });
 }
 
-// Adds x to sum number `which` of the `Count` sums of each vector, see `over_rows`.
-template <int Count, int N> INLINE void add_to(float* sums, int which, vg<N> x) {
+// Adds x to sum number `which` of the KINDS sums of each vector, see `over_rows`.
+template <int KINDS, int N> INLINE void add_to(float* sums, int which, vg<N> x) {
 #pragma GCC unroll 8
-  for (int j = 0; j < N; j++) put(sums + (j * Count + which) * L, aligned(sums + (j * Count + which) * L) + x.v[j]);
+  for (int j = 0; j < N; j++) put(sums + (j * KINDS + which) * L, aligned(sums + (j * KINDS + which) * L) + x.v[j]);
 }
 
 template <class T, int ACT> void gather_statistics(const T* v, int64_t rows, int64_t C, Sums& sums) {

@@ -3,7 +3,7 @@
 //
 // A product's input was just computed and its output is used at once, so no row goes to memory in between. If the
 // processor has a unit that multiplies bf16 matrices, the unit is used instead: AMX by our own code
-// (pointwise_tiles.h), any other through torch's library (channel_library.h).
+// (pointwise_tiles.h), other units and the wide layers through torch's library (channel_library.h).
 //
 // A word is 32 bits: one float, or two bf16 that are neighbours in the sum. A panel is PANEL columns of the right
 // matrix, and of the result. A tile is the part of a panel of the result that is computed at once.
@@ -35,8 +35,8 @@ struct InVectors {
   static constexpr int64_t BLOCK_ROWS = (128 + TALL - 1) / TALL * TALL;
   static constexpr int64_t HELD_ROWS = BLOCK_ROWS;  // most rows added to the weights' gradient at once
 
-  // Rows of the weights' gradient that are updated one panel after another: few enough that the values of dv that
-  // they need stay in the first-level cache.
+  // The weights' gradient is updated in groups of this many rows: all panels of a group, then the next group. The
+  // values of dv that a group needs fit into the first-level cache.
   static constexpr int64_t SUM_ROWS = 48 / TALL * TALL;
 };
 

@@ -20,8 +20,8 @@ Image image_of(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
-// Checks that `other` has the shape and type of x: a kernel takes both from one activation tensor, x, and reads the
-// others with them.
+// Checks that `other` has the shape and type of x. A kernel asks only x for its shape and type, and reads the other
+// activation tensors as if they had the same.
 void check_like(const Tensor& x, const Tensor& other) {
   bool same = other.dim() == 4 && other.is_contiguous() && other.scalar_type() == x.scalar_type();
   for (int64_t i = 0; same && i < 4; i++) same = other.size(i) == x.size(i);

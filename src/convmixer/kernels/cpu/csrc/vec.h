@@ -101,8 +101,9 @@ static_assert(!CONVMIXER_PAIRS || L % 2 == 0);
 // Whether matrix products multiply values stored as T in pairs.
 template <class T> constexpr bool PAIRS = CONVMIXER_PAIRS && std::is_same_v<T, bf16>;
 
-// Whether depthwise convolutions do so; they must also make the pairs, row by row. On Intel's processors with AMX
-// this does not pay: they start two multiply-adds of floats in one cycle, but one dot product of pairs in two cycles.
+// Whether depthwise convolutions do so too. It costs them more, because they first build the pairs from two rows of
+// the image. On Intel's processors with AMX this does not pay: they start two multiply-adds of floats in one cycle,
+// but one dot product of pairs in two cycles.
 #if defined(__AMX_BF16__)
 template <class T> constexpr bool DEPTHWISE_PAIRS = false;
 #else
