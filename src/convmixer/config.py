@@ -78,7 +78,7 @@ class Config:
     unfreeze_lr: float | None = setting(None, "with freeze: peak learning rate of those epochs; none: a tenth of lr")
     drop_rate: float = setting(0.0, "dropout before the classifier")
     stem_init: str = setting(
-        "default", "whiten: the first filters make the patches of the training images white", ("default", "whiten")
+        "default", "whiten: the first filters whiten the patches of the training images", ("default", "whiten")
     )
     head_init: str = setting("default", "initial weights of a new classifier", ("default", "zeros"))
     # data
@@ -155,7 +155,7 @@ class Config:
     batch_size: int = setting(64, "images per optimizer step, over all processes and accumulation steps")
     grad_accum: int = setting(1, "number of parts in which a batch is computed, to save memory")
     optimizer: str = setting(
-        "adamw", "adamw, muon (AdamW for stem, head and vectors), sgd, lion, or another of timm's"
+        "adamw", "adamw, muon (AdamW for stem, head and vectors), sgd, lion, or another first-order one of timm's"
     )
     lr: float = setting(0.01, "peak learning rate")
     fallback_lr_scale: float = setting(1.0, "with muon: learning rate of the AdamW part, as a factor on lr")
@@ -263,7 +263,7 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
     Args:
         name: The setting's name, for the error.
         value: A string, number, bool, list or None. YAML reads 1e-3 as a string, so strings are converted.
-        annotation: The setting's type: int, float, str, bool, a tuple of floats, or one of these or None.
+        annotation: The setting's type: int, float, str, bool or a tuple of floats; with `| None`, also None.
 
     Raises:
         RequestError: The value does not fit.

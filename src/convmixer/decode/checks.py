@@ -1,4 +1,4 @@
-"""Estimates from a file's structure how long its decoding may take, before PIL reads it.
+"""Estimates from a file's structure how long its decoding may take, before PIL decodes it.
 
 PIL and its libraries limit the number of pixels, but not the work per pixel. A progressive JPEG may repeat a scan
 thousands of times, all EXIF tags may point to the same megabyte, and all strips of a TIFF may be the same large one.
@@ -113,7 +113,7 @@ def _scans(data: bytes, most: int) -> int:
     place, scans = 2, 0
     while scans <= most and (found := _MARKER.search(data, place)):
         marker, place = found[0][1], found.end()
-        if marker == 0xD9:  # the image ends; a preview or a film may follow
+        if marker == 0xD9:  # the image ends; a preview or a video may follow
             break
         scans += marker == 0xDA
         if marker not in (0x01, 0xD8):  # the other markers give their length

@@ -107,7 +107,7 @@ class PlainInference(nn.Module):
 
 
 class FastInference(nn.Module):
-    """A ConvMixer as one op. `optimize_for_inference` makes it; it has no parameters and cannot be saved."""
+    """A ConvMixer as one op. `optimize_for_inference` makes it; it has no parameters and no state dict."""
 
     weights: Tensor
     head_weight: Tensor

@@ -104,10 +104,10 @@ template <class Element> INLINE void along(int64_t C, const Element& element) {
   if (c < C) element(one, c, (int)(C - c));
 }
 
-// Calls element(count, i, c, lanes, sums) along all rows (see `along`; i is the offset of channel c in the tensor):
-// slots in parallel, each in memory order. Each channel has KINDS running sums, such as those of the values and of
-// the squares. `sums` points at the sums of these `count` vectors: KINDS vectors for the first, then for the next. At
-// the end they are added to `gathered`, if given.
+// Calls element(count, i, c, lanes, sums) along all rows (see `along`; i is the offset in the tensor of this row's
+// channel c). Slots run in parallel, the rows of a slot in order. Each channel has KINDS running sums, such as those
+// of the values and of the squares; `sums` points at those of the vectors at hand, laid out [vector][KINDS][L]. After
+// every ROWS rows they are added to `gathered`, if given, and begin again at 0.
 template <int KINDS, class Element>
 void over_rows(int64_t rows, int64_t C, Sums* gathered, const Element& element) {
   const int64_t padded = whole_vectors(C);

@@ -1,5 +1,5 @@
-// Our own matrix products for the pointwise half of a block. They multiply rows in a cache (the shared one for wide
-// layers) by a packed matrix, and sum in float.
+// Our own matrix products for the pointwise half of a block. They multiply rows that are still in a cache (for
+// wide layers in the one that the cores share) by a packed matrix, and sum in float.
 //
 // A product's input was just computed and its output is used at once, so no row goes to memory in between. If the
 // processor has a unit that multiplies bf16 matrices, the unit is used instead: AMX by our own code
@@ -26,7 +26,7 @@ template <class T> constexpr bool LIBRARY_PRODUCTS = CONVMIXER_LIBRARY && std::i
 // How a product with vector instructions divides its work.
 struct InVectors {
   static constexpr bool TILES = false;
-  static constexpr int64_t DEPTH = 1;                // the number of words in a sum is a multiple of this
+  static constexpr int64_t DEPTH = 1;                // the words of a reduction (K) are a multiple of this
   static constexpr int64_t TALL = L >= 16 ? 14 : 6;  // rows of a tile: as many sums as fit into registers
 
   // The most rows in a block, which goes through all steps together. Each block reads all weights, so wide layers
@@ -68,7 +68,8 @@ struct Pairs : InVectors {
 };
 template <class T> using Operand = std::conditional_t<PAIRS<T>, Pairs, Floats>;
 
-// Return the number of words for the values of a sum: `words_of` just enough, `depth_of` a multiple of K::DEPTH.
+// Return the number of words that hold so many terms of a reduction: `words_of` just enough, `depth_of` a multiple of
+// K::DEPTH.
 template <class K> int64_t words_of(int64_t values) { return (values + K::GROUP - 1) / K::GROUP; }
 template <class K> int64_t depth_of(int64_t values) {
   return (words_of<K>(values) + K::DEPTH - 1) / K::DEPTH * K::DEPTH;
