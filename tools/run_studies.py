@@ -53,10 +53,10 @@ def train(study: str, data: str, out: Path, workers: int, deadline: float) -> bo
     command = [sys.executable, "-m", "convmixer", "compare", study, data, "--out", str(out)]
     with log.open("a") as file:
         began = log.stat().st_size
-        running = [_start([*command, *(["--resume"] if StudyFolder(out).plan.exists() else [])], file)]
+        running = [_start([*command, *(["--resume"] if StudyFolder(out).plan.exists() else [])], file, workers)]
         while time.monotonic() < deadline and any(worker.poll() is None for worker in running):
             if len(running) == 1 and STARTED in log.read_text()[began:]:
-                running += [_start([*command, "--worker"], file) for _ in range(workers - 1)]
+                running += [_start([*command, "--worker"], file, workers) for _ in range(workers - 1)]
             time.sleep(0.5)
         codes = [_stop(worker) for worker in running]
     stopped = [code for code in codes if code == 128 + signal.SIGTERM]
@@ -66,8 +66,10 @@ def train(study: str, data: str, out: Path, workers: int, deadline: float) -> bo
     return all(code in (0, 128 + signal.SIGTERM) for code in codes)
 
 
-def _start(command: list[str], log: TextIO) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+def _start(command: list[str], log: TextIO, workers: int) -> "subprocess.Popen[bytes]":
+    """Start a worker on its share of the cores: threads of several workers on one core would wait for each other."""
+    own = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=own | os.environ)
 
 
 def _stop(worker: "subprocess.Popen[bytes]") -> int:
