@@ -24,8 +24,8 @@ measurement). `python tools/claims.py` makes this page from [results/claims.yaml
 records; a test checks that they agree.
 
 Each verdict is about the mean of a difference, paired over seeds or rounds: **supported** if its whole 95% interval
-agrees with the claim, **contradicted** if the whole interval disagrees, else **not decided**. "At least as good" and
-"the same" allow a difference up to the smallest one that matters. The claims, and these smallest differences, were
+agrees with the claim, **contradicted** if the whole interval disagrees, else **not decided**. Each claim
+names the smallest difference that matters; "at least as good" and "the same" allow a difference up to that. Both were
 written in the study files before the runs. (Speed tables show medians, so subtracting two of their entries does not
 give exactly the difference below.) The runs are short and small compared with the paper's: each section says how the
 settings differ."""

@@ -272,8 +272,8 @@ def section(record: dict[str, Any]) -> str:
         f"{model['step'][0] * 1e12:.2f} ps per pointwise multiplication, "
         f"{model['step'][1] * 1e12:.2f} ps per depthwise multiplication, "
         f"{model['step'][2] * 1e9:.2f} ns per value passed between blocks, "
-        f"{model['step'][3] * 1e9:.2f} ns per parameter, and {model['step'][4] * 1e3:.1f} ms; the fit is off by "
-        f"{min(off):+.0%} to {max(off):+.0%}. "
+        f"{model['step'][3] * 1e9:.2f} ns per parameter, and a constant {model['step'][4] * 1e3:.1f} ms; "
+        f"the fit is off by {min(off):+.0%} to {max(off):+.0%}. "
         f"Memory: {model['step_bytes'][0]:.1f} bytes per value, {model['step_bytes'][1]:.0f} per parameter.",
         "",
         f"Loading, 32 px: {_speeds(found['workers'], 'workers', 'worker')}. "

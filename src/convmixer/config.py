@@ -308,8 +308,8 @@ def _bool(value: Any) -> bool:
 def override(base: Config, values: Mapping[str, Any]) -> Config:
     """Return `base` with some fields replaced.
 
-    If `max_time` is among the values, it replaces the base's epochs, unless layers are frozen: a classifier on frozen
-    layers needs little time.
+    If `max_time` is among the values, it replaces the base's epochs. If layers are frozen, the epochs stay and
+    `max_time` is only an upper limit, because such a run rarely needs the whole time.
 
     Args:
         base: The settings to start from.

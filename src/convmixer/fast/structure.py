@@ -191,7 +191,7 @@ def plain_blocks(model: Any) -> int:
     """Return how many blocks run as torch modules: 1 if the stem pools after its norm, else 0.
 
     The kernels start from the output of a convolution, before activation and norm. If the stem ends in pooling, the
-    first such output is that of the first block's convolution.
+    first such output is that of the first block's pointwise convolution.
     """
     return int(type(model.stem[-1]) is nn.AvgPool2d)
 

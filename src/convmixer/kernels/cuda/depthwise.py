@@ -2,10 +2,10 @@
 
 "Taps" are the k * k weights of a channel. A program goes down a strip of an image, for one block of channels, and
 computes one tile after another. A tile has 2 to 4 rows and 8 columns (4 for images up to 4 wide). A thread computes
-two channels, with the sums of the whole tile in registers. It reads each input row of the tile once, and uses a value
-for all sums that need it, without shared memory or barriers. Only the loops over a tile and over a row of taps are
-unrolled; with more unrolling the compiler takes minutes. A program writes one part of each sum over the batch, see
-`sums`.
+two channels (one if there are at most 32), with the sums of the whole tile in registers. It reads each input row of
+the tile once, and uses a value for all sums that need it, without shared memory or barriers. Only the loops over a
+tile and over a row of taps are unrolled; with more unrolling the compiler takes minutes. A program writes one part of
+each sum over the batch, see `sums`.
 """
 
 from typing import Any
@@ -234,7 +234,7 @@ def _weight_gradient(
     x, du, parts, all_rows, rows, H, W, C, K: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a part of the gradient of AT_ONCE rows of taps, from `rows` rows of the batch's images in order."""
+    """Compute a part of the gradient of AT_ONCE rows of taps, from `rows` consecutive rows of the stacked images."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     present = c < C

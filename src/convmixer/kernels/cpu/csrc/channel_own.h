@@ -8,8 +8,8 @@
 
 namespace {
 
-// Returns the first row of a part of the rows, whose sums go to `slot` (see `Sums`). Parts are whole tiles of K::TALL
-// rows, because a row by itself takes several times as long as a row in a tile.
+// The rows are divided into SLOTS parts, one for each slot of `Sums`. Returns the first row of a slot's part. Parts are
+// whole tiles of K::TALL rows, because a row by itself takes several times as long as a row in a tile.
 template <class K> int64_t first_row(int64_t slot, int64_t rows) {
   return std::min(rows, (rows + K::TALL - 1) / K::TALL * slot / SLOTS * K::TALL);
 }
@@ -124,8 +124,8 @@ void channel_backward_all(T* grad, const T* v, const Coefficients& norm_v, const
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     // dv is the gradient of v. For the gradient of h, dv is read along its rows, so a word holds neighbouring channels
     // (own_dv). For the gradient of the weights, dv and h are read down their columns, so a word holds neighbouring
-    // rows (all_dv, all_h). Both forms of dv are the same if a word is one value. Rows are collected, with AMX those of
-    // several blocks; then one product adds what they contribute to the gradient of the weights.
+    // rows (all_dv, all_h). Both forms of dv are the same if a word is one value. First, rows are
+    // collected, with AMX from several blocks. Then one product adds their part of the gradient of the weights.
     constexpr int64_t BLOCK_ROWS = K::BLOCK_ROWS, MOST = (K::HELD_ROWS + K::GROUP - 1) / K::GROUP;
     const int64_t depth = depth_of<K>(C), row = row_step(depth), step = row_step(C), columns = whole_panels(C);
     const int64_t own_words = K::GROUP > 1 ? BLOCK_ROWS * row : 0, out_words = BLOCK_ROWS * PANEL;
