@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ class Command:
     """A running command, with the part of `subprocess.Popen` that the tests use.
 
     Attributes:
-        pid: The process, which leads a group of its own.
+        pid: The number of the process. It leads its own process group.
         stdout: What it prints, errors too.
     """
 
@@ -65,7 +64,13 @@ class Command:
             raise subprocess.TimeoutExpired("convmixer", timeout or 0)
         return self.returncode
 
-    def communicate(self, timeout: float) -> tuple[str, None]:
+    def finish(self, timeout: float = 300) -> str:
+        """Return what the command printed to its good end."""
+        said = self.communicate(timeout)[0]
+        assert self.returncode == 0, said
+        return said
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
         """Return what the process printed until it and its own processes ended; kill them after that many seconds."""
         late = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
         late.start()
@@ -79,17 +84,19 @@ class Command:
 def fresh(function: Callable[..., Any], request: dict[str, Any], **_: str) -> Any:
     """Call a function as `convmixer.probe.fresh` does, JSON to JSON, in a forked process."""
     answer, ask = context().Pipe(duplex=False)
-    process = context().Process(target=_answer, args=(function, json.dumps(request), ask))
+    process = context().Process(target=_answer, args=(function, request, ask))
     process.start()
     ask.close()
     try:
-        return json.loads(answer.recv())
+        return answer.recv()
     finally:
         process.join()
 
 
-def _answer(function: Callable[..., Any], request: str, answer: Connection) -> None:
-    answer.send(json.dumps(function(**json.loads(request))))
+def _answer(function: Callable[..., Any], request: dict[str, Any], answer: Connection) -> None:
+    import probed_here
+
+    answer.send(probed_here.fresh(function, request))
 
 
 @functools.cache
@@ -109,7 +116,8 @@ def _run(
     import probed_here
     from convmixer import cli
 
-    multiprocessing.set_start_method(method, force=True)  # of its own processes; was that of this one
+    # the command then starts its own processes in the same way as this test run
+    multiprocessing.set_start_method(method, force=True)
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

@@ -69,10 +69,10 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny study that was never interrupted: two arms, two seeds. Copy it before changing anything."""
-    from study_runs import finish, start, tiny
+    from study_runs import start, tiny
 
     def make(folder: Path) -> None:
-        finish(start(tiny(folder), folder / "out", in_one_process=True))
+        start(tiny(folder), folder / "out", in_one_process=True).finish()
 
     return once(tmp_path_factory, "whole", make) / "out"
 

@@ -1,4 +1,4 @@
-"""Files that one worker of pytest-xdist makes for all, which saves the others the time."""
+"""What the processes of a test run share: files that one worker makes for all, and modules of the tests."""
 
 import os
 import shutil
@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 from convmixer.processes import one_at_a_time
+
+
+def importable() -> dict[str, str]:
+    """Return the environment of a process that imports modules of the tests."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": paths}
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

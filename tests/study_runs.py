@@ -32,13 +32,6 @@ def start(study: Path, out: Path, *more: str, in_one_process: bool = False) -> C
     return Command(*words, in_one_process=in_one_process, OMP_NUM_THREADS="1", CONVMIXER_KERNELS="0")
 
 
-def finish(worker: Command) -> str:
-    """Return what a worker said to its good end."""
-    said = worker.communicate(timeout=300)[0]
-    assert worker.returncode == 0, said
-    return said
-
-
 def kill_in_the_middle(worker: Command, line: str) -> None:
     """Kill a worker as soon as it says that line."""
     with worker.stdout:

@@ -23,6 +23,7 @@ from convmixer.errors import RequestError
 from convmixer.exported.export import _shareable
 from convmixer.exported.formats import FORMATS, format_of
 from convmixer.exported.load import load_exported
+from shared import importable
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -77,9 +78,7 @@ def test_the_same_weights_give_the_same_bytes_in_another_process(exports: Export
         "    write(model, scans, Path(sys.argv[2]), format, precision)\n"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "model.pt"), str(tmp_path / "there")]
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+    environment = importable() | {"PYTHONHASHSEED": seed}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     for format, precision in ALL:

@@ -17,7 +17,7 @@ from convmixer.cli import main
 from convmixer.errors import RequestError
 from convmixer.studies.run import compare
 from convmixer.studies.runner import Runner
-from study_runs import finish, kill_in_the_middle, numbers, start, tiny, without
+from study_runs import kill_in_the_middle, numbers, start, tiny, without
 
 
 def test_a_study_leaves_records_and_a_report(whole: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_study_leaves_records_and_a_report(whole: Path) -> None:
 def test_a_killed_study_resumes_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     study, out = tiny(tmp_path), without(whole, tmp_path / "out", "none-seed0")
     kill_in_the_middle(start(study, out, "--resume"), r"run 4 of 4.*none-seed0")
-    said = finish(start(study, out, "--resume"))
+    said = start(study, out, "--resume").finish()
     assert numbers(out) == numbers(whole)
     assert said.count("\nstudy    run ") == 1  # nothing that was done is repeated
 

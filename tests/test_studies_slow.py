@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from convmixer.studies.run import compare
-from study_runs import finish, kill_in_the_middle, numbers, start, tiny
+from study_runs import kill_in_the_middle, numbers, start, tiny
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_a_killed_run_continues_from_its_checkpoint(whole: Path, tmp_path: Path)
         time.sleep(0.01)
     os.killpg(worker.pid, signal.SIGKILL)
     worker.communicate()
-    said = finish(start(study, out, "--resume"))
+    said = start(study, out, "--resume").finish()
     assert re.search(r"resuming .*depthwise-seed0 at step (?!0 )\d+", said)
     assert numbers(out) == numbers(whole)
 
@@ -107,7 +107,7 @@ def test_two_workers_on_postgresql_one_of_them_killed(whole: Path, tmp_path: Pat
         time.sleep(0.1)
     second = start(study, out, *queue, "--worker")
     kill_in_the_middle(second, r"epoch 1/2")
-    said = finish(first)
+    said = first.finish()
     assert numbers(out) == numbers(whole)
     trained = [line for line in said.splitlines() if line.startswith("run  ")]
     assert len(trained) == len(set(trained))

@@ -14,7 +14,7 @@ from convmixer.run_folder import StudyFolder
 from convmixer.studies.plan import identity
 from convmixer.studies.run import compare
 from convmixer.studies.schema import load_study, parse
-from study_runs import finish, kill_in_the_middle, start, tiny
+from study_runs import kill_in_the_middle, start, tiny
 
 SETTINGS = {"lr": {"low": 0.005, "high": 0.05, "log": True}, "smoothing": {"choices": [0.0, 0.1]}}
 TUNE = {"trials": 3, "epochs": 1, "val_fraction": 0.2, "settings": SETTINGS}
@@ -39,7 +39,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     study, out = tuned(folder), folder / "out"
     kill_in_the_middle(start(study, out, in_one_process=True), r"run 3 of 6.*depthwise-trial1")
-    (out / "said.txt").write_text(finish(start(study, out, "--resume", in_one_process=True)))
+    (out / "said.txt").write_text(start(study, out, "--resume", in_one_process=True).finish())
     return out
 
 

@@ -53,8 +53,7 @@ def results(run: Path) -> dict:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("processes") / "one"
-    said = (process := Command(*ARGUMENTS, "--out", str(out), **ENVIRONMENT)).communicate(240)[0]
-    assert process.returncode == 0, said
+    Command(*ARGUMENTS, "--out", str(out), **ENVIRONMENT).finish(240)
     return out
 
 

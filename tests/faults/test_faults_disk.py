@@ -1,7 +1,6 @@
 """A full disk: one line that names a file; once there is room, the resumed run ends with the same weights."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared import importable
+
 SCRIPT = Path(__file__).parent / "full_disk.py"
 PRIVATE = ("unshare", "--map-root-user", "--mount")  # the mount is seen by this process alone
 
@@ -19,8 +20,7 @@ def fill(whole: Path, disk: Path, levels: int) -> None:
     if not shutil.which("unshare") or subprocess.run([*PRIVATE, "true"], capture_output=True).returncode:
         pytest.skip("no small disk can be mounted here: unshare --map-root-user --mount does not work")
     command = [*PRIVATE, sys.executable, str(SCRIPT), str(disk), str(whole), str(levels)]
-    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths}
+    environment = importable() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from fault_runs import differences, flags, start
 
+from commands import Command
 from convmixer.run_folder import LATEST, RunFolder
 from convmixer.train.folder import RunFiles
 from convmixer.train.run import resume
@@ -67,7 +67,7 @@ def moments(random_: random.Random, count: int) -> list[tuple[str, Callable[[Pat
     return [kinds[number % len(kinds)]() for number in range(count)]
 
 
-def kill_at(process: "subprocess.Popen[str]", run: Path, reached: Callable[[Path], bool]) -> str:
+def kill_at(process: Command, run: Path, reached: Callable[[Path], bool]) -> str:
     """Kill a process group at a moment; return what it printed if it ended otherwise, in error."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
