@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from convmixer.config import parse_seconds
+from convmixer.processes import usable_cores
 from convmixer.results.study import StudyResults
 from convmixer.run_folder import BEST, StudyFolder
 
@@ -68,8 +69,9 @@ def train(study: str, data: str, out: Path, workers: int, deadline: float) -> bo
 
 def _start(command: list[str], log: TextIO, workers: int) -> "subprocess.Popen[bytes]":
     """Start a worker on its share of the cores: threads of several workers on one core would wait for each other."""
-    own = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=own | os.environ)
+    threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
+    environment = threads | os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _stop(worker: "subprocess.Popen[bytes]") -> int:

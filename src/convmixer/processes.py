@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _NEEDED = ("PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV")
 # the locale, the linker, Python, threads of the runtimes, and where kernels are kept
@@ -65,7 +65,12 @@ def own_start(otherwise: float) -> float:
     return otherwise
 
 
-def run_program(main: Callable[[], int | None]) -> int | None:
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main function, and end the process soon after it.
 
     After a training, Python takes seconds to free its objects one by one, and longer on a busy machine. Here the
@@ -74,20 +79,14 @@ def run_program(main: Callable[[], int | None]) -> int | None:
 
     Args:
         main: Returns the exit status; None is 0.
-
-    Returns:
-        What `main` returned, for `sys.exit`.
     """
-    status = 1  # if main raises
-
+    status = 1  # if main raises an error
     atexit.register(lambda: os._exit(max(status, _flushed())))  # the first to be registered, so the last to run
     try:
-        result = main()
+        sys.exit(main())
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
-    status = result or 0
-    return result
 
 
 def _flushed() -> int:

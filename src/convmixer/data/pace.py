@@ -4,9 +4,10 @@ Each such choice is called a place. Places are tried while training goes on, bec
 images, the model and the other programs on the machine. Batches are the same wherever they are made.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from convmixer.processes import usable_cores
 
 TRIAL_SECONDS = 3.0  # a place is judged after this time and a few batches
 LONGEST_TRIAL_SECONDS = 10.0  # or after this time, even with fewer batches
@@ -44,8 +45,7 @@ def places(workers: int | str, on_gpu: bool) -> list[Place]:
         on_gpu: Training computes on a GPU, so workers do not compete with it for CPU cores.
     """
     if workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        more = [Place(n) for n in (2, 4, 8, 16) if n <= cores]
+        more = [Place(n) for n in (2, 4, 8, 16) if n <= usable_cores()]
         first = [] if on_gpu and more else [Place(0), *([] if on_gpu else [Place(1, yields=True)]), Place(1)]
         return [*first, *more]
     count = int(workers)

@@ -61,8 +61,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, steps: Sequence[Mappin
         steps: Mappings with step, train_loss, lr, images_per_second, as `train` writes them.
     """
     length = rows[-1]["step"] / rows[-1]["epoch"] if steps else 1  # steps of an epoch
-    fine = [{**row, "epoch": row["step"] / length} for row in steps]
-    fine = fine if len(fine) > len(rows) else []  # else they are the points of the epochs again
+    more = steps if len(steps) > len(rows) else []  # with one step an epoch, they are the epochs' points again
+    fine = [{**row, "epoch": row["step"] / length} for row in more]
     with plt.rc_context(_STYLE):
         panels = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
         figure, (loss, accuracy, rate, speed) = panels[0], panels[1].flat
@@ -337,7 +337,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], path: Path) -> 
     shown = np.arange(len(classes)) if len(classes) <= NAMED else _confused_most(pairs, len(classes))
     if len(shown) > NUMBERED:
         shown = shown[_alike(share[np.ix_(shown, shown)])]
-    names, longer = told_apart(classes), told_apart(classes, 18)  # the axes have less room than the list of pairs
+    names, longer = told_apart(classes), told_apart(classes, 18)  # short for the axes, longer for the pairs
     listed = [(longer[i], longer[j], int(counts[i, j]), share[i, j]) for i, j in pairs[:PAIRS]]
     side = min(12.0, 3.4 + 0.24 * len(shown))
     with drawing(_STYLE | {"axes.grid": False}, (as_drawn(name) for name in classes)):

@@ -166,10 +166,8 @@ class TrainingModule(pl.LightningModule):
 
         The learning rate has to be a tensor: a graph would use a number again at every replay.
         """
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return (
-            world_size() == 1 and self.place.type == "cuda" and all(isinstance(rate, torch.Tensor) for rate in rates)
-        )
+        tensors = all(isinstance(group["lr"], torch.Tensor) for group in self.optimizer.param_groups)
+        return tensors and world_size() == 1 and self.place.type == "cuda"
 
     def _take_step(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
